@@ -1,0 +1,1 @@
+"""What every layer shares: errors, frozen configs and careful files."""
