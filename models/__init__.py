@@ -1,0 +1,1 @@
+"""Everything that knows tensors: descriptions of models, their weights, and the engines that step them."""

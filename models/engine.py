@@ -1,0 +1,141 @@
+"""The two contracts of an engine, and the choice of one.
+
+B rows of a batch, T positions, V vocabulary.
+"""
+
+import importlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import UserError
+from models.config import ModelConfig
+from models.optimizer import OptimizerConfig
+from models.weights import Piece
+
+EngineName = Literal["torch", "jax", "mlx"]
+Precision = Literal["float32", "bfloat16"]
+State = Literal["weights", "optimizer"]
+
+
+class Batch(NamedTuple):
+    """Rows of tokens and what each position has to predict."""
+
+    tokens_BT: NDArray[np.int32]
+    """What the model reads."""
+    targets_BT: NDArray[np.int32]
+    """The next token at each position."""
+    loss_mask_BT: NDArray[np.bool_]
+    """Which targets count in the loss."""
+
+
+class StepResult(NamedTuple):
+    """What one step found, as 0-d device values: reading one waits for the device, so it is done only to log."""
+
+    loss: Any
+    """Mean cross-entropy over the counted targets of the global batch, auxiliary losses apart."""
+    gradient_norm: Any
+    """Global norm before clipping."""
+    skipped: Any
+    """1 where the loss or the norm was not finite and nothing was updated, else 0."""
+
+
+class TrainingEngine(Protocol):
+    """A model with an optimizer on some devices. Schedules, data, logging and checkpoints are the loop's."""
+
+    name: EngineName
+    device: str
+    """What it computes on, for the record: `cpu`, `cuda: NVIDIA H200`."""
+
+    def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, step: int) -> StepResult:
+        """One update from the gradient of the mean loss over all counted targets of all micro-batches.
+
+        `learning_rate_scale` (0 to 1, from the schedule) multiplies the optimizer's peak rates. `step` keys dropout.
+        """
+        ...
+
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        """Summed cross-entropy over the batch's counted targets, and their number; no dropout."""
+        ...
+
+    def gradients(self, micro_batches: Sequence[Batch], step: int) -> Iterator[Piece]:
+        """Unclipped gradients of what `step` would minimise, as canonical pieces; nothing is updated."""
+        ...
+
+    def export(self, state: State) -> Iterator[Piece]:
+        """Copies of the named arrays: weights by canonical name, moments as `exp_avg:<name>`, and `updates`."""
+        ...
+
+    def restore(self, state: State, arrays: Iterable[Piece]) -> None:
+        """Takes over arrays as exported, whole or in pieces; ValueError names what is missing, odd or misshapen."""
+        ...
+
+    def inference(self) -> "InferenceEngine":
+        """The inference side over the same weights, as they are at each call."""
+        ...
+
+
+class InferenceEngine(Protocol):
+    """A model that reads and writes tokens. Sampling is done in `models.generation`, once for every engine."""
+
+    name: EngineName
+    device: str
+
+    def logits(self, tokens_BT: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Logits of the next token at every position, (B, T, V)."""
+        ...
+
+    def log_probabilities(self, batch: Batch) -> NDArray[np.float32]:
+        """Log-probability of each target, (B, T)."""
+        ...
+
+    def prefill(
+        self, tokens_BT: NDArray[np.int32], lengths_B: NDArray[np.int32], capacity: int
+    ) -> tuple[Any, NDArray[np.float32]]:
+        """Reads prompts padded on the right; gives a cache with room for `capacity` positions, and the logits (B, V) after
+        each prompt's last token."""
+        ...
+
+    def decode(self, cache: Any, tokens_B: NDArray[np.int32]) -> tuple[Any, NDArray[np.float32]]:
+        """Appends one token to each row; gives the cache to go on with (the old one is used up) and the logits (B, V)."""
+        ...
+
+    def select(self, cache: Any, rows: NDArray[np.int64]) -> Any:
+        """The cache of some rows alone, so that finished rows cost nothing."""
+        ...
+
+
+_MODULES: dict[str, tuple[str, str]] = {"torch": ("models.torch_engine", "torch")}
+
+
+def _module(engine: str) -> Any:
+    if engine not in _MODULES:
+        raise UserError(f"engine '{engine}' is not built yet; use one of: {', '.join(_MODULES)}")
+    name, extra = _MODULES[engine]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != extra:
+            raise
+        raise UserError(f"engine '{engine}' is not installed; run: pip install 'cairn[{extra}]'") from error
+
+
+def training_engine(
+    engine: EngineName, model: ModelConfig, optimizer: OptimizerConfig, precision: Precision
+) -> TrainingEngine:
+    """An engine ready to train; its weights are those of `restore`, which has to be called first.
+
+    Raises UserError where the engine is not installed, naming the extra that brings it.
+    """
+    trainer: TrainingEngine = _module(engine).training_engine(model, optimizer, precision)
+    return trainer
+
+
+def inference_engine(
+    engine: EngineName, model: ModelConfig, precision: Precision, weights: Iterable[Piece]
+) -> InferenceEngine:
+    """An engine that only reads: no gradients, no optimizer. Raises UserError where it is not installed."""
+    reader: InferenceEngine = _module(engine).inference_engine(model, precision, weights)
+    return reader

@@ -1,0 +1,100 @@
+"""What a training run is, apart from the model and the data."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from common.config import FrozenModel
+from models.optimizer import OptimizerConfig
+
+
+class ScheduleConfig(FrozenModel):
+    """The learning rate over the steps, as a fraction of its peak."""
+
+    name: Literal["cosine", "wsd"] = "cosine"
+    """Warm-up then cosine, or warm-up, stable, then linear decay (WSD)."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up from zero."""
+    decay_steps: int | None = Field(default=None, ge=0)
+    """WSD's last steps, in which the rate falls; needed with wsd (0 for none), meaningless with cosine."""
+    floor: float = Field(default=0.0, ge=0, le=1)
+    """The rate at the end, as a fraction of the peak."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.name == "wsd") != (self.decay_steps is not None):
+            raise ValueError("decay_steps belongs to wsd, which needs it")
+        return self
+
+
+class ValidationConfig(FrozenModel):
+    """What is measured on the validation split while training."""
+
+    every: int = Field(gt=0)
+    """Steps between two validations; the last step always has one."""
+    rows: int | None = Field(default=None, gt=0)
+    """Rows of the validation split that the loss is taken over, the first ones in order; null for all."""
+    exact_match_rows: int = Field(default=0, ge=0)
+    """Rows whose masked part is also generated greedily and compared, the first ones in order."""
+    samples: int = Field(default=0, ge=0)
+    """Generated continuations that are logged as text at each validation."""
+
+
+class EarlyStoppingConfig(FrozenModel):
+    """When a run ends before its last step."""
+
+    patience: int = Field(gt=0)
+    """Validations in a row without improvement after which training stops."""
+    minimum_improvement: float = Field(default=0.0, ge=0)
+    """How much lower the validation loss has to be to count as better."""
+
+
+class TrainingConfig(FrozenModel):
+    """One training run: everything that its weights depend on."""
+
+    steps: int = Field(gt=0)
+    """Optimizer steps."""
+    batch_size: int = Field(gt=0)
+    """Rows of the global batch of one step."""
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    """Rows that go through the model at once; null for the whole batch. It has to divide batch_size."""
+    sequence_length: int = Field(gt=0)
+    """Positions of a row: each predicts the token after it."""
+    packing: Literal["stream", "documents"] = "stream"
+    """Rows cut from the stream of tokens, or one document to a row, padded."""
+    optimizer: OptimizerConfig
+    """The optimizer and its peak rates."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the steps."""
+    seed: int = 0
+    """Keys the initial weights, the order of the data and dropout."""
+    validation: ValidationConfig | None = None
+    """What is measured on the validation split; null for nothing."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """When to stop early; null for never. Needs validation."""
+    skipped_steps_limit: int = Field(default=20, gt=0)
+    """Non-finite steps in a row after which training stops with an error."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"
+            )
+        schedule = self.schedule
+        if schedule.warmup_steps + (schedule.decay_steps or 0) > self.steps:
+            raise ValueError(f"warm-up and decay together exceed the {self.steps} steps")
+        if self.early_stopping is not None and self.validation is None:
+            raise ValueError("early_stopping needs validation")
+        return self
+
+
+class CheckpointConfig(FrozenModel):
+    """How often and how many checkpoints are kept: no part of what is computed, so no part of a stage's key."""
+
+    every_seconds: float = Field(default=30.0, ge=0)
+    """Seconds between two checkpoints; 0 for one after every step."""
+    keep_last: int = Field(default=2, ge=2)
+    """Newest checkpoints kept: two at least, so that a damaged one has a predecessor."""
+    keep_best: int = Field(default=1, ge=0)
+    """Checkpoints kept of the lowest validation losses."""
