@@ -12,9 +12,7 @@ CHUNK_BYTES = 1 << 20
 
 def canonical_json(value: Any) -> bytes:
     """The one JSON text of `value`: sorted keys, no spaces, UTF-8, NaN refused with ValueError."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def sha256_bytes(data: bytes) -> str:

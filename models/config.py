@@ -99,7 +99,7 @@ class ModelConfig(FrozenModel):
     def _fill_in(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        architecture = values.get("architecture")
+        architecture = str(values.get("architecture"))
         given = {name: value for name, value in values.items() if value is not None}
         fixed = _FIXED.get(architecture, {})
         for name, value in fixed.items():
@@ -126,9 +126,7 @@ class ModelConfig(FrozenModel):
         if heads % groups:
             raise ValueError(f"num_key_value_heads {groups} does not divide num_attention_heads {heads}")
         if self.architecture == "gpt2" and (groups != heads or self.head_dim * heads != self.hidden_size):
-            raise ValueError(
-                "gpt2 has as many key-value heads as heads, of hidden_size / num_attention_heads each"
-            )
+            raise ValueError("gpt2 has as many key-value heads as heads, of hidden_size / num_attention_heads each")
         rotary = self.position_embedding == "rope"
         if rotary and self.rope_theta is None:
             raise ValueError("rope_theta is missing")
@@ -143,9 +141,7 @@ class ModelConfig(FrozenModel):
             if chosen > experts:
                 raise ValueError(f"num_experts_per_tok {chosen} exceeds num_local_experts {experts}")
         elif experts is not None or chosen is not None:
-            raise ValueError(
-                f"num_local_experts and num_experts_per_tok belong to a mixture, not to {self.mlp!r}"
-            )
+            raise ValueError(f"num_local_experts and num_experts_per_tok belong to a mixture, not to {self.mlp!r}")
         return self
 
     @property

@@ -65,9 +65,4 @@ def is_decayed(shape: tuple[int, ...]) -> bool:
 
 def takes_muon(config: OptimizerConfig, name: str) -> bool:
     """Whether the engine parameter `name` is Muon's: the projections of the blocks, not embeddings, head or router."""
-    return (
-        config.name == "muon"
-        and name.startswith("layers.")
-        and "_proj" in name
-        and not name.endswith(".bias")
-    )
+    return config.name == "muon" and name.startswith("layers.") and "_proj" in name and not name.endswith(".bias")

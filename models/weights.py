@@ -25,10 +25,10 @@ Array = NDArray[np.generic]
 
 
 class Piece(NamedTuple):
-    """A part of a canonical array: `canonical[index] = array`."""
+    """A part of a canonical array: `canonical[region] = array`."""
 
     name: str
-    index: tuple[slice, ...]
+    region: tuple[slice, ...]
     array: Array
 
 
@@ -38,7 +38,7 @@ class Placement:
 
     name: str
     """The canonical array."""
-    index: tuple[slice, ...] = ()
+    region: tuple[slice, ...] = ()
     """The part of the canonical array, after transposition; empty for the whole."""
     transposed: bool = False
     """Whether the canonical array is (in, out), as GPT-2's are."""
@@ -66,9 +66,7 @@ def parameters(config: ModelConfig) -> list[Parameter]:
         block = f"layers.{layer}."
         found += _norm(config, names, block + "input_norm")
         for projection, size in (("q", heads_size), ("k", groups_size), ("v", groups_size)):
-            found += _linear(
-                config, names, f"{block}attention.{projection}_proj", size, width, config.attention_bias
-            )
+            found += _linear(config, names, f"{block}attention.{projection}_proj", size, width, config.attention_bias)
         found += _linear(config, names, f"{block}attention.o_proj", width, heads_size, config.attention_bias)
         found += _norm(config, names, block + "post_attention_norm")
         found += _mlp(config, names, block + "mlp.")
@@ -122,19 +120,16 @@ def _linear(
     config: ModelConfig, names: Mapping[str, str], name: str, rows: int, columns: int, bias: bool
 ) -> list[Parameter]:
     fused = name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj") and config.architecture == "gpt2"
+    part: tuple[slice, ...] = ()
     if fused:
         canonical = _rename(names, name.rpartition(".")[0]) + ".c_attn"
         start = ("q_proj", "k_proj", "v_proj").index(name.rpartition(".")[2]) * rows
         part = (slice(start, start + rows),)
     else:
-        canonical, part = _rename(names, name), ()
+        canonical = _rename(names, name)
     transposed = config.architecture == "gpt2"
     matrix_part = (slice(None), *part) if part else ()
-    found = [
-        Parameter(
-            f"{name}.weight", (rows, columns), (Placement(f"{canonical}.weight", matrix_part, transposed),)
-        )
-    ]
+    found = [Parameter(f"{name}.weight", (rows, columns), (Placement(f"{canonical}.weight", matrix_part, transposed),))]
     if bias:
         found.append(Parameter(f"{name}.bias", (rows,), (Placement(f"{canonical}.bias", part),)))
     return found
@@ -146,9 +141,7 @@ def _mlp(config: ModelConfig, names: Mapping[str, str], prefix: str) -> list[Par
     if config.mlp == "dense":
         del shapes["gate_proj"]
     if config.mlp != "mixture":
-        linears = [
-            _linear(config, names, prefix + name, *shape, config.mlp_bias) for name, shape in shapes.items()
-        ]
+        linears = [_linear(config, names, prefix + name, *shape, config.mlp_bias) for name, shape in shapes.items()]
         return [parameter for linear in linears for parameter in linear]
     assert config.num_local_experts is not None  # for the type checker: ModelConfig refuses a mixture without
     experts = config.num_local_experts
@@ -171,7 +164,7 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shape = parameter.shape if place.expert is None else parameter.shape[1:]
             if place.transposed:
                 shape = shape[::-1]
-            ends = [part.stop or 0 for part in place.index] + [0] * (len(shape) - len(place.index))
+            ends = [part.stop or 0 for part in place.region] + [0] * (len(shape) - len(place.region))
             grown = tuple(max(size, end) for size, end in zip(shape, ends, strict=True))
             known = shapes.get(place.name, grown)
             shapes[place.name] = tuple(max(old, new) for old, new in zip(known, grown, strict=True))
@@ -188,32 +181,30 @@ def to_canonical(parameter: Parameter, array: Array, prefix: str = "") -> Iterat
     for place in parameter.placements:
         part = array if place.expert is None else array[place.expert]
         part = part.T if place.transposed else part
-        yield Piece(prefix + place.name, place.index or (slice(None),) * part.ndim, part)
+        yield Piece(prefix + place.name, place.region or (slice(None),) * part.ndim, part)
 
 
 def from_canonical(parameter: Parameter, read: Callable[[str], Array], prefix: str = "") -> Array:
     """One engine parameter (or its moment) out of canonical arrays, as a C-contiguous array of its own."""
     parts = []
     for place in parameter.placements:
-        part = read(prefix + place.name)[place.index]
+        part = read(prefix + place.name)[place.region]
         parts.append(part.T if place.transposed else part)
     stacked = parameter.placements[0].expert is not None
     array = np.stack(parts) if stacked else parts[0]
     if array.shape != parameter.shape:
-        raise ValueError(
-            f"{parameter.placements[0].name}: shape {array.shape} does not fit {parameter.shape}"
-        )
+        raise ValueError(f"{parameter.placements[0].name}: shape {array.shape} does not fit {parameter.shape}")
     return np.array(array, order="C")
 
 
 def assemble(pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
     """Whole canonical arrays out of their pieces; `shapes` by the name after the last `:` (the moment's prefix)."""
     arrays: dict[str, Array] = {}
-    for name, index, array in pieces:
+    for name, region, array in pieces:
         if name not in arrays:
             shape = shapes.get(name.rpartition(":")[2], array.shape)
             arrays[name] = np.empty(shape, array.dtype)
-        arrays[name][index] = array
+        arrays[name][region] = array
     return arrays
 
 
@@ -235,9 +226,7 @@ def initial_weights(config: ModelConfig, seed: int) -> dict[str, NDArray[np.floa
         if residual and config.architecture == "gpt2":
             deviation /= math.sqrt(2 * config.num_hidden_layers)
         stream = int(sha256_bytes(f"{seed}:{parameter.name}".encode())[:32], 16)
-        numbers = np.random.Generator(np.random.Philox(key=stream)).standard_normal(
-            parameter.shape, np.float32
-        )
+        numbers = np.random.Generator(np.random.Philox(key=stream)).standard_normal(parameter.shape, np.float32)
         return numbers * np.float32(deviation)
 
     pieces = [piece for parameter in parameters(config) for piece in to_canonical(parameter, draw(parameter))]
@@ -245,7 +234,7 @@ def initial_weights(config: ModelConfig, seed: int) -> dict[str, NDArray[np.floa
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes arrays as one safetensors file, whole or not at all; names in sorted order, so equal arrays give equal bytes."""
+    """Writes arrays as one safetensors file, whole or not at all; sorted names, so equal arrays give equal bytes."""
     contiguous = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
     write_atomically(path, save(contiguous, dict(metadata) if metadata else None))
 

@@ -78,9 +78,7 @@ class TrainingConfig(FrozenModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"
-            )
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         schedule = self.schedule
         if schedule.warmup_steps + (schedule.decay_steps or 0) > self.steps:
             raise ValueError(f"warm-up and decay together exceed the {self.steps} steps")
