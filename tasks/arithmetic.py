@@ -1,0 +1,248 @@
+"""Arithmetic problems: expressions evaluated from left to right, and the split that each of them belongs to."""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from common.config import FrozenModel
+from common.errors import UserError
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Operator = Literal["+", "-", "*", "/"]
+
+# N problems, K operands.
+ENUMERATED_AT_MOST = 1 << 22
+CANDIDATES_PER_DRAW = 1 << 18
+FRUITLESS_DRAWS = 50
+
+
+class ArithmeticSource(FrozenModel):
+    """Problems such as `554+456=` with their answers.
+
+    Operators apply from left to right to a running total, which every divisor divides. All problems with the same
+    operands, in any order, belong to one split: train 80%, validation 10%, test 10%.
+    """
+
+    kind: Literal["arithmetic"]
+    """The generator."""
+    operands: int = Field(default=2, ge=2, le=8)
+    """Operands of a problem."""
+    minimum: int = 0
+    """Smallest operand."""
+    maximum: int = 999
+    """Largest operand."""
+    operators: tuple[Operator, ...] = Field(default=("+",), min_length=1)
+    """Operators, each as likely as the others at every place."""
+    train: int = Field(ge=1)
+    """Training problems."""
+    validation: int = Field(ge=1)
+    """Validation problems: unique, uniform over the operands."""
+    test: int = Field(ge=1)
+    """Test problems: unique, uniform over the operands."""
+    balanced_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the training problems in which each operand's number of digits is drawn evenly, with repetition; the
+    others are unique and uniform over the operands."""
+    reversed_answers: bool = False
+    """Whether answers are written from their last digit to their first (Lee et al., arXiv 2307.03381)."""
+    seed: int = Field(default=0, ge=0)
+    """Keys which problems are drawn and the order of training problems."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.minimum > self.maximum:
+            raise ValueError(f"minimum {self.minimum} exceeds maximum {self.maximum}")
+        if len(set(self.operators)) < len(self.operators):
+            raise ValueError(f"operators {''.join(self.operators)} name one twice")
+        largest = max(abs(self.minimum), abs(self.maximum), 1)
+        reach = largest**self.operands if "*" in self.operators else largest * self.operands
+        if reach >= 1 << 62:
+            raise ValueError("answers would exceed 64-bit integers; take fewer or smaller operands")
+        return self
+
+    @property
+    def span(self) -> int:
+        """Number of different operands."""
+        return self.maximum - self.minimum + 1
+
+    @property
+    def expressions(self) -> int:
+        """Number of expressions, impossible divisions included."""
+        return self.span**self.operands * len(self.operators) ** (self.operands - 1)
+
+
+class Problems(NamedTuple):
+    """Problems as arrays."""
+
+    operands_NK: NDArray[np.int64]
+    operators_NK: NDArray[np.int64]
+    """Indices into the source's operators; one column fewer than operands."""
+    answers_N: NDArray[np.int64]
+
+    def take(self, rows: NDArray[np.generic]) -> "Problems":
+        """The problems at some rows, or under a mask."""
+        return Problems(self.operands_NK[rows], self.operators_NK[rows], self.answers_N[rows])
+
+    @staticmethod
+    def concatenate(parts: list["Problems"]) -> "Problems":
+        """Problems of several parts, in order."""
+        return Problems(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def split_of(operands_NK: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The split (an index into SPLITS) of each problem: a hash of its sorted operands alone, so that it never moves.
+
+    SplitMix64 (Steele et al., 2014), chained over the operands.
+    """
+    hash_N = np.zeros(len(operands_NK), np.uint64)
+    for operand_N in np.sort(operands_NK, axis=1).T:
+        hash_N = hash_N + operand_N.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        hash_N = (hash_N ^ (hash_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        hash_N = (hash_N ^ (hash_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        hash_N = hash_N ^ (hash_N >> np.uint64(31))
+    return np.digitize((hash_N % np.uint64(10)).astype(np.int64), (8, 9))
+
+
+def generate(source: ArithmeticSource, split: Split) -> Problems:
+    """The problems of one split. Raises UserError where more unique ones are asked for than there are."""
+    random = np.random.default_rng([source.seed, SPLITS.index(split)])
+    if split != "train":
+        return _draw_unique(source, split, getattr(source, split), random)
+    balanced = round(source.train * source.balanced_share)
+    parts = []
+    if balanced:
+        parts.append(_draw_balanced(source, balanced, random))
+    if balanced < source.train:
+        parts.append(_draw_unique(source, split, source.train - balanced, random))
+    return Problems.concatenate(parts).take(random.permutation(source.train))
+
+
+def rows(source: ArithmeticSource, problems: Problems) -> Iterator[dict[str, str]]:
+    """Each problem as text: prompt `554+456=`, target `1010`, text `<bos>554+456=1010<eos>`."""
+    for operands, operators, answer in zip(*(column.tolist() for column in problems), strict=True):
+        symbols = (source.operators[index] for index in operators)
+        prompt = str(operands[0]) + "".join(f"{s}{x}" for s, x in zip(symbols, operands[1:], strict=True)) + "="
+        target = str(answer)[::-1] if source.reversed_answers else str(answer)
+        yield {"prompt": prompt, "target": target, "text": f"<bos>{prompt}{target}<eos>"}
+
+
+def _evaluate(
+    source: ArithmeticSource, operands_NK: NDArray[np.int64], operators_NK: NDArray[np.int64], split: Split
+) -> Problems:
+    """The problems of `split` among candidates: those whose every divisor divides the running total."""
+    keep_N = split_of(operands_NK) == SPLITS.index(split)
+    operands_NK, operators_NK = operands_NK[keep_N], operators_NK[keep_N]
+    total_N = operands_NK[:, 0].copy()
+    exact_N = np.ones(len(total_N), bool)
+    for place in range(source.operands - 1):
+        operand_N = operands_NK[:, place + 1]
+        for index, operator in enumerate(source.operators):
+            here_N = operators_NK[:, place] == index
+            left_N, right_N = total_N[here_N], operand_N[here_N]
+            if operator == "+":
+                total_N[here_N] = left_N + right_N
+            elif operator == "-":
+                total_N[here_N] = left_N - right_N
+            elif operator == "*":
+                total_N[here_N] = left_N * right_N
+            else:
+                divisor_N = np.where(right_N == 0, 1, right_N)
+                exact_N[here_N] &= (right_N != 0) & (left_N % divisor_N == 0)
+                total_N[here_N] = left_N // divisor_N
+    return Problems(operands_NK, operators_NK, total_N).take(exact_N)
+
+
+def _expressions(source: ArithmeticSource, numbers_N: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Operands and operators of expressions by their number, 0 to source.expressions − 1."""
+    operands, operators = [], []
+    for _ in range(source.operands):
+        numbers_N, digit_N = np.divmod(numbers_N, source.span)
+        operands.append(digit_N + source.minimum)
+    for _ in range(source.operands - 1):
+        numbers_N, digit_N = np.divmod(numbers_N, len(source.operators))
+        operators.append(digit_N)
+    return np.stack(operands, axis=1), np.stack(operators, axis=1)
+
+
+def _draw_unique(source: ArithmeticSource, split: Split, count: int, random: np.random.Generator) -> Problems:
+    if source.expressions <= ENUMERATED_AT_MOST:
+        problems = _evaluate(source, *_expressions(source, np.arange(source.expressions)), split)
+        found = len(problems.answers_N)
+        if count > found:
+            raise UserError(_too_many(split, count, f"there are only {found}"))
+        return problems.take(random.permutation(found)[:count])
+    return _draw_by_rejection(source, split, count, random)
+
+
+def _draw_by_rejection(source: ArithmeticSource, split: Split, count: int, random: np.random.Generator) -> Problems:
+    found: dict[bytes, None] = {}
+    parts: list[Problems] = []
+    fruitless = 0
+    while len(found) < count:
+        operands_NK = random.integers(
+            source.minimum, source.maximum, (CANDIDATES_PER_DRAW, source.operands), endpoint=True
+        )
+        operators_NK = random.integers(0, len(source.operators), (CANDIDATES_PER_DRAW, source.operands - 1))
+        problems = _evaluate(source, operands_NK, operators_NK, split)
+        expressions_NK = np.concatenate([problems.operands_NK, problems.operators_NK], axis=1)
+        new = []
+        for row, expression in enumerate(expressions_NK):
+            key = expression.tobytes()
+            if key not in found and len(found) < count:
+                found[key] = None
+                new.append(row)
+        parts.append(problems.take(np.array(new, np.int64)))
+        fruitless = 0 if new else fruitless + 1
+        if fruitless == FRUITLESS_DRAWS:
+            tried = FRUITLESS_DRAWS * CANDIDATES_PER_DRAW
+            raise UserError(_too_many(split, count, f"{tried:,} more draws found none beyond {len(found)}"))
+    return Problems.concatenate(parts)
+
+
+def _too_many(split: Split, count: int, found: str) -> str:
+    return f"source.{split}: {count} unique problems wanted, but {found}; ask for fewer or widen minimum to maximum"
+
+
+def _draw_balanced(source: ArithmeticSource, count: int, random: np.random.Generator) -> Problems:
+    """Training problems in which each operand's number of digits is drawn evenly, then the operand of that length."""
+    lengths = _operands_by_length(source)
+    parts: list[Problems] = []
+    missing, fruitless = count, 0
+    while missing > 0:
+        shape = (CANDIDATES_PER_DRAW, source.operands)
+        length_NK = random.integers(0, len(lengths), shape)
+        place_NK = random.random(shape)
+        operands_NK = np.empty(shape, np.int64)
+        for index, intervals in enumerate(lengths):
+            here_NK = length_NK == index
+            offset_N = (place_NK[here_NK] * sum(len(interval) for interval in intervals)).astype(np.int64)
+            value_N = intervals[-1].start + offset_N - sum(len(interval) for interval in intervals[:-1])
+            if len(intervals) == 2:
+                value_N = np.where(offset_N < len(intervals[0]), intervals[0].start + offset_N, value_N)
+            operands_NK[here_NK] = value_N
+        operators_NK = random.integers(0, len(source.operators), (CANDIDATES_PER_DRAW, source.operands - 1))
+        problems = _evaluate(source, operands_NK, operators_NK, "train")
+        parts.append(problems.take(np.arange(min(missing, len(problems.answers_N)))))
+        missing -= len(parts[-1].answers_N)
+        fruitless = 0 if len(problems.answers_N) else fruitless + 1
+        if fruitless == FRUITLESS_DRAWS:
+            raise UserError("source.train: no possible problem was found; widen minimum to maximum")
+    return Problems.concatenate(parts)
+
+
+def _operands_by_length(source: ArithmeticSource) -> list[list[range]]:
+    """For each number of digits that occurs, the operands that have it: a negative interval, a positive one, or both."""
+    longest = len(str(max(abs(source.minimum), abs(source.maximum))))
+    found = []
+    for digits in range(1, longest + 1):
+        low, high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits - 1
+        negative = range(max(-high, source.minimum), min(-max(low, 1), source.maximum) + 1)
+        positive = range(max(low, source.minimum), min(high, source.maximum) + 1)
+        intervals = [interval for interval in (negative, positive) if len(interval)]
+        if intervals:
+            found.append(intervals)
+    return found
+

@@ -1,0 +1,71 @@
+"""What a stage is: its config, the kinds of artifact that it reads and writes, and what it is given when it runs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from fsspec import AbstractFileSystem
+
+from common.config import FrozenModel
+from models.training.config import CheckpointConfig
+
+Metrics = dict[str, Any]
+
+
+class Kind(StrEnum):
+    """What an artifact holds; a stage says which kinds it reads, and a recipe is checked against it."""
+
+    DOCUMENTS = "documents"
+    TOKENIZER = "tokenizer"
+    TOKENS = "tokens"
+    MODEL = "model"
+    EVALUATION = "evaluation"
+    PUBLISHED = "published"
+
+
+class Runtime(FrozenModel):
+    """Where and how carefully a stage runs: nothing that its output depends on, so no part of its key."""
+
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    """How often a training stage saves its state, and how many of them are kept."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage is given beside its config and its inputs."""
+
+    output: Path
+    """An empty folder, which becomes the artifact."""
+    logs: Path
+    """A folder for what hangs on the record: metrics, pictures, TensorBoard events."""
+    scratch: tuple[AbstractFileSystem, str]
+    """Where the stage keeps what lets it go on after a kill: a file system and a folder on it."""
+    runtime: Runtime
+    """How it runs."""
+    report: Callable[[object], None]
+    """Takes progress events, dataclasses that JSON can hold."""
+    lineage: str = ""
+    """What the inputs were made from, as text."""
+
+
+StageFunction = Callable[[Any, Mapping[str, Path], Context], Metrics]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One kind of stage. Its author raises `version` whenever the same config would give another output."""
+
+    name: str
+    version: int
+    config: type[FrozenModel]
+    output: Kind
+    run: StageFunction
+    inputs: Mapping[str, Kind] = field(default_factory=dict)
+    optional_inputs: Mapping[str, Kind] = field(default_factory=dict)
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether the stage computes with an engine, and so runs in a child process."""
+        return "engine" in self.config.model_fields
