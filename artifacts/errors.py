@@ -1,0 +1,69 @@
+"""Errors of the store that the user can mend, and the translation of the machine's into them."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from common.errors import UserError
+
+
+class DamagedObject(UserError):
+    """A stored file is missing or its bytes are not those that were recorded."""
+
+
+class LeaseLost(UserError):
+    """Somebody else holds the key now, so what was done under the lease may not be committed."""
+
+
+@contextmanager
+def explained(place: object) -> Iterator[None]:
+    """Turns errors of the disk, the network and the credentials that concern `place` into one-line UserErrors."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        reason = _os_reason(error, place)
+        if reason is None:
+            raise
+        raise UserError(reason) from error
+    except Exception as error:
+        # botocore is loaded only for S3, so its errors are known by the name of their module.
+        if not type(error).__module__.startswith(("botocore", "aiobotocore", "google.auth")):
+            raise
+        raise UserError(f"cannot reach {place}: {error}; check the address and the credentials") from error
+
+
+@contextmanager
+def full_disk_explained(place: object) -> Iterator[None]:
+    """Turns only the error of a full disk into a UserError, for blocks that do other things too."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise UserError(_full(error.filename or place)) from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _full(where: object) -> str:
+    return f"no space left at {where}: free some (`cairn gc` finds what nothing uses) and run again; nothing was lost"
+
+
+def _os_reason(error: OSError, place: object) -> str | None:
+    where = error.filename or place
+    if error.errno in _FULL:
+        return _full(where)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) or isinstance(error, PermissionError):
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        return f"no access to {where} ({reason}): grant it or set CAIRN_STORE to another place; nothing was lost"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return (
+            f"{where} is in the way: the store needs a folder there; move the file or set CAIRN_STORE to another place"
+        )
+    if isinstance(error, ConnectionError | TimeoutError):
+        return f"cannot reach {place}: {error}; check the address and the network"
+    return None

@@ -1,0 +1,277 @@
+"""A store in a local folder: renames, fsync and kernel locks."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from artifacts.backend import Entry
+from artifacts.errors import DamagedObject, LeaseLost
+from artifacts.identity import FileEntry, content_digest, describe_files
+from artifacts.lease import Lease, LeaseInfo, new_lease
+from artifacts.verified import VerifiedFiles
+from common.files import fsync_file, sha256_file, write_atomically
+
+REPLACEMENT_TRIES = 5
+
+
+class LocalBackend:
+    """The Backend of a local folder, which is made at the first write."""
+
+    def __init__(self, root: Path, cache: Path) -> None:
+        self.root = root
+        self._verified = VerifiedFiles(cache / "verified")
+
+    def url(self, path: str = "") -> str:
+        return str(self.root / path)
+
+    def place(self) -> tuple[Any, str]:
+        # Imported late: fsspec takes longer to import than most commands take.
+        from fsspec.implementations.local import LocalFileSystem
+
+        return LocalFileSystem(auto_mkdir=True), str(self.root)
+
+    def read(self, path: str) -> bytes | None:
+        try:
+            return (self.root / path).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+
+    def write(self, path: str, data: bytes) -> None:
+        write_atomically(self.root / path, data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The lock makes "only if absent" hold between processes on file systems without hard links too.
+        with _locked(target.parent / ".lock", fcntl.LOCK_EX):
+            if target.exists():
+                return False
+            write_atomically(target, data)
+            return True
+
+    def put(self, source: Path, path: str) -> None:
+        target = self.root / path
+        with self._temporary("put") as folder:
+            shutil.copyfile(source, folder / "file")
+            fsync_file(folder / "file")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (folder / "file").replace(target)
+        fsync_file(target.parent)
+
+    def remove(self, path: str) -> None:
+        target = self.root / path
+        with self._temporary("removed") as folder, contextlib.suppress(FileNotFoundError):
+            # Renamed first, so that nobody ever sees half a folder.
+            target.rename(folder / "it")
+
+    def children(self, folder: str) -> list[str]:
+        try:
+            return sorted(entry.name for entry in os.scandir(self.root / folder) if not entry.name.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def entries(self, folder: str) -> Iterator[Entry]:
+        for name in self.children(folder):
+            path = self.root / folder / name
+            with contextlib.suppress(FileNotFoundError):
+                states = [path.lstat(), *(state for _, state in _scan(path, ""))]
+                size = sum(state.st_size for state in states if not stat.S_ISDIR(state.st_mode))
+                # Not the time of modification, which an unpacked or copied file brings along.
+                yield Entry(path=f"{folder}/{name}", size=size, modified=max(s.st_ctime for s in states))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        return {name: entry.st_size for name, entry in _scan(self.root / folder, "")}
+
+    def sha256(self, path: str) -> str:
+        return sha256_file(self.root / path)
+
+    def set_aside(self, digest: str, name: str) -> None:
+        target = self.root / "damaged" / digest / name
+        # In a store that cannot be written the file stays, and is reported again.
+        with contextlib.suppress(OSError):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (self.root / "objects" / digest / name).rename(target)
+
+    @contextmanager
+    def guard(self, exclusive: bool) -> Iterator[None]:
+        (self.root / "leases").mkdir(parents=True, exist_ok=True)
+        with _locked(self.root / "leases" / ".guard", fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH):
+            yield
+
+    @contextmanager
+    def workspace(self, key: str) -> Iterator[Path]:
+        with self._temporary(key) as folder:
+            yield folder
+
+    @contextmanager
+    def _temporary(self, label: str) -> Iterator[Path]:
+        folder = self.root / "tmp" / f"{label}.{uuid.uuid4().hex}"
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def put_folder(self, folder: Path) -> tuple[str, dict[str, FileEntry]]:
+        if folder.resolve().is_relative_to((self.root / "tmp").resolve()):
+            return self._adopt(folder)
+        with self._temporary("commit") as inside:
+            shutil.copytree(folder, inside / "copy", symlinks=True, copy_function=shutil.copyfile)
+            return self._adopt(inside / "copy")
+
+    def _adopt(self, folder: Path) -> tuple[str, dict[str, FileEntry]]:
+        """Renames a folder on the store's own file system to its place; one that is there intact is kept."""
+        files = describe_files(folder)
+        digest = content_digest(files)
+        _make_durable(folder)
+        target = self.root / "objects" / digest
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(REPLACEMENT_TRIES):
+            try:
+                folder.rename(target)
+                break
+            except OSError:
+                if not target.is_dir() or attempt == REPLACEMENT_TRIES - 1:
+                    raise
+            if _is_intact(target, files):
+                break
+            self.remove(f"objects/{digest}")
+        fsync_file(target.parent)
+        return digest, files
+
+    def fetch(self, digest: str, files: Mapping[str, FileEntry], only: Collection[str]) -> Path:
+        folder = self.root / "objects" / digest
+        for name, problem in self._verified.problems(folder, {name: files[name] for name in only}):
+            raise DamagedObject(f"{folder / name} is {problem}: run the recipe again, which makes the artifact anew")
+        return folder
+
+    @contextmanager
+    def lease(self, key: str, wait: Callable[[str], None] | None, inputs: Collection[str]) -> Iterator[Lease]:
+        path = self.root / "leases" / f"{key}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(path, wait)
+        try:
+            info = new_lease(key, LeaseInfo.from_json(_content(descriptor)), tuple(inputs), expires=None)
+            # Written in place, because the lock belongs to this very file; a torn text only costs its message.
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, info.to_json(), 0)
+            yield LocalLease(path, descriptor, info)
+        finally:
+            os.close(descriptor)
+
+    def leases(self) -> Iterator[LeaseInfo]:
+        for name in self.children("leases"):
+            if not name.endswith(".lock"):
+                continue
+            with contextlib.suppress(FileNotFoundError), (self.root / "leases" / name).open("rb") as file:
+                info = LeaseInfo.from_json(file.read())
+                if info is not None and not _try_lock(file.fileno(), fcntl.LOCK_SH):
+                    yield info
+
+
+class LocalLease:
+    """A kernel lock on a file; it ends with the process, however that dies."""
+
+    def __init__(self, path: Path, descriptor: int, info: LeaseInfo) -> None:
+        self._path = path
+        self._descriptor = descriptor
+        self._info = info
+
+    @property
+    def fencing_token(self) -> int:
+        return self._info.token
+
+    def check(self) -> None:
+        """Raises LeaseLost if the lock's file was removed or replaced, so that others may hold the key too."""
+        if not _is_at(self._descriptor, self._path):
+            raise LeaseLost(f"the lease {self._path} was removed by somebody: run again")
+
+    renew = check
+
+
+def _acquire(path: Path, wait: Callable[[str], None] | None) -> int:
+    """Opens and locks the file at `path`, waiting for its holder; returns the descriptor."""
+    told = False
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if not _try_lock(descriptor, fcntl.LOCK_EX):
+                holder = LeaseInfo.from_json(_content(descriptor))
+                if wait is not None and not told:
+                    wait(holder.holder if holder else "another process")
+                    told = True
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # A collector may have removed the file while we waited for its lock.
+            if _is_at(descriptor, path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _content(descriptor: int) -> bytes:
+    return os.pread(descriptor, 1 << 20, 0)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _locked(path: Path, kind: int) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, kind)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _scan(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        path = f"{prefix}/{entry.name}" if prefix else entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from _scan(Path(entry.path), path)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                yield path, entry.stat(follow_symlinks=False)
+
+
+def _make_durable(folder: Path) -> None:
+    """Write-protects the files of a folder and forces them and every list of names onto the disk."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(parent, name)
+            path.chmod(stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
+            fsync_file(path)
+        fsync_file(Path(parent))
+
+
+def _is_intact(folder: Path, files: Mapping[str, FileEntry]) -> bool:
+    found = {name: entry.st_size for name, entry in _scan(folder, "")}
+    if found != {name: entry.size for name, entry in files.items()}:
+        return False
+    return all(sha256_file(folder / name) == entry.sha256 for name, entry in files.items())
