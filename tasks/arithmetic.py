@@ -58,7 +58,7 @@ class ArithmeticSource(FrozenModel):
         if len(set(self.operators)) < len(self.operators):
             raise ValueError(f"operators {''.join(self.operators)} name one twice")
         largest = max(abs(self.minimum), abs(self.maximum), 1)
-        reach = largest**self.operands if "*" in self.operators else largest * self.operands
+        reach = (2 * largest) ** self.operands if "*" in self.operators else largest * self.operands
         if reach >= 1 << 62:
             raise ValueError("answers would exceed 64-bit integers; take fewer or smaller operands")
         return self
