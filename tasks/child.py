@@ -1,0 +1,99 @@
+"""The child process that an engine's stages run in: `python -m tasks.child EVENTS`, a line of JSON per work on
+standard input, a line of JSON per event on the file descriptor EVENTS.
+
+It stays warm between stages, because importing an engine takes seconds. When its parent is gone, standard input ends:
+the stage under way then writes its checkpoint and the process exits.
+"""
+
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from typing import Any
+
+from artifacts.store import Store
+from common.errors import UserError
+from models.training.loop import Interrupted
+from tasks.events import as_event
+from tasks.produce import produce
+from tasks.work import Work
+
+GO_ON_LATER = os.EX_TEMPFAIL
+
+
+class Channel:
+    """Events to the parent, each a line; nothing is said to a parent that is gone."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._file = os.fdopen(descriptor, "w", buffering=1)
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Writes one event."""
+        try:
+            self._file.write(json.dumps(event) + "\n")
+        except OSError:
+            # The parent is gone, and the end of standard input stops this process; the stage must not fail before.
+            self._file = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+
+class _Forwarded(logging.Handler):
+    """Log messages as events, so that the parent prints them beside its progress bar."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._channel.send({"event": "Log", "level": record.levelname, "message": record.getMessage()})
+
+
+def main(arguments: list[str]) -> int:
+    """Does works until standard input ends."""
+    channel = Channel(int(arguments[0]))
+    signal.signal(signal.SIGTERM, _raise_interrupted)
+    signal.signal(signal.SIGINT, _raise_interrupted)
+    logger = logging.getLogger("cairn")
+    logger.addHandler(_Forwarded(channel))
+    logger.setLevel(logging.INFO)
+    works: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=_read_works, args=(works,), daemon=True).start()
+    try:
+        while (line := works.get()) is not None:
+            _do(Work.model_validate_json(line), channel)
+    except (Interrupted, KeyboardInterrupt):
+        channel.send({"event": "Interrupted"})
+        return GO_ON_LATER
+    return 0
+
+
+def _raise_interrupted(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _read_works(works: "queue.Queue[str | None]") -> None:
+    for line in sys.stdin:
+        works.put(line)
+    works.put(None)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _do(work: Work, channel: Channel) -> None:
+    store = Store.open(work.store)
+    try:
+        outcome = produce(store, work, lambda event: channel.send(as_event(event)))
+    except UserError as error:
+        channel.send({"event": "UserError", "message": str(error)})
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except Exception:
+        channel.send({"event": "Failed", "traceback": traceback.format_exc()})
+    else:
+        channel.send({"event": "Done", "key": outcome.record.key, "reused": outcome.reused})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,15 @@
+"""Progress events as JSON objects, so that they pass from a child process to whoever shows them."""
+
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+
+
+def as_event(event: object) -> Event:
+    """A dataclass as an object with its class's name under `event`."""
+    if not is_dataclass(event) or isinstance(event, type):
+        raise TypeError(f"{event!r} is no event")
+    return {"event": type(event).__name__, **asdict(event)}

@@ -1,0 +1,119 @@
+"""Does one stage's work exactly once: finds its record, or holds its lease, runs it, and commits what it made."""
+
+import logging
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from artifacts.record import InputReference, Record
+from artifacts.store import Store
+from common.errors import UserError
+from tasks.provenance import git_state, hardware, packages
+from tasks.stage import Context
+from tasks.work import Outcome, Work
+
+logger = logging.getLogger("cairn.tasks")
+
+
+def produce(store: Store, work: Work, report: Callable[[object], None]) -> Outcome:
+    """The record of `work`: found in the store, waited for while another process makes it, or made here.
+
+    Raises UserError for what the user can mend, and what the stage itself raises.
+    """
+    found = store.find(work.key)
+    if found is not None:
+        return Outcome(found, reused=True)
+    input_keys = [reference.key for reference in work.inputs.values()]
+
+    def wait(holder: str) -> None:
+        logger.warning("stage '%s' is being made by %s; waiting for it", work.name, holder)
+
+    with store.lease(work.checkpoint_key, wait=wait, inputs=input_keys) as lease:
+        found = store.find(work.key)
+        if found is not None:
+            return Outcome(found, reused=True)
+        started = datetime.now(UTC)
+        with store.workspace(work.key) as output:
+            logs = _log_folder(store, work.key)
+            metrics = _run(store, work, output, logs, report)
+            _attach(store, work.key, logs)
+            commit, dirty = git_state()
+            record = store.commit(
+                output,
+                lease=lease,
+                key=work.key,
+                stage=work.stage,
+                version=work.definition.version,
+                name=work.name,
+                config=work.config,
+                inputs=work.inputs,
+                started=started,
+                notes=metrics.pop("notes", []),
+                metrics=metrics,
+                engine=work.config.get("engine"),
+                hardware=hardware(),
+                packages=packages(),
+                git_commit=commit,
+                git_dirty=dirty,
+                flow_run_id=work.flow_run_id,
+            )
+    return Outcome(record, reused=False)
+
+
+def _run(
+    store: Store, work: Work, output: Path, logs: Path, report: Callable[[object], None]
+) -> dict[str, Any]:
+    stage = work.definition
+    records = {name: _input(store, work, name, reference) for name, reference in work.inputs.items()}
+    context = Context(
+        output=output,
+        logs=logs,
+        scratch=store.scratch(work.checkpoint_key),
+        runtime=work.runtime,
+        report=report,
+        lineage="\n".join(lineage_text(store, record) for record in records.values()),
+    )
+    folders = {name: store.fetch(record) for name, record in records.items()}
+    return stage.run(stage.config.model_validate(work.config), folders, context)
+
+
+def _input(store: Store, work: Work, name: str, reference: InputReference) -> Record:
+    record = store.find(reference.key)
+    if record is None:
+        raise UserError(
+            f"input '{name}' of stage '{work.name}' is no longer in the store ({reference.key[:8]}): run the recipe again"
+        )
+    return record
+
+
+def lineage_text(store: Store, record: Record, depth: int = 0) -> str:
+    """What an artifact was made from, a line per artifact: its stage and digest, and nothing that changes from run
+    to run, because published folders hold it."""
+    lines = [f"{'  ' * depth}- {record.name} ({record.stage}) `{record.output[:12]}`"]
+    for reference in record.inputs.values():
+        made_from = store.read_record(reference.key)
+        if made_from is not None:
+            lines.append(lineage_text(store, made_from, depth + 1))
+    return "\n".join(lines)
+
+
+def _is_remote(store: Store) -> bool:
+    return "://" in store.url
+
+
+def _log_folder(store: Store, key: str) -> Path:
+    """A local folder that outlives a kill, so that metrics go on where they stopped."""
+    if _is_remote(store):
+        folder = Path(os.environ.get("CAIRN_CACHE") or "~/.cairn/cache").expanduser() / "logs" / key
+    else:
+        folder = Path(store.root) / "attachments" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _attach(store: Store, key: str, logs: Path) -> None:
+    if _is_remote(store):
+        for path in sorted(path for path in logs.rglob("*") if path.is_file()):
+            store.attach(key, path, path.relative_to(logs).as_posix())

@@ -1,0 +1,17 @@
+"""Every stage by its name."""
+
+from common.errors import UserError, suggestion
+from tasks import documents, evaluate, pretrain, publish, refine, stack, tokenizer, tokens
+from tasks.stage import Stage
+
+STAGES: dict[str, Stage] = {
+    module.STAGE.name: module.STAGE
+    for module in (documents, tokenizer, tokens, pretrain, stack, refine, evaluate, publish)
+}
+
+
+def stage_named(name: str) -> Stage:
+    """The stage of a name. Raises UserError with the nearest name for one that does not exist."""
+    if name not in STAGES:
+        raise UserError(f"there is no stage '{name}'{suggestion(name, STAGES)}")
+    return STAGES[name]
