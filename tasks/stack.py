@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from common.config import FrozenModel
+from models.config import ModelConfig
 from models.growth import Method, grow, grown_config, source_layers
 from models.weights import parameter_count
 from tasks.checkpoint import ModelFolder, read_model, write_model
@@ -43,6 +44,18 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     }
 
 
+def grown_model(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
+    """The description of the model that comes out."""
+    model = inputs["model"]
+    return grown_config(model, source_layers(model.num_hidden_layers, config.factor, config.method))
+
+
 STAGE = Stage(
-    name="stack", version=1, config=Config, inputs={"model": Kind.MODEL}, output=Kind.MODEL, run=run
+    name="stack",
+    version=1,
+    config=Config,
+    inputs={"model": Kind.MODEL},
+    output=Kind.MODEL,
+    run=run,
+    model_of=grown_model,
 )

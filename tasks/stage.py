@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fsspec import AbstractFileSystem
+from pydantic import Field
 
 from common.config import FrozenModel
+from models.config import ModelConfig
 from models.training.config import CheckpointConfig
 
 Metrics = dict[str, Any]
@@ -30,6 +32,10 @@ class Runtime(FrozenModel):
 
     checkpoints: CheckpointConfig = CheckpointConfig()
     """How often a training stage saves its state, and how many of them are kept."""
+    retries: int = Field(default=2, ge=0)
+    """How often a stage that failed is started again; errors that the user has to mend are not retried."""
+    retry_delay_seconds: float = Field(default=1.0, ge=0)
+    """Seconds before it is started again."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,9 @@ class Stage:
     run: StageFunction
     inputs: Mapping[str, Kind] = field(default_factory=dict)
     optional_inputs: Mapping[str, Kind] = field(default_factory=dict)
+    model_of: Callable[[Any, Mapping[str, ModelConfig]], ModelConfig] | None = None
+    """The model that comes out, from the config and the models that go in; raises UserError where they do not fit, so
+    that a recipe is refused before anything runs."""
 
     @property
     def has_engine(self) -> bool:

@@ -1,0 +1,1 @@
+"""What runs, in which order: recipes, the pipeline, and the command `cairn`."""

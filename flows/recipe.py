@@ -1,0 +1,229 @@
+"""Recipes: one YAML file describes a whole run, and is checked whole before anything runs."""
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, SerializeAsAny, ValidationError
+
+from common.config import FrozenModel
+from common.errors import UserError, suggestion
+from models.config import ModelConfig
+from models.engine import EngineName, Precision
+from tasks.registry import STAGES, stage_named
+from tasks.stage import Runtime, Stage
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class RecipeFile(FrozenModel):
+    """A recipe as it is written."""
+
+    description: str = Field(min_length=1)
+    """What the run is for, in a line."""
+    engine: EngineName = "torch"
+    """The engine of every stage that names none."""
+    precision: Precision = "float32"
+    """The precision of every stage that names none."""
+    stages: dict[str, dict[str, Any]] = Field(min_length=1)
+    """The stages by name, in order. Each has `stage` (its kind), its inputs by name (an earlier stage each), the keys of its
+    config, and those of Runtime."""
+
+
+class StageEntry(FrozenModel):
+    """One stage of a recipe."""
+
+    name: str
+    """Its name in the recipe."""
+    stage: str
+    """Its kind."""
+    inputs: dict[str, str]
+    """The stages whose output it reads, by the input's name."""
+    config: SerializeAsAny[FrozenModel]
+    """Its config, of the class that its kind has."""
+    runtime: Runtime
+    """Where and how carefully it runs."""
+    model: ModelConfig | None
+    """The model that it makes, where it makes one."""
+
+    @property
+    def definition(self) -> Stage:
+        """The kind of stage."""
+        return stage_named(self.stage)
+
+
+class Recipe(FrozenModel):
+    """A whole run: an ordered list of named stages."""
+
+    name: str
+    """The recipe's name: its file's, without the ending."""
+    description: str
+    """What the run is for."""
+    stages: tuple[StageEntry, ...]
+    """The stages; each reads only from those before it."""
+
+
+def known_recipes() -> dict[str, Path]:
+    """The recipes that come with Cairn, by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe; `overrides` are `key.path=value`.
+
+    Raises UserError that names the file, the key's path, what is wrong with it, and the nearest known key.
+    """
+    path = _find(name_or_path)
+    content = _read_yaml(path)
+    for override in overrides:
+        _override(content, override)
+    try:
+        file = RecipeFile.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"recipe {path}: {_first_problem(error, RecipeFile)}") from error
+    stages: list[StageEntry] = []
+    for name, keys in file.stages.items():
+        try:
+            stages.append(_stage(name, keys, file, {stage.name: stage for stage in stages}))
+        except UserError as error:
+            raise UserError(f"recipe {path}: {error}") from error
+    return Recipe(name=path.stem, description=file.description, stages=tuple(stages))
+
+
+def _find(name_or_path: str) -> Path:
+    known = known_recipes()
+    if name_or_path in known:
+        return known[name_or_path]
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"there is no recipe file {path}")
+        return path
+    raise UserError(f"there is no recipe '{name_or_path}'{suggestion(name_or_path, known)}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        where = " ".join(str(error).split())
+        raise UserError(f"recipe {path} cannot be read: {where}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {path} is no mapping of keys; see `cairn recipes` for examples")
+    return content
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {override!r} is not of the form key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is no YAML ({' '.join(str(error).split())})") from error
+    *parents, last = path.split(".")
+    place = content
+    for depth, key in enumerate(parents):
+        inner = place.get(key)
+        if inner is None and depth != 1:
+            # A key that the file leaves to its default; the models refuse it if it does not exist.
+            inner = place[key] = {}
+        if not isinstance(inner, dict):
+            wrong = ".".join(parents[: depth + 1])
+            raise UserError(f"--set {override!r}: there is no key '{wrong}'{suggestion(key, map(str, place))}")
+        place = inner
+    place[last] = value
+
+
+def _stage(name: str, keys: Mapping[str, Any], file: RecipeFile, before: Mapping[str, StageEntry]) -> StageEntry:
+    where = f"stages.{name}"
+    kind = keys.get("stage")
+    if not isinstance(kind, str) or kind not in STAGES:
+        raise UserError(f"{where}.stage: {kind!r} is no stage{suggestion(str(kind), STAGES)}")
+    stage = STAGES[kind]
+    known_inputs = {**stage.inputs, **stage.optional_inputs}
+    inputs = {key: value for key, value in keys.items() if key in known_inputs and value is not None}
+    _check_inputs(where, stage, inputs, before)
+    runtime_keys = {key: value for key, value in keys.items() if key in Runtime.model_fields}
+    config_keys = {
+        key: value
+        for key, value in keys.items()
+        if key != "stage" and key not in known_inputs and key not in Runtime.model_fields
+    }
+    for key in ("engine", "precision"):
+        if key in stage.config.model_fields:
+            config_keys.setdefault(key, getattr(file, key))
+    try:
+        runtime = Runtime.model_validate(runtime_keys)
+    except ValidationError as error:
+        raise UserError(f"{where}.{_first_problem(error, Runtime)}") from error
+    try:
+        config = stage.config.model_validate(config_keys)
+    except ValidationError as error:
+        others = {"stage", *known_inputs, *Runtime.model_fields}
+        raise UserError(f"{where}.{_first_problem(error, stage.config, others)}") from error
+    models = {key: model for key, value in inputs.items() if (model := before[value].model) is not None}
+    try:
+        model = stage.model_of(config, models) if stage.model_of else None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return StageEntry(name=name, stage=kind, inputs=inputs, config=config, runtime=runtime, model=model)
+
+
+def _check_inputs(where: str, stage: Stage, inputs: Mapping[str, Any], before: Mapping[str, StageEntry]) -> None:
+    for key, kind in {**stage.inputs, **stage.optional_inputs}.items():
+        if key not in inputs:
+            if key in stage.inputs:
+                raise UserError(f"{where}.{key} is missing: name the stage before it that makes the {kind}")
+            continue
+        source = inputs[key]
+        if not isinstance(source, str) or source not in before:
+            near = suggestion(str(source), before)
+            raise UserError(f"{where}.{key}: there is no stage '{source}' before '{where.partition('.')[2]}'{near}")
+        made = before[source].definition.output
+        if made != kind:
+            fitting = [name for name, entry in before.items() if entry.definition.output == kind]
+            raise UserError(
+                f"{where}.{key}: stage '{source}' makes {made}, not {kind}; "
+                f"use {' or '.join(fitting) or 'a stage that does'}"
+            )
+
+
+def _first_problem(error: ValidationError, model: type[FrozenModel], others: set[str] | None = None) -> str:
+    """The first of pydantic's complaints as `key.path: what; did you mean …?`."""
+    problem = error.errors()[0]
+    path = [str(part) for part in problem["loc"]]
+    where = ".".join(path) or "config"
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(model, path[:-1]) | ((others or set()) if len(path) == 1 else set())
+        return f"{where}: there is no such key{suggestion(path[-1], known)}"
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+    return f"{where}: {message[:1].lower()}{message[1:]}{given}"
+
+
+def _keys_at(model: Any, path: Sequence[str]) -> set[str]:
+    """The keys of the config that stands at a path below a model class."""
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None:
+            return set()
+        model = _model_in(field.annotation)
+        if model is None:
+            return set()
+    return set(model.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, FrozenModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for member in typing.get_args(annotation):
+            if (found := _model_in(member)) is not None:
+                return found
+    return None
