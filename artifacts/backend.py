@@ -51,6 +51,9 @@ class Backend(Protocol):
     def entries(self, folder: str) -> Iterator[Entry]:
         """The same as `children`, with sizes and ages; this looks at every file and is slow."""
 
+    def entry(self, path: str) -> Entry | None:
+        """One file or folder with all in it, or None where there is neither."""
+
     def sizes(self, folder: str) -> dict[str, int]:
         """The sizes of all files below a folder, by their names relative to it."""
 

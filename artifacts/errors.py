@@ -29,8 +29,8 @@ def explained(place: object) -> Iterator[None]:
             raise
         raise UserError(reason) from error
     except Exception as error:
-        # botocore is loaded only for S3, so its errors are known by the name of their module.
-        if not type(error).__module__.startswith(("botocore", "aiobotocore", "google.auth")):
+        # These packages are loaded only for their own URLs, so their errors are known by the module's name.
+        if not type(error).__module__.startswith(("botocore", "aiobotocore", "google.auth", "gcsfs")):
             raise
         raise UserError(f"cannot reach {place}: {error}; check the address and the credentials") from error
 

@@ -50,7 +50,7 @@ class LocalBackend:
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         # The lock makes "only if absent" hold between processes on file systems without hard links too.
-        with _locked(target.parent / ".lock", fcntl.LOCK_EX):
+        with locked(target.parent / ".lock", fcntl.LOCK_EX):
             if target.exists():
                 return False
             write_atomically(target, data)
@@ -79,15 +79,22 @@ class LocalBackend:
 
     def entries(self, folder: str) -> Iterator[Entry]:
         for name in self.children(folder):
-            path = self.root / folder / name
-            with contextlib.suppress(FileNotFoundError):
-                states = [path.lstat(), *(state for _, state in _scan(path, ""))]
-                size = sum(state.st_size for state in states if not stat.S_ISDIR(state.st_mode))
-                # Not the time of modification, which an unpacked or copied file brings along.
-                yield Entry(path=f"{folder}/{name}", size=size, modified=max(s.st_ctime for s in states))
+            entry = self.entry(f"{folder}/{name}")
+            if entry is not None:
+                yield entry
+
+    def entry(self, path: str) -> Entry | None:
+        place = self.root / path
+        try:
+            states = [place.lstat(), *(state for _, state in scan(place, ""))]
+        except FileNotFoundError:
+            return None
+        size = sum(state.st_size for state in states if not stat.S_ISDIR(state.st_mode))
+        # Not the time of modification, which an unpacked or copied file brings along.
+        return Entry(path=path, size=size, modified=max(state.st_ctime for state in states))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        return {name: entry.st_size for name, entry in _scan(self.root / folder, "")}
+        return {name: entry.st_size for name, entry in scan(self.root / folder, "")}
 
     def sha256(self, path: str) -> str:
         return sha256_file(self.root / path)
@@ -102,7 +109,7 @@ class LocalBackend:
     @contextmanager
     def guard(self, exclusive: bool) -> Iterator[None]:
         (self.root / "leases").mkdir(parents=True, exist_ok=True)
-        with _locked(self.root / "leases" / ".guard", fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH):
+        with locked(self.root / "leases" / ".guard", fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH):
             yield
 
     @contextmanager
@@ -172,7 +179,7 @@ class LocalBackend:
                 continue
             with contextlib.suppress(FileNotFoundError), (self.root / "leases" / name).open("rb") as file:
                 info = LeaseInfo.from_json(file.read())
-                if info is not None and not _try_lock(file.fileno(), fcntl.LOCK_SH):
+                if info is not None and not try_lock(file.fileno(), fcntl.LOCK_SH):
                     yield info
 
 
@@ -202,7 +209,7 @@ def _acquire(path: Path, wait: Callable[[str], None] | None) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            if not _try_lock(descriptor, fcntl.LOCK_EX):
+            if not try_lock(descriptor, fcntl.LOCK_EX):
                 holder = LeaseInfo.from_json(_content(descriptor))
                 if wait is not None and not told:
                     wait(holder.holder if holder else "another process")
@@ -217,7 +224,7 @@ def _acquire(path: Path, wait: Callable[[str], None] | None) -> int:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int, kind: int) -> bool:
+def try_lock(descriptor: int, kind: int) -> bool:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -237,7 +244,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 @contextmanager
-def _locked(path: Path, kind: int) -> Iterator[None]:
+def locked(path: Path, kind: int) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, kind)
@@ -246,7 +253,7 @@ def _locked(path: Path, kind: int) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _scan(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+def scan(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError):
@@ -254,7 +261,7 @@ def _scan(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
     for entry in entries:
         path = f"{prefix}/{entry.name}" if prefix else entry.name
         if entry.is_dir(follow_symlinks=False):
-            yield from _scan(Path(entry.path), path)
+            yield from scan(Path(entry.path), path)
         else:
             with contextlib.suppress(FileNotFoundError):
                 yield path, entry.stat(follow_symlinks=False)
@@ -271,7 +278,7 @@ def _make_durable(folder: Path) -> None:
 
 
 def _is_intact(folder: Path, files: Mapping[str, FileEntry]) -> bool:
-    found = {name: entry.st_size for name, entry in _scan(folder, "")}
+    found = {name: entry.st_size for name, entry in scan(folder, "")}
     if found != {name: entry.size for name, entry in files.items()}:
         return False
     return all(sha256_file(folder / name) == entry.sha256 for name, entry in files.items())

@@ -1,7 +1,8 @@
 """The store: commits, finds, fetches and names artifacts, in a local folder or at any fsspec URL.
 
 Layout: objects/<digest>/…  records/<key>.json  refs/<name>  leases/<key>…  checkpoints/<key>/…
-attachments/<key>/…  damaged/<digest>/…  tmp/…. A record is written last, so its presence means that its artifact is complete.
+attachments/<key>/…  damaged/<digest>/…  tmp/….
+A record is written last, so its presence means that its artifact is complete.
 """
 
 import logging
@@ -158,7 +159,11 @@ class Store:
             record = make_record(output, files, fields)
             if lease is not None:
                 lease.renew()
-            return self._publish(record)
+            record = self._publish(record)
+            if self.find(key) is None:
+                # On an object store a collector may have taken equal old files away, seen there by put_folder.
+                self.backend.put_folder(folder)
+            return record
 
     def _publish(self, record: Record) -> Record:
         """Writes a record whose files are in place, unless a complete one came first; returns the one that stands."""
@@ -211,13 +216,14 @@ class Store:
 
     def set_name(self, name: str, key: str) -> None:
         """Points a name at a record, replacing what it pointed at; raises UserError where there is no such record."""
-        if self.read_record(key) is None:
-            raise UserError(f"cannot name {name}: there is no record {key} in {self.url}")
-        for other in self.names():
-            if other.startswith(f"{check_name(name)}/") or name.startswith(f"{other}/"):
-                raise UserError(f"cannot name {name}: '{other}' is a name already, and one cannot hold the other")
-        with explained(self.url):
-            self.backend.write(f"refs/{check_name(name)}", f"{key}\n".encode())
+        check_name(name)
+        with explained(self.url), self.backend.guard(exclusive=False):
+            if self.read_record(key) is None:
+                raise UserError(f"cannot name {name}: there is no record {key} in {self.url}")
+            for other in self.names():
+                if other.startswith(f"{name}/") or name.startswith(f"{other}/"):
+                    raise UserError(f"cannot name {name}: '{other}' is a name already, and one cannot hold the other")
+            self.backend.write(f"refs/{name}", f"{key}\n".encode())
 
     def remove_name(self, name: str) -> None:
         """Removes a name and nothing else; raises UserError where there is no such name."""
