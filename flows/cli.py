@@ -1,0 +1,216 @@
+"""The command `cairn`.
+
+Nothing heavy is imported here: PyTorch, Prefect and pyarrow come with the commands that need them.
+"""
+
+import logging
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from artifacts.store import Store
+from common.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Trains small language models as a pipeline of stages.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `cairn recipes`) or the path of a YAML file.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Overrides a key of the recipe; may be given several times."),
+]
+RefArgument = Annotated[
+    str, typer.Argument(help="A name such as models/arithmetic or models/arithmetic@base, or the start of a key or digest.")
+]
+StoreOption = Annotated[
+    str | None, typer.Option(help="Folder or URL of the store.", envvar="CAIRN_STORE", show_default="~/.cairn/store")
+]
+
+
+@app.command(epilog="Example: cairn run arithmetic --set stages.base.training.steps=500")
+def run(
+    recipe: RecipeArgument = "arithmetic",
+    overrides: SetOption = None,
+    store: StoreOption = None,
+    published: Annotated[Path, typer.Option(help="Where published folders are laid out.")] = Path("published"),
+) -> None:
+    """Runs a recipe: what is in the store is reused, what was interrupted goes on."""
+    from flows.recipe import load_recipe
+
+    # Checked before Prefect is imported, which takes seconds.
+    load_recipe(recipe, overrides or [])
+    from flows.run import run_recipe
+
+    run_recipe(recipe, overrides or [], Store.open(store), published, console)
+
+
+@app.command(epilog="Example: cairn plan arithmetic --set stages.base.training.seed=1")
+def plan(recipe: RecipeArgument = "arithmetic", overrides: SetOption = None, store: StoreOption = None) -> None:
+    """Says for every stage whether it would be reused or run, and why; runs nothing."""
+    from flows.console import plan_table
+    from flows.plan import plan as plan_recipe
+    from flows.recipe import load_recipe
+
+    console.print(plan_table(plan_recipe(load_recipe(recipe, overrides or []), Store.open(store))))
+
+
+@app.command(epilog="Example: cairn recipes")
+def recipes() -> None:
+    """Lists the recipes that come with Cairn."""
+    from flows.recipe import known_recipes, load_recipe
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("recipe", "description", "stages"):
+        table.add_column(column)
+    for name in known_recipes():
+        loaded = load_recipe(name)
+        table.add_row(name, escape(loaded.description), " → ".join(stage.name for stage in loaded.stages))
+    console.print(table)
+
+
+@app.command(epilog="Example: cairn show models/arithmetic@base")
+def show(
+    ref: RefArgument,
+    store: StoreOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The record as it is stored.")] = False,
+) -> None:
+    """Shows what an artifact is: its record, files and measurements."""
+    from flows.console import record_table
+
+    opened = Store.open(store)
+    record = opened.resolve(ref)
+    if as_json:
+        sys.stdout.write(record.to_json().decode())
+        return
+    console.print(record_table(record))
+    for name, place in opened.attachments(record.key).items():
+        console.print(f"[dim]attached[/] {escape(name)}: {escape(place)}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: cairn lineage models/arithmetic --format html > lineage.html")
+def lineage(
+    ref: RefArgument,
+    store: StoreOption = None,
+    format: Annotated[Literal["tree", "json", "html"], typer.Option(help="How it is written.")] = "tree",
+) -> None:
+    """Traces an artifact back, stage by stage, to the documents that it was made from."""
+    from artifacts import lineage as lineages
+
+    opened = Store.open(store)
+    tree = lineages.tree(opened, opened.resolve(ref))
+    write = {"tree": lineages.as_text, "json": lineages.as_json, "html": lineages.as_html}[format]
+    sys.stdout.write(write(tree).rstrip("\n") + "\n")
+
+
+@app.command(epilog="Example: cairn verify models/arithmetic")
+def verify(
+    ref: Annotated[str | None, typer.Argument(help="What to verify; the whole store unless given.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Hashes files again and compares them with their records."""
+    opened = Store.open(store)
+    verification = opened.verify(opened.resolve(ref) if ref else None)
+    for damage in verification.damages:
+        errors.print(f"[red]{damage.kind}[/] {escape(damage.path)}: {escape(damage.detail)}", highlight=False)
+    console.print(f"{verification.files:,} files of {verification.records:,} records hashed", highlight=False)
+    if verification.damages:
+        raise UserError(f"{len(verification.damages)} damaged or missing; run the recipe again to make them anew")
+
+
+@app.command(epilog="Example: cairn generate models/arithmetic --prompt 554+456=")
+def generate(
+    ref: RefArgument,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="A text file with one prompt to a line.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write the texts, a line each; else they are shown.")] = None,
+    store: StoreOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens after which a text ends.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 for the likeliest token each time.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draws among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draws among the likeliest tokens of this mass.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1 makes repetition less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Keys the draws.")] = 0,
+) -> None:
+    """Continues prompts with a model."""
+    from flows.inference import continue_prompts, read_prompts
+
+    prompts = [*(prompt or []), *(read_prompts(prompts_file) if prompts_file else [])]
+    if not prompts:
+        raise UserError("nothing to continue: give --prompt or --prompts-file")
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    texts = continue_prompts(Store.open(store), ref, prompts, settings)
+    if output is not None:
+        output.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+        console.print(f"{len(texts)} texts in {escape(str(output))}", highlight=False)
+        return
+    for before, text in zip(prompts, texts, strict=True):
+        console.print(f"[dim]{escape(before)}[/]{escape(text)}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: cairn evaluate models/arithmetic")
+def evaluate(
+    ref: RefArgument,
+    store: StoreOption = None,
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="The split of its documents.")] = "test",
+) -> None:
+    """Scores a model on the documents that it was made from; a score that is in the store is not made again."""
+    from flows.console import evaluation_tables
+    from flows.inference import evaluate_ref
+
+    console.print(evaluation_tables(evaluate_ref(Store.open(store), ref, split)))
+
+
+@app.command(epilog="Example: cairn gc --grace-hours 24")
+def gc(
+    store: StoreOption = None,
+    grace_hours: Annotated[float, typer.Option(min=0, help="Leaves alone what is younger.")] = 24.0,
+    yes: Annotated[bool, typer.Option("--yes", help="Does not ask.")] = False,
+) -> None:
+    """Removes what no name reaches and no run holds."""
+    from artifacts import collect
+
+    opened = Store.open(store)
+    garbage = collect.plan(opened, timedelta(hours=grace_hours))
+    if not garbage.entries:
+        console.print("nothing to remove")
+        return
+    for entry in garbage.entries:
+        console.print(f"{entry.size:>14,} bytes  {escape(entry.path)}", highlight=False, soft_wrap=True)
+    if not yes and not typer.confirm(f"Remove {len(garbage.entries)} entries, {garbage.size:,} bytes?"):
+        console.print("nothing removed")
+        return
+    removed = collect.remove(opened, garbage)
+    console.print(f"{removed:,} bytes removed", highlight=False)
+
+
+def main() -> None:
+    """Runs the command; an error that the user can mend is one line."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        app()
+    except UserError as error:
+        errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Using a model that is in the store: continuing prompts, scoring it again."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from artifacts.record import InputReference, Record
+from artifacts.store import Store
+from common.errors import UserError
+from tasks.process import engine_process
+from tasks.registry import STAGES
+from tasks.stage import Kind
+from tasks.work import Work
+
+
+def model_behind(store: Store, record: Record) -> Record:
+    """The model that a record is, or was made from. Raises UserError where there is none."""
+    kind = STAGES[record.stage].output if record.stage in STAGES else None
+    if kind == Kind.MODEL:
+        return record
+    found = _input(store, record, Kind.MODEL)
+    if found is None:
+        raise UserError(f"'{record.name}' ({record.stage}) is no model and was made from none")
+    return found
+
+
+def _input(store: Store, record: Record, kind: Kind) -> Record | None:
+    """The nearest artifact of a kind among what a record was made from."""
+    nearest = [store.read_record(reference.key) for reference in record.inputs.values()]
+    while nearest:
+        further: list[Record | None] = []
+        for made in nearest:
+            if made is not None and made.stage in STAGES:
+                if STAGES[made.stage].output == kind:
+                    return made
+                further += [store.read_record(reference.key) for reference in made.inputs.values()]
+        nearest = further
+    return None
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file. Raises UserError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def continue_prompts(store: Store, ref: str, prompts: list[str], settings: dict[str, Any]) -> list[str]:
+    """What a model writes after each prompt. Raises UserError for a character that its tokenizer does not know."""
+    from models.engine import inference_engine
+    from models.generation import generate
+    from models.sampling import SamplingConfig
+    from tasks.checkpoint import pieces, read_model, tokenizer_of
+
+    try:
+        sampling = SamplingConfig.model_validate(settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+    folder = store.fetch(model_behind(store, store.resolve(ref)))
+    model = read_model(folder)
+    tokenizer = tokenizer_of(folder, model.config)
+    engine = inference_engine("torch", model.config, "float32", pieces(model.weights))
+    encoded = [tokenizer.encode("<bos>" + prompt) for prompt in prompts]
+    answers = generate(engine, encoded, sampling, stop_ids=[tokenizer.eos_id])
+    return [tokenizer.decode(answer) for answer in answers]
+
+
+def evaluate_ref(store: Store, ref: str, split: str) -> Record:
+    """The record of a model's score on the documents that it was trained on."""
+    model = model_behind(store, store.resolve(ref))
+    documents = _input(store, model, Kind.DOCUMENTS)
+    if documents is None:
+        raise UserError(f"the documents that '{ref}' was made from are not in the store")
+    config = STAGES["evaluate"].config.model_validate({"split": split})
+    work = Work(
+        name="evaluation",
+        stage="evaluate",
+        config=config.model_dump(mode="json"),
+        inputs={
+            "model": InputReference(digest=model.output, key=model.key),
+            "documents": InputReference(digest=documents.output, key=documents.key),
+        },
+        store=store.url,
+    )
+    found = store.find(work.key)
+    if found is not None:
+        return found
+    with engine_process() as process:
+        return process.do(work, lambda event: None).record
