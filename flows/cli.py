@@ -26,13 +26,14 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `cairn recipes`) or the path of a YAML file.")]
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `cairn recipes`) or a YAML file's path.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Overrides a key of the recipe; may be given several times."),
 ]
 RefArgument = Annotated[
-    str, typer.Argument(help="A name such as models/arithmetic or models/arithmetic@base, or the start of a key or digest.")
+    str,
+    typer.Argument(help="A name such as models/arithmetic@base, or the start of a key or digest."),
 ]
 StoreOption = Annotated[
     str | None, typer.Option(help="Folder or URL of the store.", envvar="CAIRN_STORE", show_default="~/.cairn/store")
@@ -106,12 +107,20 @@ def lineage(
     format: Annotated[Literal["tree", "json", "html"], typer.Option(help="How it is written.")] = "tree",
 ) -> None:
     """Traces an artifact back, stage by stage, to the documents that it was made from."""
-    from artifacts import lineage as lineages
+    import json
+
+    from artifacts import page
+    from artifacts.lineage import to_json, to_text, tree
 
     opened = Store.open(store)
-    tree = lineages.tree(opened, opened.resolve(ref))
-    write = {"tree": lineages.as_text, "json": lineages.as_json, "html": lineages.as_html}[format]
-    sys.stdout.write(write(tree).rstrip("\n") + "\n")
+    root = tree(opened, opened.resolve(ref))
+    if format == "tree":
+        text = to_text(root)
+    elif format == "json":
+        text = json.dumps(to_json(root), indent=2, ensure_ascii=False)
+    else:
+        text = page.to_html(root)
+    sys.stdout.write(text.rstrip("\n") + "\n")
 
 
 @app.command(epilog="Example: cairn verify models/arithmetic")
@@ -134,12 +143,12 @@ def generate(
     ref: RefArgument,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="A text file with one prompt to a line.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to write the texts, a line each; else they are shown.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A file for the texts, a line each; else they are shown.")] = None,
     store: StoreOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens after which a text ends.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 for the likeliest token each time.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draws among the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draws among the likeliest tokens of this mass.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draws among the likeliest of this mass.")] = None,
     repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1 makes repetition less likely.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Keys the draws.")] = 0,
 ) -> None:
@@ -189,17 +198,17 @@ def gc(
     from artifacts import collect
 
     opened = Store.open(store)
-    garbage = collect.plan(opened, timedelta(hours=grace_hours))
-    if not garbage.entries:
+    plan = collect.plan(opened, timedelta(hours=grace_hours))
+    if not plan.garbage:
         console.print("nothing to remove")
         return
-    for entry in garbage.entries:
-        console.print(f"{entry.size:>14,} bytes  {escape(entry.path)}", highlight=False, soft_wrap=True)
-    if not yes and not typer.confirm(f"Remove {len(garbage.entries)} entries, {garbage.size:,} bytes?"):
+    for one in plan.garbage:
+        console.print(f"{one.size:>14,} bytes  {one.kind:<10} {escape(one.path)}", highlight=False, soft_wrap=True)
+    if not yes and not typer.confirm(f"Remove these {len(plan.garbage)}, {plan.size:,} bytes?"):
         console.print("nothing removed")
         return
-    removed = collect.remove(opened, garbage)
-    console.print(f"{removed:,} bytes removed", highlight=False)
+    removed = collect.remove(opened, plan)
+    console.print(f"{len(removed.garbage)} removed, {removed.size:,} bytes", highlight=False)
 
 
 def main() -> None:

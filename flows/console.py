@@ -1,10 +1,8 @@
 """What a person sees of a run: a line per stage, a progress bar while one trains, and the result at the end."""
 
-import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.markup import escape
@@ -14,25 +12,8 @@ from rich.text import Text
 
 from artifacts.record import Record
 from flows.plan import Step
+from flows.view import LogView, event_line, summary
 from tasks.events import Event, Listener
-
-LOG_SECONDS = 10.0
-
-
-class View(Protocol):
-    """Takes what happens in a run."""
-
-    def listener(self, stage: str) -> Listener:
-        """Takes a stage's progress events; called from any thread."""
-        ...
-
-    def finished(self, stage: str, record: Record, reused: bool, seconds: float) -> None:
-        """A stage is done."""
-        ...
-
-    def note(self, message: str) -> None:
-        """A line to show."""
-        ...
 
 
 class ConsoleView(AbstractContextManager["ConsoleView"]):
@@ -40,6 +21,7 @@ class ConsoleView(AbstractContextManager["ConsoleView"]):
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self._log = LogView(self._line)
         self._progress = Progress(
             TextColumn("  {task.fields[stage]:<12}"),
             BarColumn(bar_width=24),
@@ -48,7 +30,6 @@ class ConsoleView(AbstractContextManager["ConsoleView"]):
             transient=True,
         )
         self._bars: dict[str, TaskID] = {}
-        self._said: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -63,8 +44,19 @@ class ConsoleView(AbstractContextManager["ConsoleView"]):
     def listener(self, stage: str) -> Listener:
         """Takes a stage's progress events; called from any thread."""
 
+        if not self.console.is_terminal:
+            return LogView.listener(self._log, stage)
+
         def listen(event: Event) -> None:
-            _HANDLERS.get(event["event"], _ignore)(self, stage, event)
+            line = event_line(event)
+            if line is None:
+                return
+            if event["event"] == "Progress":
+                if stage not in self._bars:
+                    self._bars[stage] = self._progress.add_task("", stage=stage, detail="", total=event["steps"])
+                self._progress.update(self._bars[stage], completed=event["step"], detail=line)
+            else:
+                self._line(stage, line)
 
         return listen
 
@@ -73,93 +65,11 @@ class ConsoleView(AbstractContextManager["ConsoleView"]):
         if stage in self._bars:
             self._progress.remove_task(self._bars.pop(stage))
         mark, took = ("[dim]=[/]", "reused") if reused else ("[green]✓[/]", f"{seconds:.1f} s")
-        self.console.print(f"{mark} {stage:<12} [dim]{took:>8}[/]  {escape(summary(record))}", highlight=False)
+        line = f"{mark} {escape(stage):<12} [dim]{took:>8}[/]  {escape(summary(record))}"
+        self.console.print(line, highlight=False, soft_wrap=True)
 
-    def note(self, message: str) -> None:
-        """A line to show."""
-        self.console.print(f"[yellow]![/] {escape(message)}", highlight=False)
-
-    def _train(self, stage: str, event: Event) -> None:
-        detail = progress_line(event)
-        if not self.console.is_terminal:
-            if time.monotonic() - self._said.get(stage, 0.0) >= LOG_SECONDS:
-                self._said[stage] = time.monotonic()
-                self.console.print(f"  {stage:<12} {detail}", highlight=False, soft_wrap=True)
-            return
-        if stage not in self._bars:
-            self._bars[stage] = self._progress.add_task("", stage=stage, detail=detail, total=event["steps"])
-        self._progress.update(self._bars[stage], completed=event["step"], detail=detail)
-
-    def _validate(self, stage: str, event: Event) -> None:
-        exact = "" if event["exact_match"] is None else f", exact match {event['exact_match']:.2%}"
-        self.console.print(
-            f"  [dim]{stage:<12} step {event['step']:,}: validation loss {event['loss']:.4f}{exact}[/]", highlight=False
-        )
-
-    def _log(self, stage: str, event: Event) -> None:
-        self.note(f"{stage}: {event['message']}")
-
-    def _say(self, stage: str, event: Event) -> None:
-        self.note(f"{stage}: {event['text']}")
-
-
-def _ignore(view: ConsoleView, stage: str, event: Event) -> None:
-    """Events that nobody has to see."""
-
-
-_HANDLERS: dict[str, Callable[[ConsoleView, str, Event], None]] = {
-    "Progress": ConsoleView._train,
-    "Validation": ConsoleView._validate,
-    "Log": ConsoleView._log,
-    "Note": ConsoleView._say,
-}
-
-
-def progress_line(event: Event) -> str:
-    """One line about a training step: step, loss, tokens/s, utilisation or FLOP/s, time to go."""
-    loss = "—" if event["loss"] is None else f"{event['loss']:.4f}"
-    speed = f"MFU {event['mfu']:.1%}" if event["mfu"] is not None else f"{_short(event['flops_per_second'])}FLOP/s"
-    minutes, seconds = divmod(int(event["eta_seconds"]), 60)
-    return (
-        f"step {event['step']:,}/{event['steps']:,}  loss {loss}  {_short(event['tokens_per_second'])}tokens/s  "
-        f"{speed}  ETA {minutes}:{seconds:02d}"
-    )
-
-
-def _short(number: float) -> str:
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.1f} {unit}"
-    return f"{number:.0f} "
-
-
-def summary(record: Record) -> str:
-    """What a stage made, in a few words."""
-    metrics: dict[str, Any] = record.metrics
-    parts = []
-    if record.stage == "documents":
-        parts.append(", ".join(f"{count:,} {split}" for split, count in metrics["rows"].items()) + " documents")
-    elif record.stage == "tokenizer":
-        parts.append(f"{metrics['vocab_size']:,} tokens in the vocabulary")
-    elif record.stage == "tokens":
-        parts.append(f"{sum(split['tokens'] for split in metrics['splits'].values()):,} tokens")
-    elif record.stage in ("pretrain", "refine"):
-        parts.append(f"{metrics['parameters']:,} parameters, {metrics['steps']:,} steps")
-        if metrics.get("validation"):
-            last = metrics["validation"][-1]
-            parts.append(f"validation loss {last['loss']:.4f}")
-            if last.get("exact_match") is not None:
-                parts.append(f"exact match {last['exact_match']:.2%}")
-        if metrics.get("skipped_steps"):
-            parts.append(f"{metrics['skipped_steps']} non-finite steps skipped")
-    elif record.stage == "stack":
-        parameters = metrics["parameters"]
-        parts.append(f"{len(metrics['source_layers'])} layers, {parameters['before']:,} → {parameters['after']:,}")
-    elif record.stage == "evaluate":
-        parts.append(f"exact match {metrics['exact_match']:.2%} of {metrics['n']:,}")
-    elif record.stage == "publish":
-        parts.append(f"{metrics['parameters']:,} parameters")
-    return "; ".join(parts) or record.output[:12]
+    def _line(self, stage: str, line: str) -> None:
+        self.console.print(f"  [dim]{escape(stage):<12} {escape(line)}[/]", highlight=False, soft_wrap=True)
 
 
 def plan_table(steps: list[Step]) -> Table:

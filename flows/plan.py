@@ -31,7 +31,7 @@ def recipe_ref(recipe: str) -> str:
 
 
 def work_for(entry: StageEntry, inputs: Mapping[str, Record], store: Store, flow_run_id: str | None = None) -> Work:
-    """The work of a stage whose inputs are there."""
+    """The work of a stage; `inputs` are what the stages before it made, by their names."""
     return Work(
         name=entry.name,
         stage=entry.stage,
@@ -76,9 +76,11 @@ def _why(work: Work, latest: Record | None) -> str:
     if latest.version != work.definition.version or latest.stage != work.stage:
         changes.append(f"the stage is now {work.stage} version {work.definition.version}")
     before, now = _flat(latest.config), _flat(work.config)
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            changes.append(f"{key}: {before.get(key)!r} → {now.get(key)!r}")
+    changes += [
+        f"{key}: {before.get(key)!r} → {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
     for name in sorted(latest.inputs.keys() | work.inputs.keys()):
         old, new = latest.inputs.get(name), work.inputs.get(name)
         if (old and old.digest) != (new and new.digest):

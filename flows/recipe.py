@@ -29,8 +29,8 @@ class RecipeFile(FrozenModel):
     precision: Precision = "float32"
     """The precision of every stage that names none."""
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
-    """The stages by name, in order. Each has `stage` (its kind), its inputs by name (an earlier stage each), the keys of its
-    config, and those of Runtime."""
+    """The stages by name, in order. Each has `stage` (its kind), its inputs by name (an earlier stage each), the keys
+    of its config, and those of Runtime."""
 
 
 class StageEntry(FrozenModel):

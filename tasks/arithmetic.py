@@ -234,7 +234,7 @@ def _draw_balanced(source: ArithmeticSource, count: int, random: np.random.Gener
 
 
 def _operands_by_length(source: ArithmeticSource) -> list[list[range]]:
-    """For each number of digits that occurs, the operands that have it: a negative interval, a positive one, or both."""
+    """For each number of digits that occurs, the intervals of operands that have it: negative, positive, or both."""
     longest = len(str(max(abs(source.minimum), abs(source.maximum))))
     found = []
     for digits in range(1, longest + 1):
@@ -245,4 +245,3 @@ def _operands_by_length(source: ArithmeticSource) -> list[list[range]]:
         if intervals:
             found.append(intervals)
     return found
-

@@ -72,5 +72,5 @@ def check_vocabulary(tokens: int, config: ModelConfig) -> None:
     """Raises UserError where the model has fewer rows than the tokenizer has tokens."""
     if tokens > config.vocab_size:
         raise UserError(
-            f"model.vocab_size is {config.vocab_size}, but the tokenizer has {tokens} tokens; set it to {tokens} or more"
+            f"model.vocab_size is {config.vocab_size}, but the tokenizer has {tokens} tokens; set it to that or more"
         )

@@ -62,9 +62,7 @@ def produce(store: Store, work: Work, report: Callable[[object], None]) -> Outco
     return Outcome(record, reused=False)
 
 
-def _run(
-    store: Store, work: Work, output: Path, logs: Path, report: Callable[[object], None]
-) -> dict[str, Any]:
+def _run(store: Store, work: Work, output: Path, logs: Path, report: Callable[[object], None]) -> dict[str, Any]:
     stage = work.definition
     records = {name: _input(store, work, name, reference) for name, reference in work.inputs.items()}
     context = Context(
@@ -83,7 +81,7 @@ def _input(store: Store, work: Work, name: str, reference: InputReference) -> Re
     record = store.find(reference.key)
     if record is None:
         raise UserError(
-            f"input '{name}' of stage '{work.name}' is no longer in the store ({reference.key[:8]}): run the recipe again"
+            f"input '{name}' of stage '{work.name}' is gone from the store ({reference.key[:8]}): run the recipe again"
         )
     return record
 

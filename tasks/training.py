@@ -1,0 +1,114 @@
+"""What `pretrain` and `refine` share: a model trained on token shards, from fresh weights or from an artifact's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common.config import FrozenModel
+from common.errors import UserError
+from models.config import ModelConfig
+from models.engine import EngineName, Precision, training_engine
+from models.tokenizer import Tokenizer
+from models.training.batches import Batches, Source
+from models.training.checkpoint import Checkpoints
+from models.training.config import TrainingConfig
+from models.training.events import TrainingResult
+from models.training.loop import Start, train
+from models.training.metrics import Metrics as TrainingLogs
+from models.weights import parameter_count
+from tasks.checkpoint import ModelFolder, check_vocabulary, whole, write_model
+from tasks.stage import Context, Metrics
+from tasks.tokens import copy_tokenizer
+
+
+class TrainingStageConfig(FrozenModel):
+    """What every training stage has."""
+
+    engine: EngineName = "torch"
+    """The engine that trains."""
+    precision: Precision = "float32"
+    """What it computes in; weights and moments are float32 always."""
+    training: TrainingConfig
+    """The run."""
+
+
+def check_positions(training: TrainingConfig, model: ModelConfig) -> None:
+    """Raises UserError for rows that are longer than the model's positions."""
+    if training.sequence_length > model.max_position_embeddings:
+        raise UserError(
+            f"training.sequence_length {training.sequence_length} exceeds the model's max_position_embeddings "
+            f"{model.max_position_embeddings}; shorten the rows or give the model more positions"
+        )
+
+
+def run_training(
+    config: TrainingStageConfig, model: ModelConfig, start: Start, tokens: Path, context: Context
+) -> Metrics:
+    """Trains and writes a model artifact with optimizer state and tokenizer; gives what the record says of it.
+
+    Raises UserError where the tokens do not fit the model, and what the loop raises.
+    """
+    check_positions(config.training, model)
+    tokenizer = Tokenizer(tokens / "tokenizer")
+    check_vocabulary(len(tokenizer), model)
+    engine = training_engine(config.engine, model, config.training.optimizer, config.precision)
+    validated = config.training.validation is not None
+    batches = _batches(config.training, model, tokens, "train", tokenizer.pad_id)
+    filesystem, folder = context.scratch
+    result = train(
+        engine,
+        model,
+        batches,
+        _batches(config.training, model, tokens, "validation", tokenizer.pad_id) if validated else None,
+        config.training,
+        Checkpoints(filesystem, folder, context.runtime.checkpoints),
+        start,
+        report=context.report,
+        metrics=TrainingLogs(context.logs),
+        decode=tokenizer.decode,
+    )
+    trained = ModelFolder(
+        config=model,
+        weights=whole(engine.export("weights"), model),
+        optimizer=whole(engine.export("optimizer"), model),
+        trained_with=config.training.optimizer,
+    )
+    write_model(context.output, trained)
+    copy_tokenizer(tokens / "tokenizer", context.output)
+    return _metrics(model, result, batches, engine.device)
+
+
+def _batches(config: TrainingConfig, model: ModelConfig, tokens: Path, split: str, pad_id: int) -> Batches:
+    shards = sorted(tokens.glob(f"{split}-*.safetensors"))
+    if not shards:
+        raise UserError(f"the tokens have no {split} split")
+    return Batches(
+        [Source(shards)],
+        seed=config.seed,
+        sequence_length=config.sequence_length,
+        packing=config.packing,
+        batch_size=config.batch_size,
+        pad_id=pad_id,
+        vocab_size=model.vocab_size,
+        shuffled=split == "train",
+    )
+
+
+def _metrics(model: ModelConfig, result: TrainingResult, batches: Batches, device: str) -> dict[str, Any]:
+    summary = batches.summaries[0]
+    return {
+        "parameters": parameter_count(model),
+        "steps": result.state.step,
+        "stopped_early": result.stopped_early,
+        "skipped_steps": result.state.skipped,
+        "loss": result.loss,
+        "tokens": result.tokens,
+        "flops": result.flops,
+        "epochs": result.state.step * batches.batch_size / batches.epoch_rows,
+        "cut_documents": summary.cut_documents,
+        "dropped_tokens": summary.dropped_tokens,
+        "training_seconds": result.state.seconds,
+        "validation": json.loads(result.state.model_dump_json())["validations"],
+        "device": device,
+        "notes": [f"went on from a checkpoint of engine '{result.other_engine}'"] if result.other_engine else [],
+    }
