@@ -69,7 +69,10 @@ class TrainingEngine(Protocol):
         ...
 
     def restore(self, state: State, arrays: Iterable[Piece]) -> None:
-        """Takes over arrays as exported, whole or in pieces; ValueError names what is missing, odd or misshapen."""
+        """Takes over arrays as exported, whole or in pieces; ValueError names what is missing, odd or misshapen.
+
+        Weights come first: restoring them leaves the optimizer as fresh as before its first update.
+        """
         ...
 
     def inference(self) -> "InferenceEngine":
@@ -82,6 +85,7 @@ class InferenceEngine(Protocol):
 
     name: EngineName
     device: str
+    config: ModelConfig
 
     def logits(self, tokens_BT: NDArray[np.int32]) -> NDArray[np.float32]:
         """Logits of the next token at every position, (B, T, V)."""
@@ -94,12 +98,14 @@ class InferenceEngine(Protocol):
     def prefill(
         self, tokens_BT: NDArray[np.int32], lengths_B: NDArray[np.int32], capacity: int
     ) -> tuple[Any, NDArray[np.float32]]:
-        """Reads prompts padded on the right; gives a cache with room for `capacity` positions, and the logits (B, V) after
-        each prompt's last token."""
+        """Reads prompts padded on the right.
+
+        Gives a cache with room for `capacity` positions, and the logits (B, V) after each prompt's last token.
+        """
         ...
 
     def decode(self, cache: Any, tokens_B: NDArray[np.int32]) -> tuple[Any, NDArray[np.float32]]:
-        """Appends one token to each row; gives the cache to go on with (the old one is used up) and the logits (B, V)."""
+        """Appends one token to each row; gives the cache to go on with (the old is used up) and the logits (B, V)."""
         ...
 
     def select(self, cache: Any, rows: NDArray[np.int64]) -> Any:

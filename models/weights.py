@@ -208,6 +208,37 @@ def assemble(pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]) -> 
     return arrays
 
 
+def gather(pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Exactly the arrays that `shapes` names, whole, out of their pieces.
+
+    Raises ValueError that names what is missing (wholly or in part), unexpected or misshapen. Pieces are taken to
+    not overlap.
+    """
+    arrays: dict[str, Array] = {}
+    filled: dict[str, int] = {}
+    faults: list[str] = []
+    for name, region, array in pieces:
+        if name not in shapes:
+            faults.append(f"{name} is unexpected")
+            continue
+        if name not in arrays:
+            arrays[name], filled[name] = np.empty(shapes[name], array.dtype), 0
+        room = arrays[name][region] if len(region) <= len(shapes[name]) else None
+        if room is None or room.shape != array.shape:
+            faults.append(f"{name} has shape {array.shape} in {region or 'whole'}, which does not fit {shapes[name]}")
+            filled[name] = arrays[name].size
+            continue
+        arrays[name][region] = array
+        filled[name] += array.size
+    for name, shape in shapes.items():
+        if filled.get(name, -1) < math.prod(shape):
+            faults.append(f"{name} is missing" + (" in part" if name in arrays else ""))
+    if faults:
+        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise ValueError("; ".join(faults[:8]) + more)
+    return arrays
+
+
 def initial_weights(config: ModelConfig, seed: int) -> dict[str, NDArray[np.float32]]:
     """Fresh canonical weights, the same for every engine: each parameter has its own stream, keyed by its name.
 

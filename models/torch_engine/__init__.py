@@ -1,0 +1,28 @@
+"""The PyTorch engine: CUDA and CPU."""
+
+from collections.abc import Iterable
+
+import torch
+
+from models.config import ModelConfig
+from models.engine import Precision
+from models.optimizer import OptimizerConfig
+from models.torch_engine.inference import TorchInference
+from models.torch_engine.model import Transformer
+from models.torch_engine.train import TorchTraining, compute_dtype, default_device, described, load_weights
+from models.weights import Piece
+
+
+def training_engine(model: ModelConfig, optimizer: OptimizerConfig, precision: Precision) -> TorchTraining:
+    """An engine ready to train once its weights are restored."""
+    return TorchTraining(model, optimizer, precision)
+
+
+def inference_engine(model: ModelConfig, precision: Precision, weights: Iterable[Piece]) -> TorchInference:
+    """An engine that only reads. Raises ValueError where the weights are not the model's."""
+    device = default_device()
+    with torch.device(device):
+        module = Transformer(model, compute_dtype(precision))
+    load_weights(module, weights)
+    module.requires_grad_(False)
+    return TorchInference(module, device, described(device))

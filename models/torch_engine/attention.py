@@ -1,0 +1,130 @@
+"""Causal self-attention with grouped queries, rotary positions and a key-value cache.
+
+B rows, T new positions of a row, C capacity of a cache, N packed positions, D hidden_size, H heads,
+G key-value heads, K head_dim, S query_size + 2·key_value_size, L layers.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.config import ModelConfig
+from models.torch_engine.layers import Linear
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of each packed position's angles, (N, K) each, both halves alike."""
+
+    cosine_NK: Tensor
+    sine_NK: Tensor
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values so far, (B, G, C, K) each, and how many of them each row has."""
+
+    keys_BGCK: Tensor
+    values_BGCK: Tensor
+    lengths_B: Tensor | None
+    """int64; None while the prompts themselves are read."""
+    longest: int
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, (L, B, G, C, K), and the number of positions that each row has taken."""
+
+    keys: Tensor
+    values: Tensor
+    lengths_B: Tensor | None
+    longest: int
+    """The largest length, known without asking the device."""
+
+    def of_layer(self, layer: int) -> LayerCache:
+        """A view of one layer."""
+        return LayerCache(self.keys[layer], self.values[layer], self.lengths_B, self.longest)
+
+
+def rotation_table(positions: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine tables (positions, K) in fp32 of rotary embeddings (Su et al., 2021), half-split layout."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    frequencies = 1.0 / theta**exponents
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), frequencies)
+    both = torch.cat((angles, angles), dim=-1)
+    return both.cos(), both.sin()
+
+
+def rotated(x_NHK: Tensor, rotation: Rotation) -> Tensor:
+    """Heads turned by their positions' angles: pairs are (i, i + K/2), as in `transformers`."""
+    first, second = x_NHK.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x_NHK * rotation.cosine_NK.unsqueeze(1) + turned * rotation.sine_NK.unsqueeze(1)
+
+
+class Attention(nn.Module):
+    """Projections of queries, keys and values, their mixing, and the output projection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, bias = config.hidden_size, config.attention_bias
+        self.heads, self.groups, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.dropout = config.dropout
+        self.q_proj = Linear(config.query_size, width, bias=bias)
+        self.k_proj = Linear(config.key_value_size, width, bias=bias)
+        self.v_proj = Linear(config.key_value_size, width, bias=bias)
+        self.o_proj = Linear(width, config.query_size, bias=bias)
+
+    def mix(
+        self,
+        x_ND: Tensor,
+        size: tuple[int, int],
+        places_N: Tensor | None,
+        rotation: Rotation | None,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """What the heads read, before the output projection: (N, query_size)."""
+        heads_NJK = self._projected(x_ND).view(len(x_ND), self.heads + 2 * self.groups, self.head_dim)
+        if rotation is not None:
+            turning = self.heads + self.groups
+            heads_NJK = torch.cat((rotated(heads_NJK[:, :turning], rotation), heads_NJK[:, turning:]), dim=1)
+        rows, length = size
+        if places_N is not None:
+            padded = heads_NJK.new_zeros((rows * length, *heads_NJK.shape[1:]))
+            heads_NJK = padded.index_copy(0, places_N, heads_NJK)
+        heads_BJTK = heads_NJK.view(*size, *heads_NJK.shape[1:]).transpose(1, 2)
+        q_BHTK, k_BGTK, v_BGTK = torch.split(heads_BJTK, [self.heads, self.groups, self.groups], dim=1)
+        mixed_BHTK = self._attend(q_BHTK, k_BGTK, v_BGTK, cache)
+        mixed_ND = mixed_BHTK.transpose(1, 2).reshape(rows * length, self.heads * self.head_dim)
+        return mixed_ND if places_N is None else mixed_ND.index_select(0, places_N)
+
+    def _projected(self, x_ND: Tensor) -> Tensor:
+        """Queries, keys and values side by side, (N, S): one product instead of three."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        weight = torch.cat([part.weight for part in parts]).to(x_ND.dtype)
+        bias = None
+        if self.q_proj.bias is not None:
+            bias = torch.cat([part.bias for part in parts if part.bias is not None]).to(x_ND.dtype)
+        return F.linear(x_ND, weight, bias)
+
+    def _attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, cache: LayerCache | None) -> Tensor:
+        grouped = self.groups != self.heads
+        if cache is None or cache.lengths_B is None:
+            if cache is not None:
+                cache.keys_BGCK[:, :, : k_BGTK.shape[2]] = k_BGTK
+                cache.values_BGCK[:, :, : v_BGTK.shape[2]] = v_BGTK
+            dropout = self.dropout if self.training else 0.0
+            return F.scaled_dot_product_attention(
+                q_BHTK, k_BGTK, v_BGTK, is_causal=True, dropout_p=dropout, enable_gqa=grouped
+            )
+        batch = torch.arange(q_BHTK.shape[0], device=q_BHTK.device)
+        cache.keys_BGCK[batch, :, cache.lengths_B] = k_BGTK[:, :, 0]
+        cache.values_BGCK[batch, :, cache.lengths_B] = v_BGTK[:, :, 0]
+        known = cache.longest + 1
+        keys_BGCK, values_BGCK = cache.keys_BGCK[:, :, :known], cache.values_BGCK[:, :, :known]
+        # One query per row: the heads of a group are the rows of one small product.
+        q_BGRK = q_BHTK.reshape(q_BHTK.shape[0], self.groups, self.heads // self.groups, self.head_dim)
+        scores_BGRC = (q_BGRK @ keys_BGCK.transpose(2, 3)).float() / math.sqrt(self.head_dim)
+        unseen_BC = torch.arange(known, device=q_BHTK.device) > cache.lengths_B.unsqueeze(1)
+        weights_BGRC = scores_BGRC.masked_fill(unseen_BC[:, None, None], -math.inf).softmax(-1)
+        return (weights_BGRC.to(q_BHTK.dtype) @ values_BGCK).reshape(q_BHTK.shape)

@@ -1,0 +1,95 @@
+"""The inference side of the PyTorch engine.
+
+B rows, T positions, C capacity of a cache, N packed positions, V vocab_size.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.config import ModelConfig
+from models.engine import Batch, EngineName
+from models.torch_engine.attention import Cache
+from models.torch_engine.model import Rows, Transformer
+from models.torch_engine.packing import check_tokens, on_device, whole
+
+
+class TorchInference:
+    """`models.engine.InferenceEngine` over a model's weights as they are at each call."""
+
+    name: EngineName = "torch"
+
+    def __init__(self, model: Transformer, device: torch.device, described: str) -> None:
+        self._model, self._place = model, device
+        self.config: ModelConfig = model.config
+        self.device = described
+
+    @torch.inference_mode()
+    def logits(self, tokens_BT: NDArray[np.int32]) -> NDArray[np.float32]:
+        return self._on_host(self._all_logits(tokens_BT))
+
+    @torch.inference_mode()
+    def log_probabilities(self, batch: Batch) -> NDArray[np.float32]:
+        logits_BTV = self._all_logits(batch.tokens_BT).float()
+        targets_BT1 = on_device(batch.targets_BT.astype(np.int64), self._place).unsqueeze(-1)
+        chosen_BT = logits_BTV.gather(-1, targets_BT1).squeeze(-1) - logits_BTV.logsumexp(-1)
+        return self._on_host(chosen_BT)
+
+    @torch.inference_mode()
+    def prefill(
+        self, tokens_BT: NDArray[np.int32], lengths_B: NDArray[np.int32], capacity: int
+    ) -> tuple[Cache, NDArray[np.float32]]:
+        """As the contract says. ValueError for prompts that are empty, or longer than the capacity or the model."""
+        config, (rows, length) = self.config, tokens_BT.shape
+        self._check(tokens_BT)
+        if rows and not 0 < int(lengths_B.min()) <= int(lengths_B.max()) <= length <= capacity:
+            raise ValueError(
+                f"prompts of {lengths_B.min()} to {lengths_B.max()} tokens in {length} of {capacity} places"
+            )
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
+        keys, values = (torch.zeros(shape, dtype=self._model.compute, device=self._place) for _ in range(2))
+        ends_B = np.arange(rows, dtype=np.int64) * length + lengths_B - 1
+        packed = whole(tokens_BT, self._place)._replace(read_M=on_device(ends_B, self._place))
+        logits_BV = self._read(packed, Cache(keys, values, None, 0))
+        lengths = on_device(lengths_B.astype(np.int64), self._place)
+        return Cache(keys, values, lengths, int(lengths_B.max(initial=0))), self._on_host(logits_BV)
+
+    @torch.inference_mode()
+    def decode(self, cache: Cache, tokens_B: NDArray[np.int32]) -> tuple[Cache, NDArray[np.float32]]:
+        """As the contract says. ValueError where the cache is full."""
+        assert cache.lengths_B is not None
+        if cache.longest >= cache.keys.shape[3]:
+            raise ValueError(f"the cache is full: {cache.longest} positions are taken")
+        self._check(tokens_B[:, None])
+        rows = Rows(on_device(tokens_B, self._place), cache.lengths_B, (len(tokens_B), 1), None, None)
+        logits_BV = self._read(rows, cache)
+        grown = cache._replace(lengths_B=cache.lengths_B + 1, longest=cache.longest + 1)
+        return grown, self._on_host(logits_BV)
+
+    @torch.inference_mode()
+    def select(self, cache: Cache, rows: NDArray[np.int64]) -> Cache:
+        assert cache.lengths_B is not None
+        kept = on_device(rows, self._place)
+        return Cache(
+            cache.keys.index_select(1, kept),
+            cache.values.index_select(1, kept),
+            cache.lengths_B.index_select(0, kept),
+            cache.longest,
+        )
+
+    def _check(self, tokens_BT: NDArray[np.int32]) -> None:
+        check_tokens(tokens_BT, self.config.vocab_size, self.config.max_position_embeddings)
+
+    def _all_logits(self, tokens_BT: NDArray[np.int32]) -> Tensor:
+        self._check(tokens_BT)
+        return self._read(whole(tokens_BT, self._place), None).view(*tokens_BT.shape, -1)
+
+    def _read(self, rows: Rows, cache: Cache | None) -> Tensor:
+        self._model.eval()
+        logits: Tensor = self._model(rows, cache)
+        return logits
+
+    def _on_host(self, tensor: Tensor) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = tensor.float().cpu().numpy()
+        return array

@@ -1,0 +1,195 @@
+"""The training side of the PyTorch engine.
+
+B rows, T positions, M counted targets, V vocab_size, E experts.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models import weights
+from models.config import ModelConfig
+from models.engine import Batch, EngineName, Precision, State, StepResult
+from models.optimizer import ADAMW_MOMENTS, MUON_MOMENTS, UPDATES, OptimizerConfig, takes_muon
+from models.torch_engine.inference import TorchInference
+from models.torch_engine.mixture import balance_loss
+from models.torch_engine.model import Transformer
+from models.torch_engine.optimizer import Optimizer
+from models.torch_engine.packing import Packed, packed, real_count
+from models.weights import Piece
+
+
+class TorchTraining:
+    """`models.engine.TrainingEngine` on the first CUDA device, or on the CPU where there is none."""
+
+    name: EngineName = "torch"
+
+    def __init__(self, config: ModelConfig, optimizer: OptimizerConfig, precision: Precision) -> None:
+        self._config, self._optimizer_config = config, optimizer
+        self._place = default_device()
+        self.device = described(self._place)
+        with torch.device(self._place):
+            self._model = Transformer(config, compute_dtype(precision))
+        self._parameters: dict[str, Tensor] = dict(self._model.named_parameters())
+        self._optimizer = Optimizer(optimizer, self._parameters)
+
+    def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, step: int) -> StepResult:
+        """As the contract says. ValueError where no target counts, or a token is outside of the vocabulary."""
+        loss = self._backward(micro_batches, step)
+        norm, skipped = self._optimizer.step(learning_rate_scale, loss)
+        return StepResult(loss, norm, skipped)
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        self._model.eval()
+        part = self._packed(batch)
+        return float(self._summed_loss(part)), len(part.targets_M)
+
+    def gradients(self, micro_batches: Sequence[Batch], step: int) -> Iterator[Piece]:
+        self._backward(micro_batches, step)
+        for parameter in weights.parameters(self._config):
+            gradient = self._parameters[parameter.name].grad
+            assert gradient is not None
+            yield from weights.to_canonical(parameter, host_copy(gradient))
+
+    def export(self, state: State) -> Iterator[Piece]:
+        for parameter in weights.parameters(self._config):
+            if state == "weights":
+                array = host_copy(self._parameters[parameter.name])
+                yield from weights.to_canonical(parameter, array)
+                continue
+            for moment, tensors in self._optimizer.moments.items():
+                if parameter.name in tensors:
+                    array = host_copy(tensors[parameter.name])
+                    yield from weights.to_canonical(parameter, array, f"{moment}:")
+        if state == "optimizer":
+            yield Piece(UPDATES, (), np.array(self._optimizer.updates, np.int64))
+
+    def restore(self, state: State, arrays: Iterable[Piece]) -> None:
+        if state == "weights":
+            load_weights(self._model, arrays)
+            self._optimizer.reset()
+            return
+        found = weights.gather(arrays, self._optimizer_shapes())
+        for parameter in weights.parameters(self._config):
+            for moment, tensors in self._optimizer.moments.items():
+                if parameter.name in tensors:
+                    array = weights.from_canonical(parameter, found.__getitem__, f"{moment}:")
+                    tensors[parameter.name].copy_(torch.from_numpy(array))
+        self._optimizer.updates = int(found[UPDATES])
+
+    def inference(self) -> TorchInference:
+        return TorchInference(self._model, self._place, self.device)
+
+    def _optimizer_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {UPDATES: ()}
+        canonical = weights.canonical_shapes(self._config)
+        for parameter in weights.parameters(self._config):
+            moments = MUON_MOMENTS if takes_muon(self._optimizer_config, parameter.name) else ADAMW_MOMENTS
+            for place in parameter.placements:
+                shapes |= {f"{moment}:{place.name}": canonical[place.name] for moment in moments}
+        return shapes
+
+    def _packed(self, batch: Batch) -> Packed:
+        return packed(batch, self._config.vocab_size, self._config.max_position_embeddings, self._place)
+
+    def _summed_loss(self, part: Packed) -> Tensor:
+        logits_MV = self._model(part.rows)
+        return F.cross_entropy(logits_MV.float(), part.targets_M, reduction="sum")
+
+    def _backward(self, micro_batches: Sequence[Batch], step: int) -> Tensor:
+        """Leaves the gradients of the mean loss in `.grad`, and gives that loss without the balance of experts."""
+        counted = sum(int(batch.loss_mask_BT.sum()) for batch in micro_batches)
+        if not counted:
+            raise ValueError(f"step {step}: no target counts in any of {len(micro_batches)} micro-batches")
+        self._model.train()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        positions = sum(real_count(batch) for batch in micro_batches) * self._config.num_hidden_layers
+        counts_E = self._assignments(micro_batches, step) if len(micro_batches) > 1 else None
+        total = torch.zeros((), device=self._place)
+        for number, batch in enumerate(micro_batches):
+            with self._dropout(step, number):
+                loss = self._summed_loss(self._packed(batch)) / counted
+            total += loss.detach()
+            if self._balanced:
+                routings = [mixture.taken() for mixture in self._model.mixtures()]
+                if counts_E is None:
+                    counts_E = torch.stack([routing.counts_E for routing in routings]).sum(0)
+                loss = loss + self._config.router_aux_loss_coef * balance_loss(routings, counts_E, positions)
+            torch.autograd.backward(loss)
+        return total
+
+    @property
+    def _balanced(self) -> bool:
+        return self._config.mlp == "mixture" and self._config.router_aux_loss_coef > 0
+
+    @torch.no_grad()
+    def _assignments(self, micro_batches: Sequence[Batch], step: int) -> Tensor | None:
+        """How often each expert was chosen, in all layers and micro-batches together; None where nobody asks.
+
+        The loss is the product of such counts with probabilities, both of the whole batch, so the parts' gradients
+        need them beforehand: a mixture with several micro-batches pays one more forward pass for being exact.
+        """
+        if not self._balanced:
+            return None
+        counts = []
+        for number, batch in enumerate(micro_batches):
+            with self._dropout(step, number):
+                self._model(self._packed(batch).rows)
+            counts += [mixture.taken().counts_E for mixture in self._model.mixtures()]
+        return torch.stack(counts).sum(0)
+
+    def _dropout(self, step: int, micro_batch: int) -> AbstractContextManager[None]:
+        """Random numbers keyed by the step and the micro-batch; everyone else's generator stays as it was."""
+        return _seeded((step << 20) + micro_batch, self._place) if self._config.dropout else nullcontext()
+
+
+class _seeded:
+    """A context in which PyTorch's generators are freshly seeded, and after which they are as before."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed = seed
+        self._fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *details: object) -> None:
+        self._fork.__exit__(None, None, None)
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def described(device: torch.device) -> str:
+    """A device in words for the record."""
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """The dtype of matrix products; weights stay fp32."""
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def host_copy(tensor: Tensor) -> weights.Array:
+    """A copy on the host that later updates do not touch."""
+    array: weights.Array = tensor.detach().to("cpu", copy=True).numpy()
+    return array
+
+
+@torch.no_grad()
+def load_weights(model: Transformer, pieces: Iterable[Piece]) -> None:
+    """Fills a model from canonical weights; ValueError names what is missing, unexpected or misshapen."""
+    found = weights.gather(pieces, weights.canonical_shapes(model.config))
+    tensors = dict(model.named_parameters())
+    for parameter in weights.parameters(model.config):
+        array = weights.from_canonical(parameter, found.__getitem__)
+        tensors[parameter.name].copy_(torch.from_numpy(array))
