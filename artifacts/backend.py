@@ -69,8 +69,8 @@ class Backend(Protocol):
     def workspace(self, key: str) -> AbstractContextManager[Path]:
         """An empty local folder that is gone after the block."""
 
-    def put_folder(self, folder: Path) -> tuple[str, dict[str, FileEntry]]:
-        """Puts an artifact's files under `objects/<digest>`, verified; returns the digest and the files."""
+    def put_folder(self, folder: Path, digest: str, files: Mapping[str, FileEntry]) -> None:
+        """Puts a local folder's files under `objects/<digest>`, verified; may move a folder of a workspace."""
 
     def fetch(self, digest: str, files: Mapping[str, FileEntry], only: Collection[str]) -> Path:
         """A local folder with at least the files named in `only`, each verified; raises DamagedObject."""

@@ -13,9 +13,10 @@ from typing import Any
 
 from artifacts.backend import Entry
 from artifacts.errors import DamagedObject, LeaseLost
-from artifacts.identity import FileEntry, content_digest, describe_files
+from artifacts.identity import FileEntry
 from artifacts.lease import Lease, LeaseInfo, new_lease
 from artifacts.verified import VerifiedFiles
+from common.errors import UserError
 from common.files import fsync_file, sha256_file, write_atomically
 
 REPLACEMENT_TRIES = 5
@@ -126,17 +127,20 @@ class LocalBackend:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def put_folder(self, folder: Path) -> tuple[str, dict[str, FileEntry]]:
+    def put_folder(self, folder: Path, digest: str, files: Mapping[str, FileEntry]) -> None:
         if folder.resolve().is_relative_to((self.root / "tmp").resolve()):
-            return self._adopt(folder)
+            self._adopt(folder, digest, files)
+            return
         with self._temporary("commit") as inside:
-            shutil.copytree(folder, inside / "copy", symlinks=True, copy_function=shutil.copyfile)
-            return self._adopt(inside / "copy")
+            for name in files:
+                (inside / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / name, inside / name)
+            if not _is_intact(inside, files):
+                raise UserError(f"{folder} changed while it was copied, or its copy is damaged: run again")
+            self._adopt(inside, digest, files)
 
-    def _adopt(self, folder: Path) -> tuple[str, dict[str, FileEntry]]:
+    def _adopt(self, folder: Path, digest: str, files: Mapping[str, FileEntry]) -> None:
         """Renames a folder on the store's own file system to its place; one that is there intact is kept."""
-        files = describe_files(folder)
-        digest = content_digest(files)
         _make_durable(folder)
         target = self.root / "objects" / digest
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -151,11 +155,12 @@ class LocalBackend:
                 break
             self.remove(f"objects/{digest}")
         fsync_file(target.parent)
-        return digest, files
 
     def fetch(self, digest: str, files: Mapping[str, FileEntry], only: Collection[str]) -> Path:
         folder = self.root / "objects" / digest
         for name, problem in self._verified.problems(folder, {name: files[name] for name in only}):
+            if problem == "damaged":
+                self.set_aside(digest, name)
             raise DamagedObject(f"{folder / name} is {problem}: run the recipe again, which makes the artifact anew")
         return folder
 

@@ -20,7 +20,7 @@ from artifacts.backend import Entry
 from artifacts.cache import TRANSFERS, Cache
 from artifacts.conditional import ConditionalWrites, conditional_writes, conditions_hold
 from artifacts.errors import DamagedObject
-from artifacts.identity import FileEntry, content_digest, describe_files
+from artifacts.identity import FileEntry
 from artifacts.lease import Lease, LeaseInfo
 from artifacts.object_lease import LEASE_SECONDS, object_lease
 from common.errors import UserError
@@ -170,9 +170,7 @@ class RemoteBackend:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def put_folder(self, folder: Path) -> tuple[str, dict[str, FileEntry]]:
-        files = describe_files(folder)
-        digest = content_digest(files)
+    def put_folder(self, folder: Path, digest: str, files: Mapping[str, FileEntry]) -> None:
         present = self.sizes(f"objects/{digest}")
 
         def upload(name: str) -> None:
@@ -189,7 +187,6 @@ class RemoteBackend:
 
         with ThreadPoolExecutor(TRANSFERS) as pool:
             list(pool.map(upload, files))
-        return digest, files
 
     def fetch(self, digest: str, files: Mapping[str, FileEntry], only: Collection[str]) -> Path:
         def download(name: str, target: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Self, Unpack
 
 from artifacts.backend import Backend
 from artifacts.errors import DamagedObject, LeaseLost, explained, full_disk_explained
-from artifacts.identity import check_digest, check_file_name, check_name
+from artifacts.identity import check_digest, check_file_name, check_name, content_digest, describe_files
 from artifacts.lease import Lease
 from artifacts.local import LocalBackend
 from artifacts.record import Record, RecordFields, make_record
@@ -145,8 +145,8 @@ class Store:
         """Stores the files of `folder` as the output of `fields["key"]`; returns the key's complete record.
 
         The first complete record of a key wins and is returned as it is. A folder in a workspace may be gone
-        afterwards. Raises LeaseLost, and writes no record, where `lease` is no longer held; UserError for links
-        and file names that an artifact cannot hold.
+        afterwards. Raises LeaseLost, and writes no record, where `lease` is no longer held; UserError for an empty
+        folder, for links and for file names that an artifact cannot hold; ValueError for fields that no record has.
         """
         key = check_digest(fields["key"])
         with explained(self.url), self.backend.guard(exclusive=False):
@@ -155,14 +155,18 @@ class Store:
             winner = self.find(key)
             if winner is not None:
                 return winner
-            output, files = self.backend.put_folder(folder)
-            record = make_record(output, files, fields)
+            files = describe_files(folder)
+            if not files:
+                raise UserError(f"{folder} has no files: stage '{fields['name']}' made nothing that could be kept")
+            # Made before any file moves, because a field that cannot be must not cost the output.
+            record = make_record(content_digest(files), files, fields)
+            self.backend.put_folder(folder, record.output, files)
             if lease is not None:
                 lease.renew()
             record = self._publish(record)
             if self.find(key) is None:
                 # On an object store a collector may have taken equal old files away, seen there by put_folder.
-                self.backend.put_folder(folder)
+                self.backend.put_folder(folder, record.output, files)
             return record
 
     def _publish(self, record: Record) -> Record:
