@@ -1,0 +1,314 @@
+"""The one training loop of every engine: cadence, schedule, validation, checkpoints, resumption, progress, signals.
+
+The contract: a run that is killed at any moment and started again ends with the weights, optimizer state, validation
+history and early stop of one that never was. So everything that decides anything is in `RunState` or a function of
+the step, and times decide only when something is written.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from common.errors import UserError
+from common.files import canonical_json, sha256_bytes
+from models.config import ModelConfig
+from models.engine import StepResult, TrainingEngine
+from models.training.batches import Batches
+from models.training.checkpoint import Checkpoint, Checkpoints
+from models.training.clock import Clock
+from models.training.config import TrainingConfig
+from models.training.events import Event, Note, Progress, TrainingResult, Validation
+from models.training.flops import peak_flops_per_second, training_flops_per_token
+from models.training.metrics import Metrics
+from models.training.prefetch import Prefetcher
+from models.training.schedule import learning_rate_scale
+from models.training.signals import StopSignals
+from models.training.state import RunState, ValidationRecord
+from models.training.validation import Validator
+from models.weights import Array, Piece, assemble, canonical_shapes
+
+LOG_STEPS = 10
+LOG_SECONDS = 1.0
+"""The device's values are read every so many steps, or seconds where steps are slow: each reading waits for it."""
+REPORT_SECONDS = 0.2
+"""Progress is reported this often at most."""
+EXIT_GO_ON_LATER = os.EX_TEMPFAIL
+"""The exit status (75) of a process whose training was interrupted in good order and is to be started again."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and has written a checkpoint, from which the same call goes on."""
+
+    exit_status = EXIT_GO_ON_LATER
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"training was interrupted after step {step}; start it again to go on from there")
+        self.step = step
+
+
+class Start(NamedTuple):
+    """What a run begins with."""
+
+    weights: Mapping[str, Array]
+    """Canonical arrays, whole."""
+    optimizer: Mapping[str, Array] | None = None
+    """An exported optimizer state, whole; None for a fresh one."""
+
+
+class _Pending(NamedTuple):
+    step: int
+    scale: float
+    result: StepResult
+
+
+def fingerprint(model: ModelConfig, config: TrainingConfig, batches: Batches, validation: Batches | None) -> str:
+    """What a checkpoint has to agree on with the run that goes on from it."""
+    parts = [
+        model.model_dump(mode="json"),
+        config.model_dump(mode="json"),
+        batches.fingerprint,
+        None if validation is None else validation.fingerprint,
+    ]
+    return sha256_bytes(canonical_json(parts))
+
+
+def train(
+    engine: TrainingEngine,
+    model: ModelConfig,
+    batches: Batches,
+    validation: Batches | None,
+    config: TrainingConfig,
+    checkpoints: Checkpoints,
+    start: Start,
+    *,
+    report: Callable[[Event], None],
+    metrics: Metrics | None = None,
+    decode: Callable[[Sequence[int]], str] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    continue_on: bool = False,
+) -> TrainingResult:
+    """Trains from the newest intact checkpoint, or else from `start`, to the last step or an early stop.
+
+    `batches` have to have the config's batch size and sequence length. `report` is told how it goes, `metrics` keeps
+    it, `decode` makes text of sampled token ids. `should_stop` is asked between any two steps. `continue_on` goes on
+    from another engine's checkpoint too. The final weights and moments are those of `engine.export`.
+
+    Raises Interrupted after SIGTERM, SIGINT or `should_stop`, with a checkpoint written; UserError where too many
+    steps in a row are not finite, where a checkpoint cannot be written, or where a token shard is damaged.
+    """
+    if (config.validation is None) != (validation is None):
+        raise ValueError("validation batches are given exactly where the config asks for validation")
+    if (batches.batch_size, batches.sequence_length) != (config.batch_size, config.sequence_length):
+        raise ValueError("the batches have another batch size or sequence length than the config")
+    with StopSignals() as signals:
+        loop = _Loop(engine, model, batches, validation, config, checkpoints, report, metrics, decode)
+        loop.stopping = lambda: signals.received is not None or should_stop()
+        loop.begin(start, continue_on)
+        return loop.run()
+
+
+class _Loop:
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        model: ModelConfig,
+        batches: Batches,
+        validation: Batches | None,
+        config: TrainingConfig,
+        checkpoints: Checkpoints,
+        report: Callable[[Event], None],
+        metrics: Metrics | None,
+        decode: Callable[[Sequence[int]], str] | None,
+    ) -> None:
+        self.engine = engine
+        self.config = config
+        self.batches = batches
+        self.checkpoints = checkpoints
+        self.report = report
+        self.metrics = metrics
+        self.stopping: Callable[[], bool] = lambda: False
+        self.validator: Validator | None = None
+        if validation is not None and config.validation is not None:
+            rows = config.micro_batch_size or config.batch_size
+            self.validator = Validator(engine, validation, config.validation, rows, decode)
+        self.fingerprint = fingerprint(model, config, batches, validation)
+        self.shapes = canonical_shapes(model)
+        self.step_tokens = config.batch_size * config.sequence_length
+        self.token_flops = training_flops_per_token(model, config.sequence_length)
+        self.peak = peak_flops_per_second(engine.device)
+        self.state = RunState()
+        self.resumed: Checkpoint | None = None
+        self.pending: list[_Pending] = []
+        self.loss: float | None = None
+        self.saved: tuple[int, bool] | None = None
+
+    def begin(self, start: Start, continue_on: bool) -> None:
+        """Takes over the newest checkpoint, or the start."""
+        name = self.engine.name
+        found = self.checkpoints.load(name, self.fingerprint, continue_on)
+        if found is None:
+            self._restore(start.weights, start.optimizer)
+        else:
+            self._restore(found.weights, found.optimizer)
+            self.state = RunState.model_validate(found.state)
+            self.saved = (self.state.step, self.state.validated)
+            engine = "" if found.engine == name else f", made by engine '{found.engine}'; engine '{name}' goes on"
+            self.report(Note(f"going on from the checkpoint of step {found.step}{engine}"))
+            # Its arrays are in the engine now; held here, they would take the model's memory twice.
+            self.resumed = Checkpoint(found.step, found.engine, found.fingerprint, {}, {}, {})
+        if self.metrics is not None:
+            self.metrics.resume(self.state.step)
+        self.clock = Clock(self.state.step, self.state.seconds)
+
+    def _restore(self, weights: Mapping[str, Array], optimizer: Mapping[str, Array] | None) -> None:
+        self.engine.restore("weights", _pieces(weights))
+        if optimizer is not None:
+            self.engine.restore("optimizer", _pieces(optimizer))
+
+    def run(self) -> TrainingResult:
+        first, micro = self.state.step, self.config.micro_batch_size
+        try:
+            with Prefetcher(self.batches, first, self.config.steps, micro) as prefetcher:
+                # A run that was stopped in the middle of a validation does it now.
+                self._validate_if_due()
+                while not self._finished():
+                    if self.stopping():
+                        self._interrupt()
+                    self._step(prefetcher)
+                    self._validate_if_due()
+                    self._save_if_due()
+            self._read_pending()
+        finally:
+            self.checkpoints.close()
+            if self.metrics is not None:
+                self.metrics.close()
+        return self._result()
+
+    def _finished(self) -> bool:
+        return self.state.step == self.config.steps or self.state.stops_early(self.config.early_stopping)
+
+    def _step(self, prefetcher: Prefetcher) -> None:
+        step = self.state.step
+        scale = learning_rate_scale(self.config.schedule, step, self.config.steps)
+        result = self.engine.step(prefetcher.next(), scale, step)
+        self.pending.append(_Pending(step, scale, result))
+        self.state = self.state.model_copy(update={"step": step + 1})
+        if (step + 1) % LOG_STEPS == 0 or self.clock.since_reading() >= LOG_SECONDS:
+            self._read_pending()
+
+    def _read_pending(self) -> None:
+        """Reads what the steps since the last reading found, counts the skipped ones, and logs."""
+        if not self.pending:
+            return
+        losses = []
+        skipped, in_row = self.state.skipped, self.state.skipped_in_row
+        for pending in self.pending:
+            bad = bool(pending.result.skipped)
+            skipped, in_row = skipped + bad, in_row + 1 if bad else 0
+            if not bad:
+                losses.append(float(pending.result.loss))
+            if in_row >= self.config.skipped_steps_limit:
+                self._fail(pending.step + 1, in_row)
+        self.state = self.state.model_copy(update={"skipped": skipped, "skipped_in_row": in_row})
+        last = self.pending[-1]
+        self.pending = []
+        self.loss = sum(losses) / len(losses) if losses else math.nan
+        speed = self.step_tokens / self.clock.step_seconds(self.state.step)
+        flops = speed * self.token_flops
+        progress = Progress(
+            step=self.state.step,
+            steps=self.config.steps,
+            loss=self.loss,
+            gradient_norm=float(last.result.gradient_norm),
+            learning_rate_scale=last.scale,
+            tokens_per_second=speed,
+            flops_per_second=flops,
+            mfu=flops / self.peak if self.peak else None,
+            eta_seconds=self.clock.eta(self.state.step, self.config.steps),
+            elapsed_seconds=self.clock.elapsed(),
+            skipped=skipped,
+        )
+        if self.metrics is not None:
+            self.metrics.training(progress)
+        if self.clock.report_is_due(REPORT_SECONDS) or self.state.step == self.config.steps:
+            self.report(progress)
+
+    def _fail(self, step: int, in_row: int) -> None:
+        raise UserError(
+            f"{in_row} steps in a row, up to step {step}, had a loss or gradient that is not finite; training stops "
+            f"and its checkpoints stay: lower the learning rate or lengthen the warm-up, or look at the data"
+        )
+
+    def _validate_if_due(self) -> None:
+        config = self.config.validation
+        step = self.state.step
+        if self.validator is None or config is None or step == 0 or self.state.validated:
+            return
+        if step % config.every and step != self.config.steps:
+            return
+        self._read_pending()
+        with self.clock.paused():
+            measured = self.validator.measure(self.stopping)
+        if measured is None:
+            self._interrupt()
+            return
+        record = ValidationRecord(step=step, loss=measured.loss, exact_match=measured.exact_match)
+        self.state = self.state.model_copy(update={"validations": (*self.state.validations, record)})
+        event = Validation(step, measured.loss, measured.exact_match, measured.samples)
+        if self.metrics is not None:
+            self.metrics.validation(event)
+        self.report(event)
+        if self.state.is_among_best(self.checkpoints.config.keep_best):
+            self._save()
+
+    def _save_if_due(self) -> None:
+        self.checkpoints.check()
+        every = self.checkpoints.config.every_seconds
+        if every == 0:
+            self._save()
+            self.checkpoints.wait()
+        elif self.clock.since_saving() >= every and not self.checkpoints.busy:
+            self._save()
+
+    def _save(self) -> None:
+        if self.saved == (self.state.step, self.state.validated):
+            return
+        self._read_pending()
+        with self.clock.paused():
+            state = self.state.model_copy(update={"seconds": self.clock.elapsed()})
+            checkpoint = Checkpoint(
+                step=state.step,
+                engine=self.engine.name,
+                fingerprint=self.fingerprint,
+                weights=assemble(self.engine.export("weights"), self.shapes),
+                optimizer=assemble(self.engine.export("optimizer"), self.shapes),
+                state=state.to_json(),
+                score=state.score,
+            )
+            self.checkpoints.save(checkpoint)
+        self.saved = (self.state.step, self.state.validated)
+        self.clock.saved()
+
+    def _interrupt(self) -> None:
+        self._save()
+        self.checkpoints.wait()
+        raise Interrupted(self.state.step)
+
+    def _result(self) -> TrainingResult:
+        state = self.state.model_copy(update={"seconds": self.clock.elapsed()})
+        tokens = state.step * self.step_tokens
+        resumed = self.resumed
+        return TrainingResult(
+            state=state,
+            stopped_early=state.step < self.config.steps,
+            loss=self.loss,
+            tokens=tokens,
+            flops=tokens * self.token_flops,
+            resumed_from=None if resumed is None else resumed.step,
+            other_engine=None if resumed is None or resumed.engine == self.engine.name else resumed.engine,
+        )
+
+
+def _pieces(arrays: Mapping[str, Array]) -> Iterable[Piece]:
+    return (Piece(name, (), array) for name, array in arrays.items())
