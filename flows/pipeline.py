@@ -13,7 +13,6 @@ from pathlib import Path
 from prefect import flow, runtime
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.futures import PrefectFuture
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from artifacts.lineage import to_text, tree
 from artifacts.record import Record
@@ -29,7 +28,7 @@ LOSS_CURVE = "loss.png"
 logger = logging.getLogger("cairn.flows")
 
 
-@flow(name="pipeline", flow_run_name="{recipe}", task_runner=ThreadPoolTaskRunner(), persist_result=False)
+@flow(name="pipeline", flow_run_name="{recipe}", persist_result=False)
 def pipeline(recipe: str = "arithmetic", overrides: list[str] | None = None, store: str | None = None) -> str:
     """Runs a recipe and gives the name of what its last stage made, such as models/arithmetic.
 

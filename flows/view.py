@@ -109,7 +109,7 @@ def _training(metrics: Any) -> str:
     return ", ".join(parts)
 
 
-_SUMMARIES = {
+_SUMMARIES: dict[str, Callable[[Any], str]] = {
     "documents": _documents,
     "tokenizer": lambda metrics: f"{metrics['vocab_size']:,} tokens in the vocabulary",
     "tokens": lambda metrics: f"{sum(split['tokens'] for split in metrics['splits'].values()):,} tokens",

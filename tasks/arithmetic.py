@@ -71,7 +71,7 @@ class ArithmeticSource(FrozenModel):
     @property
     def expressions(self) -> int:
         """Number of expressions, impossible divisions included."""
-        return self.span**self.operands * len(self.operators) ** (self.operands - 1)
+        return int(self.span**self.operands * len(self.operators) ** (self.operands - 1))
 
 
 class Problems(NamedTuple):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from prefect import Task, task
+from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
@@ -46,7 +46,7 @@ def stage_task(name: str, runtime: Runtime, body: Callable[..., Outcome]) -> Tas
 
     The store decides what is done again, not Prefect's cache.
     """
-    return task(
+    return Task(
         body,
         name=name,
         task_run_name=name,

@@ -54,7 +54,12 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     answers = generate(engine, encoded, sampling, stop_ids=[tokenizer.eos_id], batch_size=config.batch_size)
     predictions = [tokenizer.decode(answer) for answer in answers]
     correct = [prediction == target for prediction, target in zip(predictions, targets, strict=True)]
-    columns = {"prompt": prompts, "target": targets, "prediction": predictions, "correct": correct}
+    columns: dict[str, list[Any]] = {
+        "prompt": prompts,
+        "target": targets,
+        "prediction": predictions,
+        "correct": correct,
+    }
     pq.write_table(pa.table(columns), context.output / SAMPLES, compression="zstd")
     results = {
         "split": config.split,

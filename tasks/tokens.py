@@ -65,6 +65,8 @@ def _write_split(config: Config, tokenizer: Tokenizer, split: str, documents: Pa
         boundaries = _boundaries(config, columns)
         for encoding, boundary in zip(tokenizer.encode_batch(columns["text"]), boundaries, strict=True):
             first = encoding.char_to_token(boundary) if boundary else 0
+            if first is None:
+                raise UserError(f"no token starts where the target of {encoding.tokens} does")
             ids = encoding.ids
             if shard.tokens and shard.tokens + len(ids) > config.shard_tokens:
                 flush()

@@ -1,0 +1,36 @@
+"""What tests of stages share: running one into a folder, with nothing around it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from tasks.registry import stage_named
+from tasks.stage import Context, Metrics, Runtime
+
+RunStage = Callable[..., tuple[Path, Metrics]]
+
+
+@pytest.fixture
+def run_stage(tmp_path: Path) -> RunStage:
+    """Runs a stage by its name on a config and input folders; gives its output folder and metrics."""
+    runs = iter(range(1000))
+
+    def run(name: str, config: Mapping[str, Any], **inputs: Path) -> tuple[Path, Metrics]:
+        stage = stage_named(name)
+        place = tmp_path / f"{next(runs)}-{name}"
+        context = Context(
+            output=place / "output",
+            logs=place / "logs",
+            scratch=(fsspec.filesystem("file"), str(place / "scratch")),
+            runtime=Runtime(),
+            report=lambda event: None,
+            lineage="- documents (documents) `0123456789ab`",
+        )
+        context.output.mkdir(parents=True)
+        context.logs.mkdir()
+        return context.output, stage.run(stage.config.model_validate(config), inputs, context)
+
+    return run
