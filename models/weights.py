@@ -266,7 +266,7 @@ def initial_weights(config: ModelConfig, seed: int) -> dict[str, NDArray[np.floa
 
 def write_arrays(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
     """Writes arrays as one safetensors file, whole or not at all; sorted names, so equal arrays give equal bytes."""
-    contiguous = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
+    contiguous = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
     write_atomically(path, save(contiguous, dict(metadata) if metadata else None))
 
 
