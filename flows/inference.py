@@ -55,7 +55,7 @@ def continue_prompts(store: Store, ref: str, prompts: list[str], settings: dict[
     from tasks.checkpoint import pieces, read_model, tokenizer_of
 
     try:
-        sampling = SamplingConfig.model_validate(settings)
+        sampling = SamplingConfig.model_validate({name: value for name, value in settings.items() if value is not None})
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
@@ -64,6 +64,10 @@ def continue_prompts(store: Store, ref: str, prompts: list[str], settings: dict[
     tokenizer = tokenizer_of(folder, model.config)
     engine = inference_engine("torch", model.config, "float32", pieces(model.weights))
     encoded = [tokenizer.encode("<bos>" + prompt) for prompt in prompts]
+    longest = model.config.max_position_embeddings
+    for text, ids in zip(prompts, encoded, strict=True):
+        if len(ids) > longest:
+            raise UserError(f"the prompt {text[:40]!r} has {len(ids)} tokens; the model takes {longest}")
     answers = generate(engine, encoded, sampling, stop_ids=[tokenizer.eos_id])
     return [tokenizer.decode(answer) for answer in answers]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from artifacts.record import Record
+from tasks.arithmetic import SPLITS
 from tasks.events import Event, Listener
 
 LOG_SECONDS = 10.0
@@ -94,7 +95,7 @@ def summary(record: Record) -> str:
 
 
 def _documents(metrics: Any) -> str:
-    return ", ".join(f"{count:,} {split}" for split, count in metrics["rows"].items()) + " documents"
+    return ", ".join(f"{metrics['rows'][split]:,} {split}" for split in SPLITS if split in metrics["rows"]) + " documents"
 
 
 def _training(metrics: Any) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def _run(store: Store, work: Work, output: Path, logs: Path, report: Callable[[o
         scratch=store.scratch(work.checkpoint_key),
         runtime=work.runtime,
         report=report,
-        lineage="\n".join(lineage_text(store, record) for record in records.values()),
+        lineage=_lineage_text(store, records.values()),
     )
     folders = {name: store.fetch(record) for name, record in records.items()}
     return stage.run(stage.config.model_validate(work.config), folders, context)
@@ -86,15 +86,22 @@ def _input(store: Store, work: Work, name: str, reference: InputReference) -> Re
     return record
 
 
-def lineage_text(store: Store, record: Record, depth: int = 0) -> str:
-    """What an artifact was made from, a line per artifact: its stage and digest, and nothing that changes from run
-    to run, because published folders hold it."""
-    lines = [f"{'  ' * depth}- {record.name} ({record.stage}) `{record.output[:12]}`"]
-    for reference in record.inputs.values():
-        made_from = store.read_record(reference.key)
-        if made_from is not None:
-            lines.append(lineage_text(store, made_from, depth + 1))
-    return "\n".join(lines)
+def _lineage_text(store: Store, records: Iterable[Record]) -> str:
+    """What some artifacts were made from, a line each with stage and digest, whole subtrees once; nothing that changes
+    from run to run, because published folders hold it."""
+    shown: set[str] = set()
+
+    def lines(record: Record, depth: int) -> Iterator[str]:
+        again = record.key in shown
+        shown.add(record.key)
+        line = f"{'  ' * depth}- {record.name} ({record.stage}) `{record.output[:12]}`"
+        sources = [] if again else [store.read_record(reference.key) for reference in record.inputs.values()]
+        yield line + (", see above" if again and record.inputs else "")
+        for source in sources:
+            if source is not None:
+                yield from lines(source, depth + 1)
+
+    return "\n".join(line for record in records for line in lines(record, 0))
 
 
 def _is_remote(store: Store) -> bool:

@@ -1,0 +1,59 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from common.errors import UserError
+from tasks.evaluate import summarise
+from tests.tasks.conftest import RunStage
+from tests.tasks.test_publish import ARCHITECTURES, model_folder
+
+
+def test_every_row_of_the_split_is_scored_and_kept(run_stage: RunStage, tmp_path: Path) -> None:
+    model, _ = model_folder(tmp_path / "model", ARCHITECTURES["gpt2"])
+    source = {"kind": "arithmetic", "train": 20, "validation": 10, "test": 200}
+    documents, _ = run_stage("documents", {"source": source})
+    config = {"max_new_tokens": 5, "batch_size": 64, "shown_samples": 3}
+    folder, first = run_stage("evaluate", config, model=model, documents=documents)
+    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    # What the model says is taken as the truth now: then, and only then, everything is right.
+    columns = {
+        "prompt": [sample["prompt"] for sample in samples],
+        "target": [sample["prediction"] for sample in samples],
+    }
+    assert columns["prompt"] == pq.read_table(documents / "test-00000.parquet")["prompt"].to_pylist()
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    pq.write_table(pa.table(columns), truth / "test-00000.parquet")
+    _, second = run_stage("evaluate", config, model=model, documents=truth)
+    assert second["n"] == 200
+    assert second["exact_match"] == 1.0
+    assert first["exact_match"] == sum(sample["correct"] for sample in samples) / 200
+    assert len(first["samples"]) == 3
+
+
+def test_the_summary_by_length() -> None:
+    summary = summarise(["1", "2", "10", "20"], [True, False, True, True])
+    assert summary["exact_match"] == 0.75
+    assert summary["standard_error"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+    assert summary["by_answer_length"] == [
+        {"length": 1, "n": 2, "exact_match": 0.5},
+        {"length": 2, "n": 2, "exact_match": 1.0},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [({"text": ["1"]}, "no column"), (None, "no test split")],
+)
+def test_documents_without_problems_are_refused(
+    run_stage: RunStage, tmp_path: Path, columns: dict[str, list[str]] | None, message: str
+) -> None:
+    model, _ = model_folder(tmp_path / "model", ARCHITECTURES["gpt2"])
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    if columns:
+        pq.write_table(pa.table(columns), folder / "test-00000.parquet")
+    with pytest.raises(UserError, match=message):
+        run_stage("evaluate", {}, model=model, documents=folder)
