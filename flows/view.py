@@ -95,7 +95,9 @@ def summary(record: Record) -> str:
 
 
 def _documents(metrics: Any) -> str:
-    return ", ".join(f"{metrics['rows'][split]:,} {split}" for split in SPLITS if split in metrics["rows"]) + " documents"
+    return (
+        ", ".join(f"{metrics['rows'][split]:,} {split}" for split in SPLITS if split in metrics["rows"]) + " documents"
+    )
 
 
 def _training(metrics: Any) -> str:

@@ -43,9 +43,12 @@ class ArithmeticSource(FrozenModel):
     """Validation problems: unique, uniform over the operands."""
     test: int = Field(ge=1)
     """Test problems: unique, uniform over the operands."""
-    balanced_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the training problems in which each operand's number of digits is drawn evenly, with repetition; the
-    others are unique and uniform over the operands."""
+    length_weights: tuple[float, ...] | None = None
+    """How often training operands have the fewest digits that occur, one more, and so on, relative to each other;
+    problems may then repeat. Null draws unique problems uniformly over the operands."""
+    ripple_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the training problems with length_weights in which an inner column of digits is made to add up to nine,
+    so that a carry ripples through it; these are what a model gets wrong last. For two operands and + alone."""
     reversed_answers: bool = False
     """Whether answers are written from their last digit to their first (Lee et al., arXiv 2307.03381)."""
     seed: int = Field(default=0, ge=0)
@@ -61,6 +64,14 @@ class ArithmeticSource(FrozenModel):
         reach = (2 * largest) ** self.operands if "*" in self.operators else largest * self.operands
         if reach >= 1 << 62:
             raise ValueError("answers would exceed 64-bit integers; take fewer or smaller operands")
+        lengths = len(_operands_by_length(self))
+        weights = self.length_weights
+        if weights is not None and (len(weights) != lengths or min(weights) < 0 or sum(weights) <= 0):
+            raise ValueError(f"length_weights has to have {lengths} numbers, none negative and not all zero")
+        if self.ripple_share and (
+            weights is None or self.operands != 2 or self.operators != ("+",) or self.minimum < 0
+        ):
+            raise ValueError("ripple_share needs length_weights, two operands of 0 or more, and + alone")
         return self
 
     @property
@@ -111,13 +122,9 @@ def generate(source: ArithmeticSource, split: Split) -> Problems:
     random = np.random.default_rng([source.seed, SPLITS.index(split)])
     if split != "train":
         return _draw_unique(source, split, getattr(source, split), random)
-    balanced = round(source.train * source.balanced_share)
-    parts = []
-    if balanced:
-        parts.append(_draw_balanced(source, balanced, random))
-    if balanced < source.train:
-        parts.append(_draw_unique(source, split, source.train - balanced, random))
-    return Problems.concatenate(parts).take(random.permutation(source.train))
+    if source.length_weights is None:
+        return _draw_unique(source, split, source.train, random)
+    return _draw_by_length(source, source.length_weights, random)
 
 
 def rows(source: ArithmeticSource, problems: Problems) -> Iterator[dict[str, str]]:
@@ -206,24 +213,15 @@ def _too_many(split: Split, count: int, found: str) -> str:
     return f"source.{split}: {count} unique problems wanted, but {found}; ask for fewer or widen minimum to maximum"
 
 
-def _draw_balanced(source: ArithmeticSource, count: int, random: np.random.Generator) -> Problems:
-    """Training problems in which each operand's number of digits is drawn evenly, then the operand of that length."""
-    lengths = _operands_by_length(source)
+def _draw_by_length(source: ArithmeticSource, weights: tuple[float, ...], random: np.random.Generator) -> Problems:
+    """Training problems in which each operand's number of digits is drawn by weight, then the operand of that length."""
     parts: list[Problems] = []
-    missing, fruitless = count, 0
+    missing, fruitless = source.train, 0
     while missing > 0:
-        shape = (CANDIDATES_PER_DRAW, source.operands)
-        length_NK = random.integers(0, len(lengths), shape)
-        place_NK = random.random(shape)
-        operands_NK = np.empty(shape, np.int64)
-        for index, intervals in enumerate(lengths):
-            here_NK = length_NK == index
-            offset_N = (place_NK[here_NK] * sum(len(interval) for interval in intervals)).astype(np.int64)
-            value_N = intervals[-1].start + offset_N - sum(len(interval) for interval in intervals[:-1])
-            if len(intervals) == 2:
-                value_N = np.where(offset_N < len(intervals[0]), intervals[0].start + offset_N, value_N)
-            operands_NK[here_NK] = value_N
-        operators_NK = random.integers(0, len(source.operators), (CANDIDATES_PER_DRAW, source.operands - 1))
+        operands_NK = _operands_of_drawn_length(source, weights, random)
+        if source.ripple_share:
+            operands_NK = _with_ripples(source, operands_NK, random)
+        operators_NK = random.integers(0, len(source.operators), (len(operands_NK), source.operands - 1))
         problems = _evaluate(source, operands_NK, operators_NK, "train")
         parts.append(problems.take(np.arange(min(missing, len(problems.answers_N)))))
         missing -= len(parts[-1].answers_N)
@@ -231,6 +229,38 @@ def _draw_balanced(source: ArithmeticSource, count: int, random: np.random.Gener
         if fruitless == FRUITLESS_DRAWS:
             raise UserError("source.train: no possible problem was found; widen minimum to maximum")
     return Problems.concatenate(parts)
+
+
+def _operands_of_drawn_length(
+    source: ArithmeticSource, weights: tuple[float, ...], random: np.random.Generator
+) -> NDArray[np.int64]:
+    shape = (CANDIDATES_PER_DRAW, source.operands)
+    length_NK = random.choice(len(weights), shape, p=np.array(weights) / sum(weights))
+    place_NK = random.random(shape)
+    operands_NK = np.empty(shape, np.int64)
+    for index, intervals in enumerate(_operands_by_length(source)):
+        here_NK = length_NK == index
+        offset_N = (place_NK[here_NK] * sum(len(interval) for interval in intervals)).astype(np.int64)
+        first, last = intervals[0], intervals[-1]
+        operands_NK[here_NK] = np.where(
+            offset_N < len(first), first.start + offset_N, last.start + offset_N - len(first)
+        )
+    return operands_NK
+
+
+def _with_ripples(
+    source: ArithmeticSource, operands_NK: NDArray[np.int64], random: np.random.Generator
+) -> NDArray[np.int64]:
+    """Changes one digit of a share of the second operands, so that an inner column adds up to nine."""
+    first_N, second_N = operands_NK[:, 0], operands_NK[:, 1]
+    columns = len(str(source.maximum))
+    place_N = 10 ** random.integers(1, max(columns - 1, 2), len(first_N))
+    # 9 − a − b is how much that digit of b lacks.
+    lacking_N = 9 - first_N // place_N % 10 - second_N // place_N % 10
+    changed_N = second_N + lacking_N * place_N
+    chosen_N = (random.random(len(first_N)) < source.ripple_share) & (second_N >= place_N)
+    chosen_N &= (changed_N >= source.minimum) & (changed_N <= source.maximum)
+    return np.stack([first_N, np.where(chosen_N, changed_N, second_N)], axis=1)
 
 
 def _operands_by_length(source: ArithmeticSource) -> list[list[range]]:

@@ -38,18 +38,20 @@ def evaluated(prompt: str) -> int:
     minimum=st.integers(-20, 5),
     width=st.integers(6, 60),
     operators=st.lists(st.sampled_from("+-*/"), min_size=1, max_size=4, unique=True),
-    balanced=st.sampled_from([0.0, 0.5, 1.0]),
+    weighted=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_every_answer_is_right_and_every_problem_in_its_split(
-    operands: int, minimum: int, width: int, operators: list[str], balanced: float, seed: int
+    operands: int, minimum: int, width: int, operators: list[str], weighted: bool, seed: int
 ) -> None:
+    maximum = minimum + width
+    digits = len({len(str(abs(operand))) for operand in range(minimum, maximum + 1)})
     made = source(
         operands=operands,
         minimum=minimum,
-        maximum=minimum + width,
+        maximum=maximum,
         operators=tuple(operators),
-        balanced_share=balanced,
+        length_weights=(1,) * digits if weighted else None,
         train=20,
         validation=1,
         test=1,
@@ -94,14 +96,26 @@ def test_test_problems_are_unique_and_uniform_over_operands() -> None:
     assert (np.abs(counts_N - 6000) < 5 * np.sqrt(6000)).all()
 
 
-def test_the_balanced_share_draws_lengths_evenly() -> None:
-    problems = generate(source(train=30_000, balanced_share=1.0), "train")
-    lengths_N = np.char.str_len(problems.operands_NK[:, 0].astype(str))
-    shares_N = np.bincount(lengths_N)[1:] / 30_000
-    np.testing.assert_allclose(shares_N, 1 / 3, atol=0.02)
+@pytest.mark.parametrize("weights", [(1, 1, 1), (8, 32, 60), (0, 1, 0)])
+def test_lengths_are_drawn_by_weight(weights: tuple[int, ...]) -> None:
+    problems = generate(source(train=30_000, length_weights=weights), "train")
+    for operands_N in problems.operands_NK.T:
+        lengths_N = np.char.str_len(operands_N.astype(str))
+        shares_N = np.bincount(lengths_N, minlength=4)[1:] / 30_000
+        np.testing.assert_allclose(shares_N, np.array(weights) / sum(weights), atol=0.02)
 
 
-def test_unique_training_problems_where_none_are_balanced() -> None:
+def test_ripples_are_in_their_share_and_stay_in_the_training_split() -> None:
+    plain, rippled = (
+        generate(source(train=30_000, length_weights=(0, 0, 1), ripple_share=share), "train") for share in (0.0, 0.25)
+    )
+    shares = [np.mean(made.operands_NK // 10 % 10 @ np.array([1, 1]) == 9) for made in (plain, rippled)]
+    np.testing.assert_allclose(shares, [0.1, 0.1 * 0.75 + 0.25], atol=0.02)
+    assert (split_of(rippled.operands_NK) == 0).all()
+    assert (rippled.operands_NK.sum(axis=1) == rippled.answers_N).all()
+
+
+def test_training_problems_are_unique_where_lengths_have_no_weights() -> None:
     problems = generate(source(train=70_000), "train")
     assert len(np.unique(problems.operands_NK, axis=0)) == 70_000
 
@@ -143,6 +157,9 @@ def test_a_large_space_gives_unique_problems_without_being_enumerated() -> None:
         ({"minimum": 5, "maximum": 4}, "minimum 5 exceeds maximum 4"),
         ({"operators": ("+", "+")}, "name one twice"),
         ({"operands": 8, "operators": ("*",)}, "64-bit"),
+        ({"length_weights": (1, 1)}, "length_weights has to have 3 numbers"),
+        ({"length_weights": (0, 0, 0)}, "not all zero"),
+        ({"ripple_share": 0.5}, "ripple_share needs length_weights"),
     ],
 )
 def test_impossible_sources_are_refused(keys: dict[str, object], message: str) -> None:

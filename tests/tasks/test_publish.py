@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_transformers_opens_it_and_agrees(run_stage: RunStage, tmp_path: Path, n
     source, config = model_folder(tmp_path / "model", ARCHITECTURES[name])
     folder, _ = run_stage("publish", {"title": "A model"}, model=source)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ours = inference_engine("torch", config, "float32", pieces(initial_weights(config, 3)))
     ids = tokenizer("<bos>12+34=", return_tensors="pt").input_ids
     with torch.no_grad():

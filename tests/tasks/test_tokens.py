@@ -50,9 +50,7 @@ def test_only_targets_and_the_closing_token_count(run_stage: RunStage, tokenizer
     assert json.loads((folder / "tokens.json").read_bytes()) == metrics
 
 
-def test_everything_counts_where_the_loss_is_on_the_text(
-    run_stage: RunStage, tokenizer: Path, documents: Path
-) -> None:
+def test_everything_counts_where_the_loss_is_on_the_text(run_stage: RunStage, tokenizer: Path, documents: Path) -> None:
     folder, metrics = run_stage("tokens", {}, documents=documents, tokenizer=tokenizer)
     assert open_shard(folder / "train-00000.safetensors").map().loss_mask_N is None
     assert metrics["splits"]["train"]["counted_tokens"] == metrics["splits"]["train"]["tokens"] == 29

@@ -1,0 +1,135 @@
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common.errors import UserError
+from flows.recipe import RECIPES, known_recipes, load_recipe
+from models.hub import hub_config
+from models.weights import parameter_count
+
+
+@pytest.mark.parametrize("name", [path.stem for path in RECIPES.glob("*.yaml")])
+def test_every_recipe_loads_and_ends_in_something_published(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.stages[-1].stage == "publish"
+    assert recipe.name == name
+
+
+@pytest.mark.parametrize("name", [path.stem for path in RECIPES.glob("*.yaml")])
+def test_models_have_as_many_parameters_as_their_transformers_class(name: str) -> None:
+    for model in (stage.model for stage in load_recipe(name).stages if stage.model is not None):
+        config = hub_config(model, 1, 2, 0)
+        with torch.device("meta"):
+            theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        assert parameter_count(model) == theirs.num_parameters()
+
+
+def test_the_default_recipe_is_of_at_most_1_5_million_parameters() -> None:
+    models = [stage.model for stage in load_recipe("arithmetic").stages if stage.model is not None]
+    assert all(parameter_count(model) <= 1_500_000 for model in models)
+    assert [stage.stage for stage in load_recipe("arithmetic").stages if stage.model is not None] == [
+        "pretrain",
+        "stack",
+        "refine",
+    ]
+
+
+def test_overrides_reach_every_depth_and_keys_left_to_their_defaults() -> None:
+    recipe = load_recipe(
+        "arithmetic-tiny",
+        [
+            "stages.base.training.steps=7",
+            "stages.base.training.schedule={name: cosine}",
+            "stages.refined.checkpoints.keep_last=5",
+            "stages.refined.training.optimizer.clip=null",
+            "precision=bfloat16",
+        ],
+    )
+    base, refined = (next(stage for stage in recipe.stages if stage.name == name) for name in ("base", "refined"))
+    assert base.config.training.steps == 7  # type: ignore[attr-defined]
+    assert base.config.precision == "bfloat16"  # type: ignore[attr-defined]
+    assert refined.runtime.checkpoints.keep_last == 5
+    assert refined.config.training.optimizer.clip is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "stages.base.training.stepz=4",
+            r"stages\.base\.training\.stepz: there is no such key; did you mean 'steps'\?",
+        ),
+        ("stages.base.trainin.steps=4", r"stages\.base\.trainin: there is no such key; did you mean 'training'\?"),
+        ("stages.bas.training.steps=4", r"there is no key 'stages.bas'; did you mean 'base'\?"),
+        ("engne=torch", r"engne: there is no such key; did you mean 'engine'\?"),
+        ("engine=tensorflow", r"engine: input should be 'torch', 'jax' or 'mlx' \(given: 'tensorflow'\)"),
+        ("stages.base.training.steps=many", r"stages\.base\.training\.steps: input should be a valid integer"),
+        ("stages.base.training.steps=0", r"stages\.base\.training\.steps: input should be greater than 0"),
+        ("stages.base.model.num_attention_heads=3", r"hidden_size 16 is not divisible by num_attention_heads 3"),
+        ("stages.base.training.sequence_length=17", r"sequence_length 17 exceeds .* max_position_embeddings 16"),
+        ("stages.refined.training.sequence_length=17", r"stages.refined: .* exceeds .* max_position_embeddings 16"),
+        ("stages.base.training.micro_batch_size=5", r"micro_batch_size 5 does not divide batch_size 16"),
+        ("stages.base.training.schedule.warmup_steps=99", r"warm-up and decay together exceed the 40 steps"),
+        ("stages.base.tokens=tokenz", r"there is no stage 'tokenz' before 'base'; did you mean 'tokens'\?"),
+        ("stages.base.tokens=refined", r"there is no stage 'refined' before 'base'"),
+        ("stages.base.tokens=documents", r"stage 'documents' makes documents, not tokens; use tokens"),
+        ("stages.base.tokens=null", r"stages\.base\.tokens is missing: name the stage before it that makes the tokens"),
+        ("stages.base.stage=pretrian", r"stages\.base\.stage: 'pretrian' is no stage; did you mean 'pretrain'\?"),
+        ("stages.base.model.norm=rms_norm", r"norm of gpt2 is 'layer_norm', not 'rms_norm'; use architecture: custom"),
+        ("stages.documents.source.maximum=-1", r"minimum 0 exceeds maximum -1"),
+        ("stages.base.checkpoints.keep_last=1", r"checkpoints\.keep_last: input should be greater than or equal to 2"),
+        ("steps", r"is not of the form key\.path=value"),
+        ("stages.base.training.steps=[", r"the value is no YAML"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_path(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe("arithmetic-tiny", [override])
+
+
+def test_an_unknown_recipe_gets_the_nearest_name() -> None:
+    with pytest.raises(UserError, match="there is no recipe 'arithmetik'; did you mean 'arithmetic'"):
+        load_recipe("arithmetik")
+    with pytest.raises(UserError, match=r"there is no recipe file .*missing\.yaml"):
+        load_recipe("missing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"stages: [", "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"- a", "is no mapping"),
+        (b"", "is no mapping"),
+        (b"description: x", "stages is missing"),
+        (b"description: x\nstages: {}", "stages: "),
+        (b"description: x\nstages: {a: 3}", r"stages\.a: "),
+        (b"description: x\nstages: {a: {}}", r"stages\.a\.stage: None is no stage"),
+        (b"!!python/object/apply:os.system ['true']", "cannot be read"),
+    ],
+)
+def test_files_that_are_no_recipe_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_recipe(str(path))
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(UserError, match="there is no recipe file"):
+        load_recipe(str(tmp_path / "folder.yaml"))
+
+
+def test_stages_may_branch(tmp_path: Path) -> None:
+    content = yaml.safe_load(known_recipes()["arithmetic-tiny"].read_text())
+    stages = content["stages"]
+    stages["scores_of_base"] = {"stage": "evaluate", "model": "base", "documents": "documents"}
+    path = tmp_path / "branches.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    recipe = load_recipe(str(path))
+    assert recipe.name == "branches"
+    assert recipe.stages[-1].inputs == {"model": "base", "documents": "documents"}
