@@ -214,7 +214,7 @@ def _too_many(split: Split, count: int, found: str) -> str:
 
 
 def _draw_by_length(source: ArithmeticSource, weights: tuple[float, ...], random: np.random.Generator) -> Problems:
-    """Training problems in which each operand's number of digits is drawn by weight, then the operand of that length."""
+    """Training problems in which each operand's number of digits is drawn by weight, then the operand itself."""
     parts: list[Problems] = []
     missing, fruitless = source.train, 0
     while missing > 0:

@@ -39,7 +39,7 @@ def test_only_targets_and_the_closing_token_count(run_stage: RunStage, tokenizer
     assert shard.tokens_N.dtype == np.uint16
     assert shard.loss_mask_N is not None
     expected_tokens, expected_mask = [], []
-    characters = "<pad> <bos> <eos> 0 1 2 3 4 5 6 7 8 9 + - * / =".split()
+    characters = ["<pad>", "<bos>", "<eos>", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "+", "-", "*", "/", "="]
     for prompt, target in ROWS:
         expected_tokens += [1, *(characters.index(character) for character in prompt + target), 2]
         expected_mask += [0] * (1 + len(prompt)) + [1] * (len(target) + 1)
