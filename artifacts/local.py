@@ -17,7 +17,7 @@ from artifacts.identity import FileEntry
 from artifacts.lease import Lease, LeaseInfo, new_lease
 from artifacts.verified import VerifiedFiles
 from common.errors import UserError
-from common.files import fsync_file, sha256_file, write_atomically
+from common.files import fsync_file, sha256_file
 
 REPLACEMENT_TRIES = 5
 
@@ -45,7 +45,7 @@ class LocalBackend:
             return None
 
     def write(self, path: str, data: bytes) -> None:
-        write_atomically(self.root / path, data)
+        self._place(path, lambda file: file.write_bytes(data))
 
     def create(self, path: str, data: bytes) -> bool:
         target = self.root / path
@@ -54,13 +54,17 @@ class LocalBackend:
         with locked(target.parent / ".lock", fcntl.LOCK_EX):
             if target.exists():
                 return False
-            write_atomically(target, data)
+            self.write(path, data)
             return True
 
     def put(self, source: Path, path: str) -> None:
+        self._place(path, lambda file: shutil.copyfile(source, file))
+
+    def _place(self, path: str, fill: Callable[[Path], object]) -> None:
+        """Makes a file in `tmp`, where a crash's leavings are collected, and renames it to its place."""
         target = self.root / path
-        with self._temporary("put") as folder:
-            shutil.copyfile(source, folder / "file")
+        with self._temporary("write") as folder:
+            fill(folder / "file")
             fsync_file(folder / "file")
             target.parent.mkdir(parents=True, exist_ok=True)
             (folder / "file").replace(target)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from artifacts.lineage import SHORT, Node, shown_metrics, walk
@@ -11,7 +12,7 @@ from artifacts.record import Record
 BOX_WIDTH, BOX_HEIGHT = 208, 66
 GAP_X, GAP_Y = 28, 46
 MARGIN = 16
-_TITLE_LETTERS, _TEXT_LETTERS = 25, 31
+_TITLE_LETTERS, _TEXT_LETTERS = 25, 29
 
 _STYLE = """
 :root { color-scheme: light dark;
@@ -75,48 +76,83 @@ def to_html(root: Node) -> str:
 
 
 def _picture(root: Node, nodes: list[Node]) -> str:
-    places, width, height = _layout(root, nodes)
-    edges = []
-    for node in nodes:
-        x, y = places[node.key]
-        for name, child in node.inputs.items():
-            to_x, to_y = places[child.key]
-            start, end = y + BOX_HEIGHT, to_y
-            middle = (start + end) / 2
-            x1, x2 = x + BOX_WIDTH / 2, to_x + BOX_WIDTH / 2
-            curve = f"M{x1:.1f},{start:.1f} C{x1:.1f},{middle:.1f} {x2:.1f},{middle:.1f} {x2:.1f},{end:.1f}"
-            edges.append(f'<path d="{curve}"><title>{escape(name)}</title></path>')
-    boxes = [_box(node, *places[node.key], is_root=node is root) for node in nodes]
+    layout = _Layout(nodes)
+    lines = [
+        f'<path d="{layout.line(node.key, child.key)}"><title>{escape(name)}</title></path>'
+        for node in nodes
+        for name, child in node.inputs.items()
+    ]
+    boxes = [_box(node, *layout.corner(node.key), is_root=node is root) for node in nodes]
     return (
-        f'<svg width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
-        f'aria-label="What was made from what">\n' + "\n".join(edges + boxes) + "\n</svg>"
+        f'<svg width="{layout.width:.0f}" height="{layout.height:.0f}" '
+        f'viewBox="0 0 {layout.width:.0f} {layout.height:.0f}" role="img" '
+        'aria-label="What was made from what">\n' + "\n".join(lines + boxes) + "\n</svg>"
     )
 
 
-def _layout(root: Node, nodes: list[Node]) -> tuple[dict[str, tuple[float, float]], float, float]:
-    """Where each box's upper left corner lies, and the picture's size: inputs always below what was made of them."""
-    rows: dict[int, list[Node]] = {}
-    levels = _levels(nodes)
-    for node in nodes:
-        rows.setdefault(levels[node.key], []).append(node)
-    users: dict[str, list[str]] = {}
-    for node in nodes:
-        for child in node.inputs.values():
-            users.setdefault(child.key, []).append(node.key)
-    width = max(len(row) for row in rows.values()) * (BOX_WIDTH + GAP_X) - GAP_X + 2 * MARGIN
-    places: dict[str, tuple[float, float]] = {}
-    for level, row in sorted(rows.items()):
-        # Under the middle of what uses them, so that lines cross seldom.
-        middle = {
-            node.key: sum(places[user][0] for user in users.get(node.key, ()) if user in places)
-            / max(1, sum(user in places for user in users.get(node.key, ())))
-            for node in row
-        }
-        row.sort(key=lambda node: middle[node.key])
-        left = (width - len(row) * (BOX_WIDTH + GAP_X) + GAP_X) / 2
-        for index, node in enumerate(row):
-            places[node.key] = (left + index * (BOX_WIDTH + GAP_X), MARGIN + level * (BOX_HEIGHT + GAP_Y))
-    return places, width, len(rows) * (BOX_HEIGHT + GAP_Y) - GAP_Y + 2 * MARGIN
+# In a row stand boxes, by key, and the lines that pass it, by user, source and level.
+_Spot = str | tuple[str, str, int]
+
+
+class _Layout:
+    """Where boxes and lines lie: inputs always below what was made of them, and no line behind a box."""
+
+    def __init__(self, nodes: list[Node]) -> None:
+        self._levels = _levels(nodes)
+        rows: dict[int, list[_Spot]] = {}
+        above: dict[_Spot, list[_Spot]] = {}
+        for node in nodes:
+            rows.setdefault(self._levels[node.key], []).append(node.key)
+        for node in nodes:
+            for child in node.inputs.values():
+                spots = self._spots(node.key, child.key)
+                for upper, lower in pairwise(spots):
+                    above.setdefault(lower, []).append(upper)
+                for level, spot in enumerate(spots[1:-1], self._levels[node.key] + 1):
+                    rows[level].append(spot)
+        self.width = max(map(_row_width, rows.values())) + 2 * MARGIN
+        self.height = len(rows) * (BOX_HEIGHT + GAP_Y) - GAP_Y + 2 * MARGIN
+        self._middle: dict[_Spot, float] = {}
+        for _, row in sorted(rows.items()):
+            # Under the middle of what uses them, so that lines cross seldom.
+            wish = {spot: self._mean(above.get(spot, [])) for spot in row}
+            row.sort(key=wish.__getitem__)
+            left = (self.width - _row_width(row)) / 2
+            for spot in row:
+                self._middle[spot] = left + _spot_width(spot) / 2
+                left += _spot_width(spot) + GAP_X
+
+    def _mean(self, spots: list[_Spot]) -> float:
+        known = [self._middle[spot] for spot in spots if spot in self._middle]
+        return sum(known) / len(known) if known else self.width / 2
+
+    def _spots(self, user: str, source: str) -> list[_Spot]:
+        between = range(self._levels[user] + 1, self._levels[source])
+        return [user, *((user, source, level) for level in between), source]
+
+    def corner(self, key: str) -> tuple[float, float]:
+        """The upper left corner of an artifact's box."""
+        return self._middle[key] - BOX_WIDTH / 2, MARGIN + self._levels[key] * (BOX_HEIGHT + GAP_Y)
+
+    def line(self, user: str, source: str) -> str:
+        """The path from under `user` to the top of `source`, straight where it passes a row."""
+        top = self.corner(user)[1] + BOX_HEIGHT
+        parts = [f"M{self._middle[user]:.1f},{top:.1f}"]
+        for upper, lower in pairwise(self._spots(user, source)):
+            x1, x2, half = self._middle[upper], self._middle[lower], top + GAP_Y / 2
+            parts.append(f"C{x1:.1f},{half:.1f} {x2:.1f},{half:.1f} {x2:.1f},{top + GAP_Y:.1f}")
+            top += GAP_Y + BOX_HEIGHT
+            if lower != source:
+                parts.append(f"L{x2:.1f},{top:.1f}")
+        return " ".join(parts)
+
+
+def _spot_width(spot: _Spot) -> float:
+    return BOX_WIDTH if isinstance(spot, str) else 0
+
+
+def _row_width(row: list[_Spot]) -> float:
+    return sum(map(_spot_width, row)) + (len(row) - 1) * GAP_X
 
 
 def _levels(nodes: list[Node]) -> dict[str, int]:

@@ -246,9 +246,7 @@ class Store:
                     data = self.backend.read(f"refs/{check_name(name)}") or b""
                     found[name] = check_digest(data.decode(errors="replace").strip())
                 except UserError as error:
-                    # Names that start with a dot belong to writes that are under way.
-                    if not Path(name).name.startswith("."):
-                        logger.warning("%s is ignored: %s", self.backend.url(f"refs/{name}"), error)
+                    logger.warning("%s is ignored: %s", self.backend.url(f"refs/{name}"), error)
         return found
 
     def resolve(self, ref: str) -> Record:
