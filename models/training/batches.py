@@ -4,6 +4,7 @@ K rows taken from one shard, T positions, W = T + 1 tokens of a row, D documents
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -162,8 +163,8 @@ class _OpenSource:
     ) -> None:
         name = str(source.shards) if isinstance(source.shards, Path) else "a list of shards"
         paths = find_shards(source.shards) if isinstance(source.shards, Path) else source.shards
-        if source.weight <= 0:
-            raise UserError(f"the weight of {name} is {source.weight}; weights are greater than 0")
+        if not 0 < source.weight < math.inf:
+            raise UserError(f"the weight of {name} is {source.weight}; weights are finite and greater than 0")
         self.files = [open_shard(path) for path in paths]
         self.cut_documents = self.dropped_tokens = 0
         weight = Fraction(str(source.weight))

@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from common.config import FrozenModel
 from common.errors import UserError
-from common.files import canonical_json, fsync_file
+from common.files import canonical_json, fsync_file, sha256_bytes
 from models.training.config import CheckpointConfig
 from models.training.tensor_file import read_stream, write_stream
 from models.weights import Array
@@ -42,8 +42,8 @@ class Checkpoint:
     """The engine that made it."""
     fingerprint: str
     """What was trained how on what: only a run with the same one goes on from here."""
-    weights: dict[str, Array]
-    optimizer: dict[str, Array]
+    weights: Mapping[str, Array]
+    optimizer: Mapping[str, Array]
     state: dict[str, Any]
     """Whatever else the loop needs to go on exactly, as JSON values."""
     score: float | None = None
@@ -65,6 +65,11 @@ class _Manifest(FrozenModel):
     score: float | None
     files: dict[str, _File]
     state: dict[str, Any]
+    sha256: str = ""
+    """Of everything else here."""
+
+    def digest(self) -> str:
+        return sha256_bytes(canonical_json(self.model_dump(exclude={"sha256"})))
 
 
 class _Unusable(Exception):
@@ -185,6 +190,8 @@ class Checkpoints:
                 raise _Unusable(f"its {_STATE} cannot be read ({error})") from error
             except ValidationError as error:
                 raise _Damaged(f"its {_STATE} is damaged ({str(error).splitlines()[0]})") from error
+            if manifest.digest() != manifest.sha256:
+                raise _Damaged(f"its {_STATE} is damaged (its SHA-256 is not the recorded one)")
             if manifest.step != step or set(manifest.files) != {_MODEL, _OPTIMIZER}:
                 raise _Damaged(f"its {_STATE} is of another checkpoint")
             self._manifests[step] = manifest
@@ -259,6 +266,7 @@ class Checkpoints:
             files=files,
             state=checkpoint.state,
         )
+        manifest = manifest.model_copy(update={"sha256": manifest.digest()})
         text = canonical_json(manifest.model_dump())
         self._write_file(f"{folder}/{_STATE}", lambda file: file.write(text))
         self._manifests[checkpoint.step] = manifest
