@@ -7,7 +7,9 @@ G key-value heads, K head_dim, S query_size + 2·key_value_size, L layers.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +32,7 @@ class LayerCache(NamedTuple):
     lengths_B: Tensor | None
     """int64; None while the prompts themselves are read."""
     longest: int
+    """The largest of them."""
 
 
 class Cache(NamedTuple):
@@ -38,12 +41,13 @@ class Cache(NamedTuple):
     keys: Tensor
     values: Tensor
     lengths_B: Tensor | None
-    longest: int
-    """The largest length, known without asking the device."""
+    """int64; None while the prompts themselves are read."""
+    host_lengths_B: NDArray[np.int64]
+    """The same on the host, where it costs no waiting."""
 
     def of_layer(self, layer: int) -> LayerCache:
         """A view of one layer."""
-        return LayerCache(self.keys[layer], self.values[layer], self.lengths_B, self.longest)
+        return LayerCache(self.keys[layer], self.values[layer], self.lengths_B, int(self.host_lengths_B.max(initial=0)))
 
 
 def rotation_table(positions: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -51,20 +51,21 @@ class TorchInference:
         keys, values = (torch.zeros(shape, dtype=self._model.compute, device=self._place) for _ in range(2))
         ends_B = np.arange(rows, dtype=np.int64) * length + lengths_B - 1
         packed = whole(tokens_BT, self._place)._replace(read_M=on_device(ends_B, self._place))
-        logits_BV = self._read(packed, Cache(keys, values, None, 0))
-        lengths = on_device(lengths_B.astype(np.int64), self._place)
-        return Cache(keys, values, lengths, int(lengths_B.max(initial=0))), self._on_host(logits_BV)
+        host_lengths_B = lengths_B.astype(np.int64)
+        cache = Cache(keys, values, None, host_lengths_B)
+        logits_BV = self._on_host(self._read(packed, cache))
+        return cache._replace(lengths_B=on_device(host_lengths_B, self._place)), logits_BV
 
     @torch.inference_mode()
     def decode(self, cache: Cache, tokens_B: NDArray[np.int32]) -> tuple[Cache, NDArray[np.float32]]:
         """As the contract says. ValueError where the cache is full."""
         assert cache.lengths_B is not None
-        if cache.longest >= cache.keys.shape[3]:
-            raise ValueError(f"the cache is full: {cache.longest} positions are taken")
+        if cache.host_lengths_B.max(initial=0) >= cache.keys.shape[3]:
+            raise ValueError(f"the cache is full: {cache.keys.shape[3]} positions are taken")
         self._check(tokens_B[:, None])
         rows = Rows(on_device(tokens_B, self._place), cache.lengths_B, (len(tokens_B), 1), None, None)
         logits_BV = self._read(rows, cache)
-        grown = cache._replace(lengths_B=cache.lengths_B + 1, longest=cache.longest + 1)
+        grown = cache._replace(lengths_B=cache.lengths_B + 1, host_lengths_B=cache.host_lengths_B + 1)
         return grown, self._on_host(logits_BV)
 
     @torch.inference_mode()
@@ -75,7 +76,7 @@ class TorchInference:
             cache.keys.index_select(1, kept),
             cache.values.index_select(1, kept),
             cache.lengths_B.index_select(0, kept),
-            cache.longest,
+            cache.host_lengths_B[rows],
         )
 
     def _check(self, tokens_BT: NDArray[np.int32]) -> None:
