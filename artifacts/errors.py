@@ -64,6 +64,8 @@ def _os_reason(error: OSError, place: object) -> str | None:
         return (
             f"{where} is in the way: the store needs a folder there; move the file or set CAIRN_STORE to another place"
         )
+    if isinstance(error, FileNotFoundError) and error.filename is None and "://" in str(place):
+        return f"{place} cannot be used: {error}; make it first, or correct CAIRN_STORE"
     if isinstance(error, ConnectionError | TimeoutError):
         return f"cannot reach {place}: {error}; check the address and the network"
     return None

