@@ -4,6 +4,7 @@ Nothing heavy is imported here: PyTorch, Prefect and pyarrow come with the comma
 """
 
 import logging
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,8 @@ from rich.table import Table
 
 from artifacts.store import Store
 from common.errors import UserError
+from tasks.process import StageFailed
+from tasks.stage import StageInterrupted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +28,15 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+
+# Prefect reads these when it is imported; what the user has set stays.
+_PREFECT_SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # Its log lines would garble the progress bar; errors are reported here.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+}
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `cairn recipes`) or a YAML file's path.")]
 SetOption = Annotated[
@@ -51,10 +63,12 @@ def run(
     from flows.recipe import load_recipe
 
     # Checked before Prefect is imported, which takes seconds.
-    load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [])
+    for name, value in _PREFECT_SETTINGS.items():
+        os.environ.setdefault(name, value)
     from flows.run import run_recipe
 
-    run_recipe(recipe, overrides or [], Store.open(store), published, console)
+    run_recipe(loaded, overrides or [], Store.open(store), published, console)
 
 
 @app.command(epilog="Example: cairn plan arithmetic --set stages.base.training.seed=1")
@@ -211,14 +225,27 @@ def gc(
     console.print(f"{len(removed.garbage)} removed, {removed.size:,} bytes", highlight=False)
 
 
+class _OnConsole(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        errors.print(f"[yellow]{escape(record.getMessage())}[/]", highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Runs the command; an error that the user can mend is one line."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # Not the root logger, which Prefect's and everybody's messages reach.
+    logging.getLogger("cairn").addHandler(_OnConsole(logging.WARNING))
     try:
         app()
     except UserError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
+    except StageFailed as error:
+        # It brings the traceback of the process that failed; that of this one says nothing more.
+        errors.print(escape(str(error)), highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except StageInterrupted as error:
+        errors.print(f"[yellow]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

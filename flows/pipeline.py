@@ -1,75 +1,98 @@
-"""The whole run as a Prefect flow: each stage is a task run, started when its inputs are there.
-
-With no server configured, Prefect starts a temporary one of its own.
-"""
+"""The whole run as a Prefect flow: each stage is a task run, started when its inputs are there."""
 
 import base64
 import logging
 import re
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-from prefect import flow, runtime
+from prefect import Flow, flow, runtime
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.futures import PrefectFuture
+from prefect.states import Cancelled
 
 from artifacts.lineage import to_text, tree
 from artifacts.record import Record
 from artifacts.store import Store
 from flows.plan import recipe_ref, stage_ref, work_for
 from flows.recipe import Recipe, StageEntry, load_recipe
-from flows.view import LogView, View, summary
+from flows.stopping import Stopping
+from flows.view import View, summary
 from tasks.dispatch import dispatch, stage_task
-from tasks.process import EngineProcess, engine_process
+from tasks.process import EngineProcess
+from tasks.stage import StageInterrupted
 from tasks.work import Outcome
 
 LOSS_CURVE = "loss.png"
 logger = logging.getLogger("cairn.flows")
 
 
-@flow(name="pipeline", flow_run_name="{recipe}", persist_result=False)
-def pipeline(recipe: str = "arithmetic", overrides: list[str] | None = None, store: str | None = None) -> str:
-    """Runs a recipe and gives the name of what its last stage made, such as models/arithmetic.
+def pipeline_flow(view: View) -> Flow[..., dict[str, Record]]:
+    """The flow that runs a recipe and tells `view` how it goes. It gives each stage's record by name."""
 
-    `recipe`: a name or the path of a YAML file; `overrides`: key.path=value each; `store`: a folder or URL.
-    """
-    loaded = load_recipe(recipe, overrides or [])
-    run_stages(loaded, Store.open(store), LogView())
-    return recipe_ref(loaded.name)
+    @flow(name="pipeline", flow_run_name="{recipe}", persist_result=False, validate_parameters=False)
+    def pipeline(recipe: str, overrides: list[str] | None = None, store: str | None = None) -> Any:
+        """Runs a recipe. What is in the store is reused; what was interrupted goes on.
+
+        `recipe`: a name or the path of a YAML file; `overrides`: key.path=value each; `store`: a folder or URL.
+        """
+        run = _Run(load_recipe(recipe, overrides or []), Store.open(store), view)
+        try:
+            return run.all_stages()
+        except StageInterrupted as error:
+            return Cancelled(message=str(error))
+
+    return pipeline
 
 
-def run_stages(recipe: Recipe, store: Store, view: View) -> dict[str, Record]:
-    """Submits every stage to Prefect and waits for them all; called inside a flow. Gives each stage's record.
+class _Run:
+    """One run of a recipe, inside the flow."""
 
-    Raises what the first failed stage raised.
-    """
-    with engine_process() as process:
-        futures: dict[str, PrefectFuture[Outcome]] = {}
-        for entry in recipe.stages:
-            body = _stage_body(recipe, entry, store, view, process)
-            task = stage_task(entry.name, entry.runtime, body)
-            futures[entry.name] = task.submit({source: futures[source] for source in entry.inputs.values()})
+    def __init__(self, recipe: Recipe, store: Store, view: View) -> None:
+        self.recipe = recipe
+        self.store = store
+        self.view = view
+        self.process = EngineProcess()
+        self.stopping = Stopping(self.process.interrupt)
+
+    def all_stages(self) -> dict[str, Record]:
+        """Submits every stage to Prefect and waits for them all; raises what the first failed stage raised."""
+        with self.stopping, closing(self.process):
+            futures: dict[str, PrefectFuture[Outcome]] = {}
+            for entry in self.recipe.stages:
+                task = stage_task(entry.name, entry.runtime, self._body(entry))
+                futures[entry.name] = task.submit({source: futures[source] for source in entry.inputs.values()})
+            for future in futures.values():
+                future.wait()
+        if self.stopping.requested:
+            raise StageInterrupted("stopped")
         records = {name: future.result().record for name, future in futures.items()}
-    store.set_name(recipe_ref(recipe.name), records[recipe.stages[-1].name].key)
-    return records
+        self.store.set_name(recipe_ref(self.recipe.name), records[self.recipe.stages[-1].name].key)
+        return records
 
+    def _body(self, entry: StageEntry) -> Callable[[dict[str, Outcome]], Any]:
+        def body(made: dict[str, Outcome]) -> Any:
+            try:
+                return self._stage(entry, {source: outcome.record for source, outcome in made.items()})
+            except StageInterrupted as error:
+                return Cancelled(message=str(error))
 
-def _stage_body(
-    recipe: Recipe, entry: StageEntry, store: Store, view: View, process: EngineProcess
-) -> Callable[[dict[str, Outcome]], Outcome]:
-    def body(made: dict[str, Outcome]) -> Outcome:
-        inputs = {source: outcome.record for source, outcome in made.items()}
-        work = work_for(entry, inputs, store, runtime.flow_run.id)
+        return body
+
+    def _stage(self, entry: StageEntry, inputs: dict[str, Record]) -> Outcome:
+        if self.stopping.requested:
+            raise StageInterrupted(f"stage '{entry.name}' was stopped before it began")
+        work = work_for(entry, inputs, self.store, runtime.flow_run.id)
         started = time.monotonic()
-        outcome = dispatch(work, process, view.listener(entry.name))
-        store.set_name(stage_ref(recipe.name, entry.name), outcome.record.key)
-        view.finished(entry.name, outcome.record, outcome.reused, time.monotonic() - started)
+        outcome = dispatch(work, self.process, self.view.listener(entry.name), lambda: self.stopping.requested)
+        self.store.set_name(stage_ref(self.recipe.name, entry.name), outcome.record.key)
+        self.view.finished(entry.name, outcome.record, outcome.reused, time.monotonic() - started)
         if not outcome.reused:
-            _show(recipe, entry, store, outcome.record)
+            _show(self.recipe, entry, self.store, outcome.record)
         return outcome
-
-    return body
 
 
 def _show(recipe: Recipe, entry: StageEntry, store: Store, record: Record) -> None:

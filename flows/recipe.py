@@ -60,6 +60,8 @@ class Recipe(FrozenModel):
 
     name: str
     """The recipe's name: its file's, without the ending."""
+    source: str
+    """The name or path that it was loaded by."""
     description: str
     """What the run is for."""
     stages: tuple[StageEntry, ...]
@@ -90,7 +92,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
             stages.append(_stage(name, keys, file, {stage.name: stage for stage in stages}))
         except UserError as error:
             raise UserError(f"recipe {path}: {error}") from error
-    return Recipe(name=path.stem, description=file.description, stages=tuple(stages))
+    return Recipe(name=path.stem, source=name_or_path, description=file.description, stages=tuple(stages))
 
 
 def _find(name_or_path: str) -> Path:

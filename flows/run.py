@@ -4,7 +4,9 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from prefect.client.schemas.objects import State
 from rich.console import Console
 from rich.markup import escape
 
@@ -12,9 +14,10 @@ from artifacts.lineage import to_text, tree
 from artifacts.record import Record
 from artifacts.store import Store
 from flows.console import ConsoleView, evaluation_tables
-from flows.pipeline import LOSS_CURVE, run_stages
-from flows.recipe import Recipe, load_recipe
-from tasks.stage import Kind
+from flows.pipeline import LOSS_CURVE, pipeline_flow
+from flows.recipe import Recipe
+from flows.server import prefect_server, wait_until_stored
+from tasks.stage import Kind, StageInterrupted
 
 
 def lay_out(store: Store, record: Record, folder: Path) -> None:
@@ -31,20 +34,15 @@ def lay_out(store: Store, record: Record, folder: Path) -> None:
         fresh.rename(folder)
 
 
-def run_recipe(name: str, overrides: Sequence[str], store: Store, published: Path, console: Console) -> None:
-    """Runs a recipe, lays out what it published, and shows the result."""
-    from prefect import flow
-
-    recipe = load_recipe(name, overrides)
-    with ConsoleView(console) as view:
-
-        @flow(name="pipeline", flow_run_name=recipe.name, persist_result=False)
-        def pipeline(recipe_name: str, overrides: list[str]) -> None:
-            records.update(run_stages(recipe, store, view))
-
-        records: dict[str, Record] = {}
-        pipeline(recipe.name, list(overrides))
-    _show_result(recipe, records, store, published, console)
+def run_recipe(recipe: Recipe, overrides: Sequence[str], store: Store, published: Path, console: Console) -> None:
+    """Runs a recipe, lays out what it published, and shows the result. Raises what the first failed stage raised."""
+    with prefect_server(), ConsoleView(console) as view:
+        pipeline: Any = pipeline_flow(view)  # its type knows nothing of return_state
+        state: State[dict[str, Record]] = pipeline(recipe.source, list(overrides), store.url, return_state=True)
+        wait_until_stored(state)
+    if state.is_cancelled():
+        raise StageInterrupted("stopped; run the same command again to go on from where it was")
+    _show_result(recipe, state.result(), store, published, console)
 
 
 def _show_result(recipe: Recipe, records: dict[str, Record], store: Store, published: Path, console: Console) -> None:

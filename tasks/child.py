@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from typing import Any
 
 from artifacts.store import Store
@@ -29,15 +30,13 @@ class Channel:
     """Events to the parent, each a line; nothing is said to a parent that is gone."""
 
     def __init__(self, descriptor: int) -> None:
-        self._file = os.fdopen(descriptor, "w", buffering=1)
+        self._file = os.fdopen(descriptor, "wb", buffering=0)
 
     def send(self, event: dict[str, Any]) -> None:
         """Writes one event."""
-        try:
-            self._file.write(json.dumps(event) + "\n")
-        except OSError:
-            # The parent is gone, and the end of standard input stops this process; the stage must not fail before.
-            self._file = open(os.devnull, "w")  # noqa: SIM115, PTH123
+        # Where the parent is gone, the end of standard input stops this process; the stage must not fail before.
+        with suppress(OSError):
+            self._file.write(json.dumps(event).encode() + b"\n")
 
 
 class _Forwarded(logging.Handler):

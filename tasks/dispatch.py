@@ -10,14 +10,17 @@ from prefect.client.schemas.objects import State, TaskRun
 from artifacts.store import Store
 from common.errors import UserError
 from tasks.events import Listener, as_event
-from tasks.process import EngineProcess, StageInterrupted
+from tasks.process import EngineProcess
 from tasks.produce import produce
-from tasks.stage import Runtime
+from tasks.stage import Runtime, StageInterrupted
 from tasks.work import Outcome, Work
 
 
-def dispatch(work: Work, process: EngineProcess, listener: Listener) -> Outcome:
-    """Does a stage's work: in the engine's child process where it needs an engine, else in this one.
+def dispatch(
+    work: Work, process: EngineProcess, listener: Listener, should_stop: Callable[[], bool] = lambda: False
+) -> Outcome:
+    """Does a stage's work: in the engine's child process where it needs an engine, else in this one, where
+    `should_stop` is asked now and then.
 
     Raises UserError, StageInterrupted, StageFailed, and what a stage without an engine raises.
     """
@@ -27,7 +30,7 @@ def dispatch(work: Work, process: EngineProcess, listener: Listener) -> Outcome:
         return Outcome(found, reused=True)
     if work.definition.has_engine:
         return process.do(work, listener)
-    return produce(store, work, lambda event: listener(as_event(event)))
+    return produce(store, work, lambda event: listener(as_event(event)), should_stop)
 
 
 def _is_worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:

@@ -11,11 +11,8 @@ from contextlib import contextmanager
 from artifacts.store import Store
 from common.errors import UserError
 from tasks.events import Event, Listener
+from tasks.stage import StageInterrupted
 from tasks.work import Outcome, Work
-
-
-class StageInterrupted(Exception):
-    """A stage was told to stop; it has written its checkpoint and goes on when it is run again."""
 
 
 class StageFailed(Exception):
@@ -54,10 +51,16 @@ class EngineProcess:
                 if event["event"] == "Failed":
                     raise StageFailed(f"stage '{work.name}' failed:\n{event['traceback']}")
                 if event["event"] == "Interrupted":
-                    raise StageInterrupted(work.name)
+                    raise StageInterrupted(f"stage '{work.name}' was stopped; it goes on from there when run again")
                 listener(event)
             self._process = None
             raise StageFailed(f"the process of stage '{work.name}' ended ({_ending(process)})")
+
+    def interrupt(self) -> None:
+        """Tells the stage under way to stop, after its checkpoint."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.terminate()
 
     def close(self) -> None:
         """Ends the child; a stage under way writes its checkpoint first."""
@@ -77,6 +80,8 @@ class EngineProcess:
                 stdout=sys.stderr,
                 pass_fds=(write_end,),
                 text=True,
+                # A Ctrl-C reaches it through `interrupt` alone, once.
+                start_new_session=True,
                 # Threads that spin while they wait for each other take the cores from the threads that work.
                 env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             )

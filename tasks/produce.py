@@ -17,7 +17,9 @@ from tasks.work import Outcome, Work
 logger = logging.getLogger("cairn.tasks")
 
 
-def produce(store: Store, work: Work, report: Callable[[object], None]) -> Outcome:
+def produce(
+    store: Store, work: Work, report: Callable[[object], None], should_stop: Callable[[], bool] = lambda: False
+) -> Outcome:
     """The record of `work`: found in the store, waited for while another process makes it, or made here.
 
     Raises UserError for what the user can mend, and what the stage itself raises.
@@ -37,7 +39,7 @@ def produce(store: Store, work: Work, report: Callable[[object], None]) -> Outco
         started = datetime.now(UTC)
         with store.workspace(work.key) as output:
             logs = _log_folder(store, work.key)
-            metrics = _run(store, work, output, logs, report)
+            metrics = _run(store, work, output, logs, report, should_stop)
             _attach(store, work.key, logs)
             commit, dirty = git_state()
             record = store.commit(
@@ -62,7 +64,14 @@ def produce(store: Store, work: Work, report: Callable[[object], None]) -> Outco
     return Outcome(record, reused=False)
 
 
-def _run(store: Store, work: Work, output: Path, logs: Path, report: Callable[[object], None]) -> dict[str, Any]:
+def _run(
+    store: Store,
+    work: Work,
+    output: Path,
+    logs: Path,
+    report: Callable[[object], None],
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
     stage = work.definition
     records = {name: _input(store, work, name, reference) for name, reference in work.inputs.items()}
     context = Context(
@@ -71,6 +80,7 @@ def _run(store: Store, work: Work, output: Path, logs: Path, report: Callable[[o
         scratch=store.scratch(work.checkpoint_key),
         runtime=work.runtime,
         report=report,
+        should_stop=should_stop,
         lineage=_lineage_text(store, records.values()),
     )
     folders = {name: store.fetch(record) for name, record in records.items()}

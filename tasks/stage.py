@@ -16,6 +16,10 @@ from models.training.config import CheckpointConfig
 Metrics = dict[str, Any]
 
 
+class StageInterrupted(Exception):
+    """A stage was told to stop; what it has saved is used when it is run again."""
+
+
 class Kind(StrEnum):
     """What an artifact holds; a stage says which kinds it reads, and a recipe is checked against it."""
 
@@ -52,6 +56,8 @@ class Context:
     """How it runs."""
     report: Callable[[object], None]
     """Takes progress events, dataclasses that JSON can hold."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Whether the stage has been told to stop; a long one asks now and then, and raises StageInterrupted."""
     lineage: str = ""
     """What the inputs were made from, as text."""
 

@@ -14,7 +14,7 @@ from common.files import canonical_json
 from models.tokenizer import TOKENIZER_FILES, Tokenizer
 from models.training.shards import write_shard
 from tasks.documents import shard_name
-from tasks.stage import Context, Kind, Metrics, Stage
+from tasks.stage import Context, Kind, Metrics, Stage, StageInterrupted
 
 ROWS_AT_ONCE = 20_000
 
@@ -38,7 +38,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     copy_tokenizer(inputs["tokenizer"], context.output)
     counts = {}
     for split in sorted({path.name.rpartition("-")[0] for path in inputs["documents"].glob("*.parquet")}):
-        counts[split] = _write_split(config, tokenizer, split, inputs["documents"], context.output)
+        counts[split] = _write_split(config, tokenizer, split, inputs["documents"], context)
     description = {"vocab_size": len(tokenizer), "pad_id": tokenizer.pad_id, "splits": counts}
     (context.output / "tokens.json").write_bytes(canonical_json(description))
     return description
@@ -51,17 +51,19 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(source / name, folder / "tokenizer" / name)
 
 
-def _write_split(config: Config, tokenizer: Tokenizer, split: str, documents: Path, output: Path) -> dict[str, int]:
+def _write_split(config: Config, tokenizer: Tokenizer, split: str, documents: Path, context: Context) -> dict[str, int]:
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     shard = _Shard(dtype, masked=config.loss_on == "target")
     totals = {"shards": 0, "documents": 0, "tokens": 0, "counted_tokens": 0, "longest_document": 0}
 
     def flush() -> None:
-        path = output / shard_name(split, totals["shards"], "safetensors")
+        path = context.output / shard_name(split, totals["shards"], "safetensors")
         write_shard(path, *shard.arrays())
         totals["shards"] += 1
 
     for columns in _batches(config, split, documents):
+        if context.should_stop():
+            raise StageInterrupted("the tokens were stopped")
         boundaries = _boundaries(config, columns)
         for encoding, boundary in zip(tokenizer.encode_batch(columns["text"]), boundaries, strict=True):
             first = encoding.char_to_token(boundary) if boundary else 0
