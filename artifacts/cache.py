@@ -11,7 +11,8 @@ from pathlib import Path
 
 from artifacts.errors import DamagedObject, explained
 from artifacts.identity import FileEntry
-from artifacts.local import locked, scan, try_lock
+from artifacts.local import scan
+from artifacts.local_lease import locked, try_lock
 from artifacts.verified import VerifiedFiles
 from common.errors import UserError
 from common.files import sha256_file

@@ -5,16 +5,18 @@ import fcntl
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from artifacts.backend import Entry
-from artifacts.errors import DamagedObject, LeaseLost
+from artifacts.errors import DamagedObject
 from artifacts.identity import FileEntry
-from artifacts.lease import Lease, LeaseInfo, new_lease
+from artifacts.lease import Lease, LeaseInfo
+from artifacts.local_lease import live_lease, local_lease, locked, try_lock
 from artifacts.verified import VerifiedFiles
 from common.errors import UserError
 from common.files import fsync_file, sha256_file
@@ -96,7 +98,10 @@ class LocalBackend:
             return None
         size = sum(state.st_size for state in states if not stat.S_ISDIR(state.st_mode))
         # Not the time of modification, which an unpacked or copied file brings along.
-        return Entry(path=path, size=size, modified=max(state.st_ctime for state in states))
+        modified = max(state.st_ctime for state in states)
+        if path.startswith("tmp/") and _in_use(place):
+            modified = time.time()
+        return Entry(path=path, size=size, modified=modified)
 
     def sizes(self, folder: str) -> dict[str, int]:
         return {name: entry.st_size for name, entry in scan(self.root / folder, "")}
@@ -126,9 +131,13 @@ class LocalBackend:
     def _temporary(self, label: str) -> Iterator[Path]:
         folder = self.root / "tmp" / f"{label}.{uuid.uuid4().hex}"
         folder.mkdir(parents=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            # Tells a collector that somebody lives who works in it, however long that takes.
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
             yield folder
         finally:
+            os.close(descriptor)
             shutil.rmtree(folder, ignore_errors=True)
 
     def put_folder(self, folder: Path, digest: str, files: Mapping[str, FileEntry]) -> None:
@@ -168,101 +177,35 @@ class LocalBackend:
             raise DamagedObject(f"{folder / name} is {problem}: run the recipe again, which makes the artifact anew")
         return folder
 
-    @contextmanager
-    def lease(self, key: str, wait: Callable[[str], None] | None, inputs: Collection[str]) -> Iterator[Lease]:
-        path = self.root / "leases" / f"{key}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(path, wait)
-        try:
-            info = new_lease(key, LeaseInfo.from_json(_content(descriptor)), tuple(inputs), expires=None)
-            # Written in place, because the lock belongs to this very file; a torn text only costs its message.
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, info.to_json(), 0)
-            yield LocalLease(path, descriptor, info)
-        finally:
-            os.close(descriptor)
+    def lease(
+        self, key: str, wait: Callable[[str], None] | None, inputs: Collection[str]
+    ) -> AbstractContextManager[Lease]:
+        return local_lease(self.root / "leases" / f"{key}.lock", key, wait, tuple(inputs))
 
     def leases(self) -> Iterator[LeaseInfo]:
         for name in self.children("leases"):
-            if not name.endswith(".lock"):
-                continue
-            with contextlib.suppress(FileNotFoundError), (self.root / "leases" / name).open("rb") as file:
-                info = LeaseInfo.from_json(file.read())
-                if info is not None and not try_lock(file.fileno(), fcntl.LOCK_SH):
-                    yield info
+            info = live_lease(self.root / "leases" / name) if name.endswith(".lock") else None
+            if info is not None:
+                yield info
 
 
-class LocalLease:
-    """A kernel lock on a file; it ends with the process, however that dies."""
-
-    def __init__(self, path: Path, descriptor: int, info: LeaseInfo) -> None:
-        self._path = path
-        self._descriptor = descriptor
-        self._info = info
-
-    @property
-    def fencing_token(self) -> int:
-        return self._info.token
-
-    def check(self) -> None:
-        """Raises LeaseLost if the lock's file was removed or replaced, so that others may hold the key too."""
-        if not _is_at(self._descriptor, self._path):
-            raise LeaseLost(f"the lease {self._path} was removed by somebody: run again")
-
-    renew = check
-
-
-def _acquire(path: Path, wait: Callable[[str], None] | None) -> int:
-    """Opens and locks the file at `path`, waiting for its holder; returns the descriptor."""
-    told = False
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            if not try_lock(descriptor, fcntl.LOCK_EX):
-                holder = LeaseInfo.from_json(_content(descriptor))
-                if wait is not None and not told:
-                    wait(holder.holder if holder else "another process")
-                    told = True
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # A collector may have removed the file while we waited for its lock.
-            if _is_at(descriptor, path):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def try_lock(descriptor: int, kind: int) -> bool:
+def _in_use(folder: Path) -> bool:
+    """Whether a living process holds a folder of `tmp`."""
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
         return False
-    return True
-
-
-def _content(descriptor: int) -> bytes:
-    return os.pread(descriptor, 1 << 20, 0)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-@contextmanager
-def locked(path: Path, kind: int) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, kind)
-        yield
+        return not try_lock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        # Some network file systems lock no folders; what cannot be tried is left alone.
+        return True
     finally:
         os.close(descriptor)
 
 
 def scan(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Every file below a folder, its path after `prefix` and its state; none where the folder is absent."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError):

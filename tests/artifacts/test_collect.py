@@ -1,6 +1,8 @@
 """What gc takes and what it leaves."""
 
+import subprocess
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -116,17 +118,43 @@ def test_what_came_into_use_after_the_plan_stays(store: Store, make: Any) -> Non
     assert [store.find(record.key) for record in (named, used, new)] == [named, used, new]
 
 
-@pytest.mark.usefixtures("aged")
-def test_workspaces_that_a_crash_left_go(local_store: Store) -> None:
-    workspace = local_store.workspace(KEY)
-    folder = workspace.__enter__()
+WORK = """
+import sys
+from artifacts.store import Store
+
+with Store.open(sys.argv[1]).workspace("a" * 64) as folder:
     (folder / "half").write_bytes(b"x" * 100)
-    with local_store.lease(KEY):
-        assert collect.plan(local_store, NOW).garbage == ()
+    print(folder, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.usefixtures("aged")
+def test_workspaces_that_a_crash_left_go(local_store: Store, start: Callable[..., "subprocess.Popen[str]"]) -> None:
+    process = start(WORK, local_store.url)
+    assert process.stdout is not None
+    folder = Path(process.stdout.readline().strip())
+    # While its process lives it stays, however old it is.
+    assert collect.plan(local_store, NOW).garbage == ()
+    process.kill()
+    process.wait()
     planned = collect.plan(local_store, NOW)
-    assert kinds(planned) == ["temporary", "lease"]
+    assert kinds(planned) == ["temporary"]
+    assert folder.exists()
     collect.remove(local_store, planned)
     assert not folder.exists()
+
+
+@pytest.mark.usefixtures("aged")
+def test_old_lock_files_go_and_the_next_holder_makes_a_new_one(local_store: Store) -> None:
+    with local_store.lease(KEY):
+        pass
+    planned = collect.plan(local_store, NOW)
+    assert kinds(planned) == ["lease"]
+    with local_store.lease(KEY) as lease:
+        assert collect.remove(local_store, planned).garbage == ()
+        lease.check()
+    collect.remove(local_store, planned)
     with local_store.lease(KEY) as lease:
         lease.check()
 
