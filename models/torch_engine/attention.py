@@ -1,7 +1,7 @@
 """Causal self-attention with grouped queries, rotary positions and a key-value cache.
 
 B rows, T new positions of a row, C capacity of a cache, N packed positions, D hidden_size, H heads,
-G key-value heads, K head_dim, S query_size + 2·key_value_size, L layers.
+G key-value heads, K head_dim, S query_size + 2·key_value_size, L layers, X = B · H.
 """
 
 import math
@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 from models.config import ModelConfig
 from models.torch_engine.layers import Linear
+
+_SHORT = 48
+"""Positions up to which plain products beat PyTorch's fused attention on a CPU."""
 
 
 class Rotation(NamedTuple):
@@ -66,6 +69,24 @@ def rotated(x_NHK: Tensor, rotation: Rotation) -> Tensor:
     return x_NHK * rotation.cosine_NK.unsqueeze(1) + turned * rotation.sine_NK.unsqueeze(1)
 
 
+def short_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, dropout: float) -> Tensor:
+    """Causal attention by plain products, the fastest on a CPU where rows are short.
+
+    Scores are kept as (key, query) and normalised over the first of them, because PyTorch's softmax over a last
+    dimension of odd length is several times slower.
+    """
+    rows, heads, length, width = q_BHTK.shape
+    if k_BGTK.shape[1] != heads:
+        repeats = heads // k_BGTK.shape[1]
+        k_BGTK, v_BGTK = k_BGTK.repeat_interleave(repeats, 1), v_BGTK.repeat_interleave(repeats, 1)
+    q_XTK, k_XTK, v_XTK = (x.reshape(rows * heads, length, width) for x in (q_BHTK, k_BGTK, v_BGTK))
+    later = torch.full((length, length), -math.inf, dtype=q_BHTK.dtype).tril(-1)
+    weights = torch.baddbmm(later, k_XTK, q_XTK.transpose(1, 2), alpha=1 / math.sqrt(width)).softmax(1)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    return torch.bmm(weights.transpose(1, 2), v_XTK).view(rows, heads, length, width)
+
+
 class Attention(nn.Module):
     """Projections of queries, keys and values, their mixing, and the output projection."""
 
@@ -112,23 +133,38 @@ class Attention(nn.Module):
         return F.linear(x_ND, weight, bias)
 
     def _attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, cache: LayerCache | None) -> Tensor:
-        grouped = self.groups != self.heads
-        if cache is None or cache.lengths_B is None:
-            if cache is not None:
-                cache.keys_BGCK[:, :, : k_BGTK.shape[2]] = k_BGTK
-                cache.values_BGCK[:, :, : v_BGTK.shape[2]] = v_BGTK
-            dropout = self.dropout if self.training else 0.0
-            return F.scaled_dot_product_attention(
-                q_BHTK, k_BGTK, v_BGTK, is_causal=True, dropout_p=dropout, enable_gqa=grouped
-            )
+        if cache is not None and cache.lengths_B is not None:
+            return self._attend_cached(q_BHTK, k_BGTK, v_BGTK, cache, cache.lengths_B)
+        if cache is not None:
+            cache.keys_BGCK[:, :, : k_BGTK.shape[2]] = k_BGTK
+            cache.values_BGCK[:, :, : v_BGTK.shape[2]] = v_BGTK
+        dropout = self.dropout if self.training else 0.0
+        if q_BHTK.is_cpu and q_BHTK.shape[2] <= _SHORT:
+            return short_attention(q_BHTK, k_BGTK, v_BGTK, dropout)
+        # PyTorch's bf16 kernel for CPUs goes backwards several times slower than its fp32 one.
+        working = torch.float32 if q_BHTK.is_cpu else q_BHTK.dtype
+        mixed_BHTK = F.scaled_dot_product_attention(
+            q_BHTK.to(working),
+            k_BGTK.to(working),
+            v_BGTK.to(working),
+            is_causal=True,
+            dropout_p=dropout,
+            enable_gqa=self.groups != self.heads,
+        )
+        return mixed_BHTK.to(q_BHTK.dtype)
+
+    def _attend_cached(
+        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, cache: LayerCache, lengths_B: Tensor
+    ) -> Tensor:
+        """One new position per row, at the row's own length."""
         batch = torch.arange(q_BHTK.shape[0], device=q_BHTK.device)
-        cache.keys_BGCK[batch, :, cache.lengths_B] = k_BGTK[:, :, 0]
-        cache.values_BGCK[batch, :, cache.lengths_B] = v_BGTK[:, :, 0]
+        cache.keys_BGCK[batch, :, lengths_B] = k_BGTK[:, :, 0]
+        cache.values_BGCK[batch, :, lengths_B] = v_BGTK[:, :, 0]
         known = cache.longest + 1
         keys_BGCK, values_BGCK = cache.keys_BGCK[:, :, :known], cache.values_BGCK[:, :, :known]
         # One query per row: the heads of a group are the rows of one small product.
         q_BGRK = q_BHTK.reshape(q_BHTK.shape[0], self.groups, self.heads // self.groups, self.head_dim)
         scores_BGRC = (q_BGRK @ keys_BGCK.transpose(2, 3)).float() / math.sqrt(self.head_dim)
-        unseen_BC = torch.arange(known, device=q_BHTK.device) > cache.lengths_B.unsqueeze(1)
+        unseen_BC = torch.arange(known, device=q_BHTK.device) > lengths_B.unsqueeze(1)
         weights_BGRC = scores_BGRC.masked_fill(unseen_BC[:, None, None], -math.inf).softmax(-1)
         return (weights_BGRC.to(q_BHTK.dtype) @ values_BGCK).reshape(q_BHTK.shape)
