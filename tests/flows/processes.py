@@ -1,0 +1,54 @@
+"""Processes as the tests find and kill them."""
+
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError, IndexError, ValueError):
+                # The command's name, in brackets, may hold anything.
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found, waiting = [], [pid]
+    while waiting:
+        new = children.get(waiting.pop(), [])
+        found += new
+        waiting += new
+    return found
+
+
+def stage_process(pid: int) -> int | None:
+    """The child in which a run's stages train."""
+    for child in descendants(pid):
+        with suppress(OSError):
+            if b"tasks.child" in (Path("/proc") / str(child) / "cmdline").read_bytes():
+                return child
+    return None
+
+
+def kill(*pids: int) -> None:
+    """SIGKILL to some processes; those that have gone already are left in peace."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_until_gone(pid: int, seconds: float = 30.0) -> bool:
+    """Whether a process ends within some time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            state = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False

@@ -1,0 +1,171 @@
+"""A run that is killed at any moment and started again publishes, bit for bit, what one publishes that never was."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from artifacts.identity import content_digest, describe_files
+from tests.flows.conftest import Start
+from tests.flows.processes import descendants, kill, stage_process, wait_until_gone
+
+# A checkpoint after every step: most moments of training are then in the middle of writing one.
+RUN = (
+    "run",
+    "arithmetic-tiny",
+    "--set",
+    "stages.base.checkpoints.every_seconds=0",
+    "--set",
+    "stages.refined.checkpoints.every_seconds=0",
+    "--set",
+    "stages.base.training.steps=80",
+    "--set",
+    "stages.base.model.dropout=0.1",
+)
+KILLS = 10
+
+
+def published(folder: Path) -> str:
+    return content_digest(describe_files(folder / "published" / "arithmetic-tiny"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    return {}
+
+
+@pytest.fixture
+def reference(undisturbed: dict[str, object], start_cairn: Start, tmp_path: Path) -> tuple[str, float]:
+    """What an undisturbed run publishes, and how long it takes."""
+    if not undisturbed:
+        started = time.monotonic()
+        store = {"CAIRN_STORE": str(tmp_path / "reference")}
+        process = start_cairn(*RUN, **store)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        undisturbed.update(digest=published(tmp_path), seconds=time.monotonic() - started)
+    digest, seconds = undisturbed["digest"], undisturbed["seconds"]
+    assert isinstance(digest, str)
+    assert isinstance(seconds, float)
+    return digest, seconds
+
+
+def finish(cairn: Callable[..., tuple[int, str]], tmp_path: Path, digest: str) -> str:
+    code, output = cairn(*RUN)
+    assert code == 0, output
+    assert published(tmp_path) == digest
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(KILLS))
+def test_killed_at_a_random_moment(
+    number: int,
+    reference: tuple[str, float],
+    start_cairn: Start,
+    cairn: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+) -> None:
+    digest, seconds = reference
+    choice = random.Random(number)
+    process = start_cairn(*RUN)
+    # Every run has its own tenth of the time, so that together they reach every stage.
+    time.sleep(seconds * (number + choice.random()) / KILLS)
+    everything = [process.pid, *descendants(process.pid)]
+    kill(*(everything if number % 2 else [process.pid]))
+    process.communicate()
+    # A child whose parent is gone writes its checkpoint and ends; the next run waits for it.
+    finish(cairn, tmp_path, digest)
+    assert all(wait_until_gone(pid) for pid in everything)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_checkpoint_write(
+    reference: tuple[str, float], start_cairn: Start, cairn: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    digest, _ = reference
+    for _ in range(20):
+        process = start_cairn(*RUN)
+        while process.poll() is None and not unfinished_checkpoints(tmp_path / "store"):
+            pass
+        kill(process.pid, *descendants(process.pid))
+        process.communicate()
+        if unfinished_checkpoints(tmp_path / "store"):
+            break
+    else:
+        pytest.fail("no kill came in the middle of a checkpoint write")
+    finish(cairn, tmp_path, digest)
+
+
+def files(folder: Path) -> list[Path]:
+    """The files below a folder that is being written to: what vanishes meanwhile is left out, which glob raises for."""
+    return [Path(place) / name for place, _, names in os.walk(folder) for name in names]
+
+
+def unfinished_checkpoints(store: Path) -> set[Path]:
+    """Folders of checkpoints that were begun and not finished."""
+    present = files(store / "checkpoints")
+    return {path.parent for path in present} - {path.parent for path in present if path.name == "state.json"}
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_an_artifact_write(
+    reference: tuple[str, float], start_cairn: Start, cairn: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    digest, _ = reference
+    process = start_cairn(*RUN)
+    while process.poll() is None and not unfinished_models(tmp_path / "store"):
+        pass
+    kill(process.pid, *descendants(process.pid))
+    process.communicate()
+    assert unfinished_models(tmp_path / "store")
+    finish(cairn, tmp_path, digest)
+
+
+def unfinished_models(store: Path) -> list[Path]:
+    """Weights that lie in the store without a record: half-written artifacts."""
+    recorded = "".join(path.read_text() for path in files(store / "records") if path.suffix == ".json")
+    weights = [*files(store / "tmp"), *(path for path in files(store / "objects") if path.parent.name not in recorded)]
+    return [path for path in weights if path.name == "model.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_killed_stage_process_is_started_again_by_the_run_itself(
+    reference: tuple[str, float], start_cairn: Start, tmp_path: Path
+) -> None:
+    digest, _ = reference
+    process = start_cairn(*RUN)
+    while process.poll() is None and not list((tmp_path / "store").glob("checkpoints/*/*/state.json")):
+        time.sleep(0.01)
+    child = stage_process(process.pid)
+    assert child is not None
+    kill(child)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "going on from the checkpoint of step" in output
+    assert published(tmp_path) == digest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_writes_a_checkpoint_and_goes_on(
+    number: signal.Signals,
+    reference: tuple[str, float],
+    start_cairn: Start,
+    cairn: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+) -> None:
+    digest, _ = reference
+    process = start_cairn(*RUN)
+    while process.poll() is None and not list((tmp_path / "store").glob("checkpoints/*/*/state.json")):
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to go on" in output
+    assert "Traceback" not in output
+    assert "going on from the checkpoint of step" in finish(cairn, tmp_path, digest)
