@@ -129,6 +129,8 @@ class Checkpoints:
             self.wait()
         except UserError as error:
             log.warning("%s", error)
+        except Exception:
+            log.exception("the last checkpoint was not written")
 
     def load(self, engine: str, fingerprint: str, continue_on: bool = False) -> Checkpoint | None:
         """The newest intact checkpoint of this run, or None; says which ones are not used, and why.

@@ -275,6 +275,9 @@ class _Loop:
         if self.saved == (self.state.step, self.state.validated):
             return
         self._read_pending()
+        self.checkpoints.wait()  # before the arrays are copied, not after: there is one copy at a time
+        if self.metrics is not None:
+            self.metrics.flush()
         with self.clock.paused():
             state = self.state.model_copy(update={"seconds": self.clock.elapsed()})
             checkpoint = Checkpoint(

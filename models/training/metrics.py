@@ -34,6 +34,7 @@ _TRAINING = (
 )
 _VALIDATION = ("step", "loss", "exact_match")
 _DRAW_SECONDS = 60.0
+_FLUSH_SECONDS = 1.0
 
 
 class Metrics:
@@ -49,7 +50,7 @@ class Metrics:
         self._samples = _LinesFile(folder / "samples.jsonl", lambda line: int(json.loads(line)["step"]))
         self._tensorboard: _TensorBoard | None = None
         self._wandb: Any = None
-        self._drawn_at = time.monotonic()
+        self._drawn_at = self._flushed_at = time.monotonic()
 
     def resume(self, step: int) -> None:
         """Opens the logs of a run of which `step` steps are done, and drops what they say of later ones.
@@ -67,6 +68,8 @@ class Metrics:
         values = {name: getattr(progress, name) for name in _TRAINING}
         self._training.append(values)
         self._publish("training", values)
+        if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
+            self.flush()
 
     def validation(self, event: Validation) -> None:
         """One row of a validation, its samples, and the loss curve from time to time."""
@@ -77,6 +80,12 @@ class Metrics:
         self._publish("validation", values)
         if time.monotonic() - self._drawn_at > _DRAW_SECONDS:
             self._draw()
+
+    def flush(self) -> None:
+        """Hands everything over to the system, so that a kill loses none of it; before a checkpoint, for example."""
+        for file in (self._training, self._validation, self._samples):
+            file.flush()
+        self._flushed_at = time.monotonic()
 
     def close(self) -> None:
         """Draws the loss curve and closes every file."""
@@ -98,6 +107,7 @@ class Metrics:
             self._wandb.log({"step": values["step"], **named})
 
     def _draw(self) -> None:
+        self.flush()
         curve = draw_loss_curve(read_csv(self._training.path), read_csv(self._validation.path), self._title)
         write_atomically(self._folder / "loss.png", curve)
         self._drawn_at = time.monotonic()
@@ -117,8 +127,7 @@ class _LinesFile:
         if self.path.exists():
             kept += [line for line in self.path.read_text("utf-8").splitlines() if self._is_kept(line, step)]
         write_atomically(self.path, "".join(f"{line}\n" for line in kept).encode())
-        # Line by line, so that a killed run loses none.
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._file = self.path.open("a", encoding="utf-8")
 
     def _is_kept(self, line: str, step: int) -> bool:
         try:
@@ -129,6 +138,10 @@ class _LinesFile:
     def append_line(self, line: str) -> None:
         if self._file is not None:
             self._file.write(line + "\n")
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:

@@ -16,11 +16,15 @@ from fsspec.implementations.memory import MemoryFileSystem
 from common.errors import UserError
 from models.training.checkpoint import Checkpoint, Checkpoints
 from models.training.config import CheckpointConfig
+from models.weights import Array
 
 
 def checkpoint(step: int, score: float | None = None, engine: str = "torch", fingerprint: str = "f") -> Checkpoint:
     weights = {"a.weight": np.full((3, 2), step, np.float32), "b": np.zeros(0, np.float32)}
-    optimizer = {"exp_avg:a.weight": np.full((3, 2), -step, np.float32), "updates": np.array(step, np.int64)}
+    optimizer: dict[str, Array] = {
+        "exp_avg:a.weight": np.full((3, 2), -step, np.float32),
+        "updates": np.array(step, np.int64),
+    }
     return Checkpoint(step, engine, fingerprint, weights, optimizer, {"step": step, "third": 1 / 3}, score)
 
 

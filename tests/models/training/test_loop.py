@@ -1,5 +1,12 @@
 """The loop: what it tells, when it stops, and that a stopped run goes on as if it never had stopped."""
 
+import contextlib
+import errno
+import math
+import os
+import signal
+import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +19,9 @@ from models.engine import EngineName
 from models.training.checkpoint import Checkpoints
 from models.training.config import CheckpointConfig, TrainingConfig
 from models.training.events import Event, Note, Progress, TrainingResult, Validation
-from models.training.loop import EXIT_GO_ON_LATER, Interrupted, train
+from models.training.loop import EXIT_GO_ON_LATER, Interrupted, Start, fingerprint, train
+from models.training.metrics import Metrics, read_csv
+from models.training.signals import StopSignals
 from tests.models.training.bigrams import MODEL, BigramEngine, batches_for, start, write_chain
 
 pytestmark = pytest.mark.timeout(60)
@@ -110,18 +119,203 @@ def test_an_interrupted_run_goes_on_as_if_it_never_had_stopped(tmp_path: Path) -
     assert result.state.validations == expected.state.validations
 
 
+def test_a_validation_that_is_interrupted_is_done_again(tmp_path: Path) -> None:
+    whole = Run(tmp_path / "whole", config())
+    expected = whole.go()
+    parts = Run(tmp_path / "parts", config())
+    with pytest.raises(Interrupted):
+        parts.go(stop_after=10)  # the tenth step is followed by a validation, which is asked first
+    assert not any(isinstance(event, Validation) for event in parts.events)
+    result = parts.go()
+    assert result.resumed_from == 10
+    assert parts.arrays() == whole.arrays()
+    assert result.state.validations == expected.state.validations
+
+
+def test_a_run_stops_early_where_nothing_improves(tmp_path: Path) -> None:
+    stopping = {"patience": 2, "minimum_improvement": 10.0}
+    run = Run(tmp_path, config(steps=100, early_stopping=stopping))
+    result = run.go()
+    assert result.stopped_early
+    assert [record.step for record in result.state.validations] == [10, 20, 30]
+    again = run.go()
+    assert again.state.validations == result.state.validations
+
+
+def test_micro_batches_are_parts_of_the_batch(tmp_path: Path) -> None:
+    losses = []
+    for micro in (None, 1, 2):
+        run = Run(tmp_path / str(micro), config(micro_batch_size=micro))
+        losses.append(run.go().state.validations[-1].loss)
+    assert losses[1] == pytest.approx(losses[0])
+    assert losses[2] == pytest.approx(losses[0])
+
+
+def test_another_engine_goes_on_when_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(tmp_path, config())
+    with pytest.raises(Interrupted):
+        run.go(stop_after=12, engine="jax")
+    result = run.go(continue_on=True)
+    assert (result.resumed_from, result.other_engine) == (12, "jax")
+    whole = Run(tmp_path / "whole", config())
+    whole.go()
+    assert run.arrays() == whole.arrays()
+
+
+def test_another_engines_checkpoint_is_not_used_unasked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(tmp_path, config())
+    with pytest.raises(Interrupted):
+        run.go(stop_after=12, engine="jax")
+    assert run.go().resumed_from is None
+    assert "engine 'jax' made it" in caplog.text
+
+
+def test_another_config_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(Interrupted):
+        Run(tmp_path, config()).go(stop_after=12)
+    assert Run(tmp_path, config(seed=1)).go().resumed_from is None
+    assert "another config or other data" in caplog.text
+
+
+def test_moments_to_begin_with_are_taken_over(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(validation=None, steps=5))
+    run.go()
+    moments = {piece.name: piece.array for piece in run.engine.export("optimizer")}
+    weights = {piece.name: piece.array for piece in run.engine.export("weights")}
+    other = BigramEngine(run.settings.optimizer)
+    train(
+        other,
+        MODEL,
+        batches_for(run.settings, run.training),
+        None,
+        run.settings,
+        Checkpoints(LocalFileSystem(), str(tmp_path / "other"), CheckpointConfig()),
+        Start(weights, moments),
+        report=run.events.append,
+    )
+    assert {piece.name: piece.array for piece in other.export("optimizer")}["updates"] == 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_stop_a_run_in_good_order(tmp_path: Path, number: signal.Signals) -> None:
+    run = Run(tmp_path, config())
+    before = signal.getsignal(number)
+
+    def report(event: Event) -> None:
+        if isinstance(event, Validation):
+            signal.raise_signal(number)
+
+    run.events = types.SimpleNamespace(append=report)  # type: ignore[assignment]  # all that the run asks of it
+    with pytest.raises(Interrupted, match="after step 10; start it again"):
+        run.go()
+    assert signal.getsignal(number) is before
+    run.events = []
+    assert run.go().resumed_from == 10
+
+
+def test_a_second_interrupt_from_the_keyboard_stops_at_once() -> None:
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen: list[object] = []
+
+    def look() -> None:
+        with StopSignals():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_a_full_disk_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, config())
+    with pytest.raises(Interrupted):
+        run.go(stop_after=12)
+    run.checkpoint = CheckpointConfig(every_seconds=0)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"step-00000013 cannot be written \(No space left"):
+        run.go()
+    monkeypatch.undo()
+    assert run.go().resumed_from == 12
+
+
+def test_a_shard_that_is_damaged_meanwhile_is_named(tmp_path: Path) -> None:
+    run = Run(tmp_path, config())
+    batches = batches_for(run.settings, run.training)
+    for path in run.training.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="token shard"):
+        train(
+            BigramEngine(run.settings.optimizer),
+            MODEL,
+            batches,
+            batches_for(run.settings, run.validation),
+            run.settings,
+            run.checkpoints(),
+            start(),
+            report=run.events.append,
+        )
+
+
+def test_logs_of_a_run_in_parts_have_every_step_once(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(), every_seconds=1000, keep_best=0)
+    for stop_after in (15, None):
+        engine = BigramEngine(run.settings.optimizer)
+
+        def stop(engine: BigramEngine = engine, after: int | None = stop_after) -> bool:
+            return after is not None and len(engine.steps_taken) >= after
+
+        with contextlib.suppress(Interrupted):
+            train(
+                engine,
+                MODEL,
+                batches_for(run.settings, run.training),
+                batches_for(run.settings, run.validation, shuffled=False),
+                run.settings,
+                run.checkpoints(),
+                start(),
+                report=run.events.append,
+                metrics=Metrics(tmp_path / "logs"),
+                should_stop=stop,
+                decode=lambda tokens: "".join(chr(97 + token) for token in tokens),
+            )
+    assert read_csv(tmp_path / "logs" / "training.csv")["step"] == [10, 15, 20, 30]
+    assert read_csv(tmp_path / "logs" / "validation.csv")["step"] == [10, 20, 30]
+    assert '"prompt": "' in (tmp_path / "logs" / "samples.jsonl").read_text()
+
+
+def test_bad_steps_are_skipped_and_counted(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(skipped_steps_limit=3))
+    result = run.go(poisoned=frozenset({3, 12, 13}))
+    assert result.state.skipped == 3
+    assert result.state.skipped_in_row == 0
+    assert result.loss is not None
+    assert math.isfinite(result.loss)
+
+
 def test_too_many_bad_steps_in_a_row_stop_the_run_and_keep_its_checkpoint(tmp_path: Path) -> None:
     run = Run(tmp_path, config(skipped_steps_limit=3), every_seconds=0)
     with pytest.raises(UserError, match="3 steps in a row, up to step 15"):
         run.go(poisoned=frozenset({3, 12, 13, 14}))
     found = run.checkpoints().load("torch", run_fingerprint(run))
     assert found is not None
-    assert found.state["skipped"] >= 1
+    assert found.step == 14
+    assert found.state["skipped"] == 3
 
 
 def run_fingerprint(run: Run) -> str:
-    from models.training.loop import fingerprint
-
     return fingerprint(
         MODEL,
         run.settings,
