@@ -30,7 +30,7 @@ console = Console()
 errors = Console(stderr=True)
 
 # Prefect reads these when it is imported; what the user has set stays.
-_PREFECT_SETTINGS = {
+PREFECT_SETTINGS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
@@ -64,7 +64,7 @@ def run(
 
     # Checked before Prefect is imported, which takes seconds.
     loaded = load_recipe(recipe, overrides or [])
-    for name, value in _PREFECT_SETTINGS.items():
+    for name, value in PREFECT_SETTINGS.items():
         os.environ.setdefault(name, value)
     from flows.run import run_recipe
 
