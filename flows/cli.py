@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from artifacts import collect
+from artifacts.collect import DEFAULT_GRACE
 from artifacts.store import Store
 from common.errors import UserError
 from tasks.process import StageFailed
@@ -202,17 +204,15 @@ def evaluate(
     console.print(evaluation_tables(evaluate_ref(Store.open(store), ref, split)))
 
 
-@app.command(epilog="Example: cairn gc --grace-hours 24")
+@app.command(epilog="Example: cairn gc --grace-days 2")
 def gc(
     store: StoreOption = None,
-    grace_hours: Annotated[float, typer.Option(min=0, help="Leaves alone what is younger.")] = 24.0,
+    grace_days: Annotated[float, typer.Option(min=0, help="Leaves alone what is younger.")] = DEFAULT_GRACE.days,
     yes: Annotated[bool, typer.Option("--yes", help="Does not ask.")] = False,
 ) -> None:
     """Removes what no name reaches and no run holds."""
-    from artifacts import collect
-
     opened = Store.open(store)
-    plan = collect.plan(opened, timedelta(hours=grace_hours))
+    plan = collect.plan(opened, timedelta(days=grace_days))
     if not plan.garbage:
         console.print("nothing to remove")
         return

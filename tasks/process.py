@@ -38,7 +38,7 @@ class EngineProcess:
                 process.stdin.write(work.model_dump_json() + "\n")
                 process.stdin.flush()
             except BrokenPipeError:
-                self._process = None
+                self._forget()
                 raise StageFailed(f"the process of stage '{work.name}' ended ({_ending(process)})") from None
             for event in self._events():
                 if event["event"] == "Done":
@@ -53,7 +53,7 @@ class EngineProcess:
                 if event["event"] == "Interrupted":
                     raise StageInterrupted(f"stage '{work.name}' was stopped; it goes on from there when run again")
                 listener(event)
-            self._process = None
+            self._forget()
             raise StageFailed(f"the process of stage '{work.name}' ended ({_ending(process)})")
 
     def interrupt(self) -> None:
@@ -64,12 +64,16 @@ class EngineProcess:
 
     def close(self) -> None:
         """Ends the child; a stage under way writes its checkpoint first."""
-        process, self._process = self._process, None
+        process = self._process
         if process is not None:
             assert process.stdin is not None
             process.stdin.close()
             process.wait()
-            self._events_file.close()
+            self._forget()
+
+    def _forget(self) -> None:
+        self._process = None
+        self._events_file.close()
 
     def _running(self) -> "subprocess.Popen[str]":
         if self._process is None or self._process.poll() is not None:
