@@ -14,7 +14,7 @@ class ScheduleConfig(FrozenModel):
     name: Literal["cosine", "wsd"] = "cosine"
     """Warm-up then cosine, or warm-up, stable, then linear decay (WSD)."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up from zero."""
+    """Steps of linear warm-up in equal parts; the first step already has one part."""
     decay_steps: int | None = Field(default=None, ge=0)
     """WSD's last steps, in which the rate falls; needed with wsd (0 for none), meaningless with cosine."""
     floor: float = Field(default=0.0, ge=0, le=1)

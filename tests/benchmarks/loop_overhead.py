@@ -4,8 +4,10 @@
 
 Pairs of a bare loop around `engine.step`, on batches made beforehand, and of `train` on the same engine, one after
 the other; the overhead is the median over the pairs. Both are timed from the first step to the end of the last, so
-neither counts its start. The shape is that of the arithmetic models. `--engine none` steps in no time, so that what
-is left is the loop itself: its microseconds per step, which are 3% of a step of 33 times as many.
+neither counts its start: by the clock, and by the processor's time of all threads together, which other work on the
+machine disturbs less and which also counts what the loop does while the engine computes. The shape is that of the
+arithmetic models. `--engine none` steps in no time, so that what is left is the loop itself: its microseconds per
+step, which are 3% of a step of 33 times as many.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
@@ -66,32 +68,46 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         batches = _batches(Path(name))
         print(f"{engine.device}, {arguments.steps} steps of {ROWS} rows of {LENGTH} positions")
-        print(f"{'pair':>5}{'bare, ms/step':>16}{'loop, ms/step':>16}{'more, µs/step':>16}{'overhead':>11}")
-        pairs: list[tuple[float, float]] = []
+        print(f"{'':>5}{'bare, ms/step':>24}{'loop, ms/step':>24}{'overhead':>20}")
+        print(f"{'pair':>5}" + f"{'clock':>12}{'processor':>12}" * 2 + f"{'clock':>10}{'processor':>10}")
+        pairs: list[tuple[_Seconds, _Seconds]] = []
         for pair in range(arguments.pairs + 1):
 
-            def bare() -> float:
+            def bare() -> _Seconds:
                 return _bare(engine, batches, start, arguments.steps)
 
-            def loop(folder: Path = Path(name) / f"run-{pair}") -> float:
+            def loop(folder: Path = Path(name) / f"run-{pair}") -> _Seconds:
                 return _loop(engine, model, batches, start, config, folder, arguments.checkpoint_seconds)
 
             # They take turns in going first: what a machine does meanwhile shall not always hit the same one.
             first, second = (bare, loop) if pair % 2 else (loop, bare)
             times = first(), second()
             pairs.append(times if pair % 2 else times[::-1])
-            alone, whole = pairs[-1]
             if pair:
-                more, overhead = whole - alone, whole / alone - 1
-                print(f"{pair:>5}{1e3 * alone:>16.3f}{1e3 * whole:>16.3f}{1e6 * more:>16.1f}{overhead:>11.1%}")
+                figures = [f"{1e3 * seconds:>12.3f}" for both in pairs[-1] for seconds in both]
+                print(f"{pair:>5}", *figures, *(f"{overhead:>10.1%}" for overhead in _overheads(pairs[-1:])), sep="")
     del pairs[0]  # the first runs warmed everything up
-    more = statistics.median(whole - alone for alone, whole in pairs)
-    overhead = statistics.median(whole / alone - 1 for alone, whole in pairs)
-    print(f"median: {1e6 * more:.1f} µs/step more, overhead {overhead:.1%}")
+    more = [1e6 * statistics.median(whole[kind] - alone[kind] for alone, whole in pairs) for kind in (0, 1)]
+    clock, processor = _overheads(pairs)
+    print(
+        f"median by the clock: {clock:.1%}, {more[0]:.0f} µs/step; by processor time: {processor:.1%}, {more[1]:.0f} µs"
+    )
+
+
+def _overheads(pairs: "list[tuple[_Seconds, _Seconds]]") -> list[float]:
+    """Medians of the overheads by the clock and by processor time."""
+    return [statistics.median(whole[kind] / alone[kind] - 1 for alone, whole in pairs) for kind in (0, 1)]
 
 
 def _made(name: str, model: ModelConfig, config: TrainingConfig, precision: str) -> TrainingEngine:
     return training_engine(cast(EngineName, name), model, config.optimizer, cast(Precision, precision))
+
+
+class _Seconds(NamedTuple):
+    """Of a step, or of several."""
+
+    clock: float
+    processor: float
 
 
 class _Nothing:
@@ -125,20 +141,20 @@ class _Timed:
         return getattr(self._engine, name)
 
     def reset(self) -> None:
-        self._began: float | None = None
-        self._last: StepResult | None = None
+        self._began: _Seconds | None = None
 
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, step: int) -> StepResult:
         if self._began is None:
-            self._began = time.perf_counter()
-        self._last = self._engine.step(micro_batches, learning_rate_scale, step)
-        self._ended = time.perf_counter()
-        return self._last
+            self._began = _Seconds(time.perf_counter(), time.process_time())
+        result: StepResult = self._engine.step(micro_batches, learning_rate_scale, step)
+        self._ended = _Seconds(time.perf_counter(), time.process_time())
+        return result
 
-    def seconds(self) -> float:
-        """From the first step to when the result of the last could be read."""
+    def per_step(self, steps: int) -> _Seconds:
+        """From the beginning of the first step to the end of the last."""
         assert self._began is not None
-        return self._ended - self._began
+        clock, processor = ((end - begin) / steps for begin, end in zip(self._began, self._ended, strict=True))
+        return _Seconds(clock, max(processor, 1e-9))
 
 
 def _loop(
@@ -149,7 +165,7 @@ def _loop(
     config: TrainingConfig,
     folder: Path,
     checkpoint_seconds: float,
-) -> float:
+) -> _Seconds:
     """Seconds per step of a whole run."""
     checkpoints = Checkpoints(LocalFileSystem(), str(folder), CheckpointConfig(every_seconds=checkpoint_seconds))
     engine.reset()
@@ -164,10 +180,10 @@ def _loop(
         report=lambda event: None,
         metrics=Metrics(folder / "logs"),
     )
-    return float(engine.seconds() / config.steps)
+    return cast(_Seconds, engine.per_step(config.steps))
 
 
-def _bare(engine: Any, batches: Batches, start: Start, steps: int) -> float:
+def _bare(engine: Any, batches: Batches, start: Start, steps: int) -> _Seconds:
     """Seconds per step of nothing but steps."""
     engine.restore("weights", (Piece(name, (), array) for name, array in start.weights.items()))
     made = [[batches.batch(step)] for step in range(steps)]
@@ -177,7 +193,7 @@ def _bare(engine: Any, batches: Batches, start: Start, steps: int) -> float:
         # Read as often as in the loop: otherwise the time of the last steps would not be in the clock.
         if step % 10 == 9:
             float(result.loss)
-    return float(engine.seconds() / steps)
+    return cast(_Seconds, engine.per_step(steps))
 
 
 def _batches(folder: Path) -> Batches:
