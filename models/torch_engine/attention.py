@@ -126,10 +126,10 @@ class Attention(nn.Module):
     def _projected(self, x_ND: Tensor) -> Tensor:
         """Queries, keys and values side by side, (N, S): one product instead of three."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        weight = torch.cat([part.weight for part in parts]).to(x_ND.dtype)
+        weight = torch.cat([part.weight.to(x_ND.dtype) for part in parts])
         bias = None
         if self.q_proj.bias is not None:
-            bias = torch.cat([part.bias for part in parts if part.bias is not None]).to(x_ND.dtype)
+            bias = torch.cat([part.bias.to(x_ND.dtype) for part in parts if part.bias is not None])
         return F.linear(x_ND, weight, bias)
 
     def _attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, cache: LayerCache | None) -> Tensor:

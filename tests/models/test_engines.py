@@ -116,6 +116,14 @@ def test_padding_makes_no_difference(engine_name: EngineName, name: str) -> None
     assert_same(gradients(engine, [longer]), gradients(engine, [rows]), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_micro_batch_without_targets_adds_nothing(engine_name: EngineName, name: str) -> None:
+    engine, rows = trainer(engine_name, tiny(name)), batch()
+    nothing = rows._replace(loss_mask_BT=np.zeros_like(rows.loss_mask_BT))
+    assert_same(gradients(engine, [rows, nothing]), gradients(engine, [rows]), atol=1e-6)
+    assert engine.loss(nothing) == (0.0, 0)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=lambda config: config.name)
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
