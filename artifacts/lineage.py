@@ -8,7 +8,6 @@ from artifacts.store import Store
 from common.config import FrozenModel
 
 SHORT = 8
-_METRICS_SHOWN = 3
 
 
 class Node(FrozenModel):
@@ -80,24 +79,15 @@ def _lines(node: Node, title: str, first: str, rest: str) -> Iterator[str]:
 
 
 def summary(node: Node) -> str:
-    """What one line says of an artifact after its title: stage, short key, metrics, remarks."""
+    """What one line says of an artifact after its title: stage, short key, what was made, remarks."""
     parts = [node.record.stage if node.record else "record is gone", node.key[:SHORT]]
     if node.repeated:
         return "  ".join([*parts, "(see above)"])
-    if node.record is not None and node.record.metrics:
-        parts.append(f"({', '.join(shown_metrics(node.record))})")
+    if node.record is not None and node.record.summary:
+        parts.append(f"({node.record.summary})")
     if node.remade:
         parts.append(f"(made again since; used was {node.output[:SHORT]})")
     return "  ".join(parts)
-
-
-def shown_metrics(record: Record) -> list[str]:
-    """The first few plain numbers among a record's metrics, as `name value`."""
-    found = []
-    for name, value in record.metrics.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found.append(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}")
-    return found[:_METRICS_SHOWN]
 
 
 def walk(root: Node) -> Iterator[Node]:

@@ -6,7 +6,7 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from artifacts.lineage import SHORT, Node, shown_metrics, walk
+from artifacts.lineage import SHORT, Node, walk
 from artifacts.record import Record
 
 BOX_WIDTH, BOX_HEIGHT = 208, 66
@@ -172,7 +172,7 @@ def _levels(nodes: list[Node]) -> dict[str, int]:
 
 def _box(node: Node, x: float, y: float, *, is_root: bool) -> str:
     stage = node.record.stage if node.record else "record is gone"
-    numbers = ", ".join(shown_metrics(node.record)) if node.record else ""
+    numbers = node.record.summary if node.record else ""
     lines = [
         ("title", 22, _cut(node.label, _TITLE_LETTERS)),
         ("", 40, f"{stage} · {node.key[:SHORT]}"),

@@ -84,6 +84,12 @@ class Record(FrozenModel):
         return self
 
     @property
+    def summary(self) -> str:
+        """What was made in a few words: the metric of that name; empty where there is none."""
+        said = self.metrics.get("summary")
+        return said if isinstance(said, str) else ""
+
+    @property
     def size(self) -> int:
         """The artifact's size in bytes."""
         return sum(entry.size for entry in self.files.values())

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from artifacts.record import Record
 from flows.plan import Step
-from flows.view import LogView, event_line, summary
+from flows.view import LogView, event_line
 from tasks.events import Event, Listener
 
 
@@ -65,7 +65,7 @@ class ConsoleView(AbstractContextManager["ConsoleView"]):
         if stage in self._bars:
             self._progress.remove_task(self._bars.pop(stage))
         mark, took = ("[dim]=[/]", "reused") if reused else ("[green]✓[/]", f"{seconds:.1f} s")
-        line = f"{mark} {escape(stage):<12} [dim]{took:>8}[/]  {escape(summary(record))}"
+        line = f"{mark} {escape(stage):<12} [dim]{took:>8}[/]  {escape(record.summary)}"
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def _line(self, stage: str, line: str) -> None:

@@ -20,7 +20,7 @@ from artifacts.store import Store
 from flows.plan import recipe_ref, stage_ref, work_for
 from flows.recipe import Recipe, StageEntry, load_recipe
 from flows.stopping import Stopping
-from flows.view import View, summary
+from flows.view import View
 from tasks.dispatch import dispatch, stage_task
 from tasks.process import EngineProcess
 from tasks.stage import StageInterrupted
@@ -100,7 +100,7 @@ def _show(recipe: Recipe, entry: StageEntry, store: Store, record: Record) -> No
     key = re.sub(r"[^a-z0-9]+", "-", f"{recipe.name}-{entry.name}".lower()).strip("-")
     rows = [{"name": name, "value": value} for name, value in sorted(plain_metrics(record).items())]
     try:
-        create_table_artifact(rows, key=key, description=summary(record))
+        create_table_artifact(rows, key=key, description=record.summary)
         create_markdown_artifact(f"```\n{to_text(tree(store, record))}\n```", key=f"{key}-lineage")
         picture = store.attachments(record.key).get(LOSS_CURVE)
         if picture is not None and Path(picture).is_file():

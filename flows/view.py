@@ -3,10 +3,9 @@
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from artifacts.record import Record
-from tasks.arithmetic import SPLITS
 from tasks.events import Event, Listener
 
 LOG_SECONDS = 10.0
@@ -53,7 +52,7 @@ class LogView:
 
     def finished(self, stage: str, record: Record, reused: bool, seconds: float) -> None:
         """A stage is done."""
-        self._say(stage, f"{'reused' if reused else f'done in {seconds:.1f} s'}; {summary(record)}")
+        self._say(stage, f"{'reused' if reused else f'done in {seconds:.1f} s'}; {record.summary}")
 
 
 def event_line(event: Event) -> str | None:
@@ -86,42 +85,3 @@ def _short(number: float) -> str:
         if number >= limit:
             return f"{number / limit:.1f} {unit}"
     return f"{number:.0f} "
-
-
-def summary(record: Record) -> str:
-    """What a stage made, in a few words."""
-    describe = _SUMMARIES.get(record.stage)
-    return describe(record.metrics) if describe else record.output[:12]
-
-
-def _documents(metrics: Any) -> str:
-    return (
-        ", ".join(f"{metrics['rows'][split]:,} {split}" for split in SPLITS if split in metrics["rows"]) + " documents"
-    )
-
-
-def _training(metrics: Any) -> str:
-    parts = [f"{metrics['parameters']:,} parameters, {metrics['steps']:,} steps"]
-    if metrics["validation"]:
-        last = metrics["validation"][-1]
-        parts.append(f"validation loss {last['loss']:.4f}")
-        if last["exact_match"] is not None:
-            parts.append(f"exact match {last['exact_match']:.2%}")
-    if metrics["skipped_steps"]:
-        parts.append(f"{metrics['skipped_steps']} non-finite steps skipped")
-    return ", ".join(parts)
-
-
-_SUMMARIES: dict[str, Callable[[Any], str]] = {
-    "documents": _documents,
-    "tokenizer": lambda metrics: f"{metrics['vocab_size']:,} tokens in the vocabulary",
-    "tokens": lambda metrics: f"{sum(split['tokens'] for split in metrics['splits'].values()):,} tokens",
-    "pretrain": _training,
-    "refine": _training,
-    "stack": lambda metrics: (
-        f"{len(metrics['source_layers'])} layers, "
-        f"{metrics['parameters']['before']:,} → {metrics['parameters']['after']:,} parameters"
-    ),
-    "evaluate": lambda metrics: f"exact match {metrics['exact_match']:.2%} of {metrics['n']:,}",
-    "publish": lambda metrics: f"{metrics['parameters']:,} parameters",
-}

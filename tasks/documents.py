@@ -33,7 +33,8 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         pq.write_table(table, context.output / shard_name(split, 0, "parquet"), compression="zstd")
         counts[split] = table.num_rows
     (context.output / "documents.json").write_bytes(canonical_json({"source": config.source.kind, "rows": counts}))
-    return {"rows": counts}
+    described = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    return {"summary": f"{described} documents", "rows": counts}
 
 
 STAGE = Stage(name="documents", version=1, config=Config, output=Kind.DOCUMENTS, run=run)

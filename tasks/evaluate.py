@@ -70,7 +70,8 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         ],
     }
     (context.output / RESULTS).write_bytes(canonical_json(results))
-    return {**results, "device": engine.device}
+    summary = f"exact match {results['exact_match']:.2%} of {results['n']:,}"
+    return {"summary": summary, **results, "device": engine.device}
 
 
 def read_problems(documents: Path, split: str) -> tuple[list[str], list[str]]:

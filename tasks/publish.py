@@ -45,7 +45,8 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     results = json.loads((inputs["evaluation"] / RESULTS).read_bytes()) if "evaluation" in inputs else None
     card = _card(config, model, tokenizer, results, context.lineage)
     (context.output / "README.md").write_text(card, encoding="utf-8")
-    metrics: Metrics = {"parameters": parameter_count(model.config)}
+    parameters = parameter_count(model.config)
+    metrics: Metrics = {"summary": f"{model.config.architecture}, {parameters:,} parameters", "parameters": parameters}
     if results is not None:
         metrics["exact_match"] = results["exact_match"]
     return metrics

@@ -38,9 +38,11 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     )
     write_model(context.output, grown)
     copy_tokenizer(inputs["model"] / "tokenizer", context.output)
+    before, after = parameter_count(model.config), parameter_count(grown.config)
     return {
+        "summary": f"{model.config.num_hidden_layers} → {len(sources)} layers, {before:,} → {after:,} parameters",
         "source_layers": sources,
-        "parameters": {"before": parameter_count(model.config), "after": parameter_count(grown.config)},
+        "parameters": {"before": before, "after": after},
     }
 
 

@@ -21,7 +21,8 @@ class Config(FrozenModel):
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes `tokenizer.json` and `tokenizer_config.json`."""
     write_characters_tokenizer(context.output, ARITHMETIC_CHARACTERS)
-    return {"vocab_size": len(Tokenizer(context.output))}
+    size = len(Tokenizer(context.output))
+    return {"summary": f"{size:,} tokens in the vocabulary", "vocab_size": size}
 
 
 STAGE = Stage(name="tokenizer", version=1, config=Config, output=Kind.TOKENIZER, run=run)

@@ -41,7 +41,8 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         counts[split] = _write_split(config, tokenizer, split, inputs["documents"], context)
     description = {"vocab_size": len(tokenizer), "pad_id": tokenizer.pad_id, "splits": counts}
     (context.output / "tokens.json").write_bytes(canonical_json(description))
-    return description
+    tokens = sum(split["tokens"] for split in counts.values())
+    return {"summary": f"{tokens:,} tokens", **description}
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

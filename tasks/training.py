@@ -95,8 +95,9 @@ def _batches(config: TrainingConfig, model: ModelConfig, tokens: Path, split: st
 
 
 def _metrics(model: ModelConfig, result: TrainingResult, batches: Batches, device: str) -> dict[str, Any]:
-    summary = batches.summaries[0]
+    source = batches.summaries[0]
     return {
+        "summary": _summary(model, result),
         "parameters": parameter_count(model),
         "steps": result.state.step,
         "stopped_early": result.stopped_early,
@@ -105,10 +106,24 @@ def _metrics(model: ModelConfig, result: TrainingResult, batches: Batches, devic
         "tokens": result.tokens,
         "flops": result.flops,
         "epochs": result.state.step * batches.batch_size / batches.epoch_rows,
-        "cut_documents": summary.cut_documents,
-        "dropped_tokens": summary.dropped_tokens,
+        "cut_documents": source.cut_documents,
+        "dropped_tokens": source.dropped_tokens,
         "training_seconds": result.state.seconds,
         "validation": json.loads(result.state.model_dump_json())["validations"],
         "device": device,
         "notes": [f"went on from a checkpoint of engine '{result.other_engine}'"] if result.other_engine else [],
     }
+
+
+def _summary(model: ModelConfig, result: TrainingResult) -> str:
+    parts = [f"{parameter_count(model):,} parameters, {result.state.step:,} steps"]
+    if result.stopped_early:
+        parts.append("stopped early")
+    if result.state.validations:
+        last = result.state.validations[-1]
+        parts.append(f"validation loss {last.loss:.4f}")
+        if last.exact_match is not None:
+            parts.append(f"exact match {last.exact_match:.2%}")
+    if result.state.skipped:
+        parts.append(f"{result.state.skipped} non-finite steps skipped")
+    return ", ".join(parts)

@@ -19,7 +19,7 @@ def published(local_store: Store, maker: Any) -> Record:
     documents = make("documents")
     tokenizer = make("tokenizer", documents=documents)
     tokens = make("tokens", documents=documents, tokenizer=tokenizer)
-    fields = {**make.fields("pretrain", tokens=tokens), "metrics": {"loss": 1.23456, "steps": 12000, "note": "x"}}
+    fields = {**make.fields("pretrain", tokens=tokens), "metrics": {"summary": "12,000 steps", "loss": 1.23456}}
     with local_store.workspace(fields["key"]) as folder:
         (folder / "weights").write_bytes(b"w")
         model = local_store.commit(folder, **fields)
@@ -33,7 +33,7 @@ def test_the_text_is_a_tree_that_shows_what_is_shared_once(local_store: Store, p
     # Keys change with the content of this test; their place does not.
     assert re.sub(r"  [0-9a-f]{8}", "  <key>", text).splitlines() == [
         "models/arithmetic  publish  <key>",
-        "├─ model: pretrain  pretrain  <key>  (loss 1.235, steps 12,000)",
+        "├─ model: pretrain  pretrain  <key>  (12,000 steps)",
         "│  └─ tokens: tokens  tokens  <key>",
         "│     ├─ documents: documents  documents  <key>",
         "│     └─ tokenizer: tokenizer  tokenizer  <key>",

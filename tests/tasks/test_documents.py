@@ -10,11 +10,11 @@ SOURCE = {"kind": "arithmetic", "train": 200, "validation": 20, "test": 20}
 
 def test_rows_are_written_by_split(run_stage: RunStage) -> None:
     folder, metrics = run_stage("documents", {"source": SOURCE})
-    assert metrics == {"rows": {"train": 200, "validation": 20, "test": 20}}
+    assert metrics["rows"] == {"train": 200, "validation": 20, "test": 20}
     table = pq.read_table(folder / "train-00000.parquet")
     assert table.column_names == ["prompt", "target", "text"]
     assert table.num_rows == 200
-    assert json.loads((folder / "documents.json").read_bytes()) == {"source": "arithmetic", **metrics}
+    assert json.loads((folder / "documents.json").read_bytes()) == {"source": "arithmetic", "rows": metrics["rows"]}
 
 
 def test_the_same_config_gives_the_same_bytes(run_stage: RunStage) -> None:

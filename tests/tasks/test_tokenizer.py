@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_vocabulary_is_exactly_the_18_tokens(run_stage: RunStage) -> None:
     folder, metrics = run_stage("tokenizer", {"kind": "characters"})
     tokenizer = Tokenizer(folder)
-    assert metrics == {"vocab_size": 18}
+    assert metrics["vocab_size"] == 18
     assert [tokenizer.backend.id_to_token(index) for index in range(18)] == VOCABULARY
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
 

@@ -47,7 +47,7 @@ def test_only_targets_and_the_closing_token_count(run_stage: RunStage, tokenizer
     assert shard.loss_mask_N.astype(int).tolist() == expected_mask
     assert shard.document_ends_D.tolist() == [10, 17, 29]
     assert metrics["splits"]["train"]["counted_tokens"] == sum(expected_mask)
-    assert json.loads((folder / "tokens.json").read_bytes()) == metrics
+    assert json.loads((folder / "tokens.json").read_bytes())["splits"] == metrics["splits"]
 
 
 def test_everything_counts_where_the_loss_is_on_the_text(run_stage: RunStage, tokenizer: Path, documents: Path) -> None:
