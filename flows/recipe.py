@@ -115,7 +115,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"recipe {path} cannot be read: {where}") from error
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} is no mapping of keys; see `cairn recipes` for examples")
-    return content
+    try:
+        return {key: _unshared(value) for key, value in content.items()}
+    except RecursionError:
+        raise UserError(f"recipe {path} cannot be read: one of its values contains itself") from None
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which no part stands twice: an override of one stage would else reach those that share an anchor."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _override(content: dict[str, Any], override: str) -> None:

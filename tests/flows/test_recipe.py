@@ -55,6 +55,8 @@ def test_overrides_reach_every_depth_and_keys_left_to_their_defaults() -> None:
     assert base.config.precision == "bfloat16"  # type: ignore[attr-defined]
     assert refined.runtime.checkpoints.keep_last == 5
     assert refined.config.training.optimizer.clip is None  # type: ignore[attr-defined]
+    # The file writes both optimizers once, under an anchor.
+    assert base.config.training.optimizer.clip == 1.0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,7 @@ def test_an_unknown_recipe_gets_the_nearest_name() -> None:
         (b"description: x\nstages: {}", "stages: "),
         (b"description: x\nstages: {a: 3}", r"stages\.a: "),
         (b"description: x\nstages: {a: {}}", r"stages\.a\.stage: None is no stage"),
+        (b"description: x\nstages: &a {b: *a}", "one of its values contains itself"),
         (b"!!python/object/apply:os.system ['true']", "cannot be read"),
     ],
 )
