@@ -148,7 +148,8 @@ def verify(
     opened = Store.open(store)
     verification = opened.verify(opened.resolve(ref) if ref else None)
     for damage in verification.damages:
-        errors.print(f"[red]{damage.kind}[/] {escape(damage.path)}: {escape(damage.detail)}", highlight=False)
+        line = f"[red]{damage.kind}[/] {escape(damage.path)}: {escape(damage.detail)}"
+        errors.print(line, highlight=False, soft_wrap=True)
     console.print(f"{verification.files:,} files of {verification.records:,} records hashed", highlight=False)
     if verification.damages:
         raise UserError(f"{len(verification.damages)} damaged or missing; run the recipe again to make them anew")
@@ -169,7 +170,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Keys the draws.")] = 0,
 ) -> None:
     """Continues prompts with a model."""
-    from flows.inference import continue_prompts, read_prompts
+    from flows.inference import continue_prompts, read_prompts, write_lines
 
     prompts = [*(prompt or []), *(read_prompts(prompts_file) if prompts_file else [])]
     if not prompts:
@@ -184,7 +185,7 @@ def generate(
     }
     texts = continue_prompts(Store.open(store), ref, prompts, settings)
     if output is not None:
-        output.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+        write_lines(output, texts)
         console.print(f"{len(texts)} texts in {escape(str(output))}", highlight=False)
         return
     for before, text in zip(prompts, texts, strict=True):
@@ -235,7 +236,7 @@ def main() -> None:
     # Not the root logger, which Prefect's and everybody's messages reach.
     logging.getLogger("cairn").addHandler(_OnConsole(logging.WARNING))
     try:
-        app()
+        app(prog_name="cairn")
     except UserError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -1,5 +1,6 @@
 """Using a model that is in the store: continuing prompts, scoring it again."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def read_prompts(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def write_lines(path: Path, texts: Sequence[str]) -> None:
+    """Writes texts, a line each. Raises UserError where the file cannot be written."""
+    try:
+        path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
 
 
 def continue_prompts(store: Store, ref: str, prompts: list[str], settings: dict[str, Any]) -> list[str]:

@@ -63,15 +63,17 @@ def plan(recipe: Recipe, store: Store) -> list[Step]:
             steps.append(Step(entry, "reused", f"made {record.ended:%Y-%m-%d %H:%M} UTC", record))
             continue
         latest = names.get(stage_ref(recipe.name, entry.name))
-        steps.append(Step(entry, "to run", _why(work, store.read_record(latest) if latest else None)))
+        steps.append(Step(entry, "to run", _why(work, latest, store.read_record(latest) if latest else None)))
     return steps
 
 
-def _why(work: Work, latest: Record | None) -> str:
-    if latest is None:
+def _why(work: Work, latest_key: str | None, latest: Record | None) -> str:
+    if latest_key is None:
         return "never made"
-    if latest.key == work.key:
+    if latest_key == work.key:
         return "its record or files are damaged or gone"
+    if latest is None:
+        return "never made so, and the record of what was made last is damaged or gone"
     changes = []
     if latest.version != work.definition.version or latest.stage != work.stage:
         changes.append(f"the stage is now {work.stage} version {work.definition.version}")

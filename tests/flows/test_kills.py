@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.identity import content_digest, describe_files
-from tests.flows.conftest import Start
+from tests.flows.conftest import Start, published
 from tests.flows.processes import descendants, kill, stage_process, wait_until_gone
 
 # A checkpoint after every step: most moments of training are then in the middle of writing one.
@@ -27,10 +26,6 @@ RUN = (
     "stages.base.model.dropout=0.1",
 )
 KILLS = 10
-
-
-def published(folder: Path) -> str:
-    return content_digest(describe_files(folder / "published" / "arithmetic-tiny"))
 
 
 @pytest.fixture(scope="module")
