@@ -49,10 +49,11 @@ class TrainingEngine(Protocol):
     device: str
     """What it computes on, for the record: `cpu`, `cuda: NVIDIA H200`."""
 
-    def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, step: int) -> StepResult:
+    def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         """One update from the gradient of the mean loss over all counted targets of all micro-batches.
 
-        `learning_rate_scale` (0 to 1, from the schedule) multiplies the optimizer's peak rates. `step` keys dropout.
+        `learning_rate_scale` (0 to 1, from the schedule) multiplies the optimizer's peak rates.
+        `dropout_key` (below 2^43) and a micro-batch's number decide what dropout drops in it.
         """
         ...
 
@@ -60,7 +61,7 @@ class TrainingEngine(Protocol):
         """Summed cross-entropy over the batch's counted targets, and their number; no dropout."""
         ...
 
-    def gradients(self, micro_batches: Sequence[Batch], step: int) -> Iterator[Piece]:
+    def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
         """Unclipped gradients of what `step` would minimise, as canonical pieces; nothing is updated."""
         ...
 

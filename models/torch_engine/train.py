@@ -37,9 +37,9 @@ class TorchTraining:
         self._parameters: dict[str, Tensor] = dict(self._model.named_parameters())
         self._optimizer = Optimizer(optimizer, self._parameters)
 
-    def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, step: int) -> StepResult:
+    def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         """As the contract says. ValueError where no target counts, or a token is outside of the vocabulary."""
-        loss = self._backward(micro_batches, step)
+        loss = self._backward(micro_batches, dropout_key)
         norm, skipped = self._optimizer.step(learning_rate_scale, loss)
         return StepResult(loss, norm, skipped)
 
@@ -49,8 +49,8 @@ class TorchTraining:
         part = self._packed(batch)
         return float(self._summed_loss(part)), len(part.targets_M)
 
-    def gradients(self, micro_batches: Sequence[Batch], step: int) -> Iterator[Piece]:
-        self._backward(micro_batches, step)
+    def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
+        self._backward(micro_batches, dropout_key)
         for parameter in weights.parameters(self._config):
             gradient = self._parameters[parameter.name].grad
             assert gradient is not None
@@ -101,19 +101,19 @@ class TorchTraining:
         logits_MV = self._model(part.rows)
         return F.cross_entropy(logits_MV.float(), part.targets_M, reduction="sum")
 
-    def _backward(self, micro_batches: Sequence[Batch], step: int) -> Tensor:
+    def _backward(self, micro_batches: Sequence[Batch], dropout_key: int) -> Tensor:
         """Leaves the gradients of the mean loss in `.grad`, and gives that loss without the balance of experts."""
         counted = sum(int(batch.loss_mask_BT.sum()) for batch in micro_batches)
         if not counted:
-            raise ValueError(f"step {step}: no target counts in any of {len(micro_batches)} micro-batches")
+            raise ValueError(f"no target counts in any of {len(micro_batches)} micro-batches")
         self._model.train()
         for parameter in self._parameters.values():
             parameter.grad = None
         positions = sum(real_count(batch) for batch in micro_batches) * self._config.num_hidden_layers
-        counts_E = self._assignments(micro_batches, step) if len(micro_batches) > 1 else None
+        counts_E = self._assignments(micro_batches, dropout_key) if len(micro_batches) > 1 else None
         total = torch.zeros((), device=self._place)
         for number, batch in enumerate(micro_batches):
-            with self._dropout(step, number):
+            with self._dropout(dropout_key, number):
                 loss = self._summed_loss(self._packed(batch)) / counted
             total += loss.detach()
             if self._balanced:
@@ -129,7 +129,7 @@ class TorchTraining:
         return self._config.mlp == "mixture" and self._config.router_aux_loss_coef > 0
 
     @torch.no_grad()
-    def _assignments(self, micro_batches: Sequence[Batch], step: int) -> Tensor | None:
+    def _assignments(self, micro_batches: Sequence[Batch], dropout_key: int) -> Tensor | None:
         """How often each expert was chosen, in all layers and micro-batches together; None where nobody asks.
 
         The loss is the product of such counts with probabilities, both of the whole batch, so the parts' gradients
@@ -139,14 +139,14 @@ class TorchTraining:
             return None
         counts = []
         for number, batch in enumerate(micro_batches):
-            with self._dropout(step, number):
+            with self._dropout(dropout_key, number):
                 self._model(self._packed(batch).rows)
             counts += [mixture.taken().counts_E for mixture in self._model.mixtures()]
         return torch.stack(counts).sum(0)
 
-    def _dropout(self, step: int, micro_batch: int) -> AbstractContextManager[None]:
-        """Random numbers keyed by the step and the micro-batch; everyone else's generator stays as it was."""
-        return _seeded((step << 20) + micro_batch, self._place) if self._config.dropout else nullcontext()
+    def _dropout(self, key: int, micro_batch: int) -> AbstractContextManager[None]:
+        """Random numbers keyed by the caller and the micro-batch; everyone else's generator stays as it was."""
+        return _seeded((key << 20) + micro_batch, self._place) if self._config.dropout else nullcontext()
 
 
 class _seeded:

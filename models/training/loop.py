@@ -73,6 +73,11 @@ def fingerprint(model: ModelConfig, config: TrainingConfig, batches: Batches, va
     return sha256_bytes(canonical_json(parts))
 
 
+def dropout_key(seed: int, step: int) -> int:
+    """What dropout depends on: the same for a step that is done again, another for every other step and seed."""
+    return (seed % (1 << 11) << 32) + step
+
+
 def train(
     engine: TrainingEngine,
     model: ModelConfig,
@@ -191,7 +196,7 @@ class _Loop:
     def _step(self, prefetcher: Prefetcher) -> None:
         step = self.state.step
         scale = learning_rate_scale(self.config.schedule, step, self.config.steps)
-        result = self.engine.step(prefetcher.next(), scale, step)
+        result = self.engine.step(prefetcher.next(), scale, dropout_key(self.config.seed, step))
         self.pending.append(_Pending(step, scale, result))
         self.state = self.state.model_copy(update={"step": step + 1})
         if (step + 1) % LOG_STEPS == 0 or self.clock.since_reading() >= LOG_SECONDS:

@@ -119,7 +119,7 @@ class _Nothing:
     def __init__(self) -> None:
         self._arrays: dict[str, Array] = {}
 
-    def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, step: int) -> StepResult:
+    def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         return StepResult(1.0, 1.0, 0)
 
     def export(self, state: State) -> Iterator[Piece]:
@@ -143,10 +143,10 @@ class _Timed:
     def reset(self) -> None:
         self._began: _Seconds | None = None
 
-    def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, step: int) -> StepResult:
+    def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         if self._began is None:
             self._began = _Seconds(time.perf_counter(), time.process_time())
-        result: StepResult = self._engine.step(micro_batches, learning_rate_scale, step)
+        result: StepResult = self._engine.step(micro_batches, learning_rate_scale, dropout_key)
         self._ended = _Seconds(time.perf_counter(), time.process_time())
         return result
 

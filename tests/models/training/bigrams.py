@@ -55,7 +55,8 @@ class BigramEngine:
         self._moments: dict[str, Floats] = {}
         self._updates = 0
 
-    def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, step: int) -> StepResult:
+    def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
+        step = dropout_key % (1 << 32)
         self.steps_taken.append(step)
         loss, gradients = self._gradients(micro_batches)
         norm = np.sqrt(sum(float((gradient**2).sum()) for gradient in gradients.values()))
@@ -90,7 +91,7 @@ class BigramEngine:
         chosen = np.take_along_axis(chances, batch.targets_BT[..., None], -1)[..., 0]
         return -float(np.log(chosen)[batch.loss_mask_BT].sum()), int(batch.loss_mask_BT.sum())
 
-    def gradients(self, micro_batches: Sequence[Batch], step: int) -> Iterator[Piece]:
+    def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
         for name, gradient in self._gradients(micro_batches)[1].items():
             yield Piece(name, (), gradient)
 
