@@ -29,11 +29,14 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_never_was(tmp_path: Path) -
     assert expected["state"]["skipped"] == 3
     assert len(expected["state"]["validations"]) > 5
     total = 0
-    for seed in (1, 2):
+    # How many kills come before a run has ended depends on the machine.
+    for seed in range(1, 10):
         found = outcome(tmp_path / str(seed), 16, seed, "bigrams")
         total += found.pop("killed")
         assert found == expected
-    assert total >= 20
+        if total >= 20:
+            return
+    raise AssertionError(f"only {total} kills came before their run had ended")
 
 
 def test_the_torch_engine_too(tmp_path: Path) -> None:
