@@ -1,8 +1,12 @@
 """What `cairn run` does: a run with its progress on the terminal, and the result laid out and shown."""
 
+import fcntl
+import logging
+import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +16,101 @@ from rich.markup import escape
 
 from artifacts.lineage import to_text, tree
 from artifacts.record import Record
-from artifacts.store import Store
+from artifacts.store import DamagedObject, Store
+from common.errors import UserError
 from flows.console import ConsoleView, evaluation_tables
 from flows.pipeline import LOSS_CURVE, pipeline_flow
 from flows.recipe import Recipe
 from flows.server import prefect_server, wait_until_stored
 from tasks.stage import Kind, StageInterrupted
 
+logger = logging.getLogger("cairn.flows")
+
 
 def lay_out(store: Store, record: Record, folder: Path) -> None:
-    """Copies a published artifact to a plain folder, replacing what stood there in one move."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    shutil.copytree(store.fetch(record), fresh, copy_function=shutil.copyfile)
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old)
-    else:
-        fresh.rename(folder)
+    """Copies a published artifact to a plain folder, replacing what stood there in one move.
+
+    Raises DamagedObject, and UserError where the folder cannot be written.
+    """
+    source = store.fetch(record)
+    fresh, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}") for _ in range(2))
+    try:
+        for name in record.files:
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, fresh / name)
+        with _alone_in(folder.parent):
+            if folder.exists():
+                folder.rename(old)
+            fresh.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error}): make room or give --published another place; "
+            f"what was made is in the store"
+        ) from error
+    finally:
+        for leaving in (fresh, old):
+            shutil.rmtree(leaving, ignore_errors=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keeps two runs that publish at once from moving each other's folder away."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def run_recipe(recipe: Recipe, overrides: Sequence[str], store: Store, published: Path, console: Console) -> None:
-    """Runs a recipe, lays out what it published, and shows the result. Raises what the first failed stage raised."""
-    with prefect_server(), ConsoleView(console) as view:
+    """Runs a recipe, lays out what it published, and shows the result. Raises what the first failed stage raised.
+
+    An artifact that turns out to be damaged is made anew.
+    """
+    damages = 0
+    with prefect_server():
+        while True:
+            try:
+                records = _run_once(recipe, overrides, store, published, console)
+                break
+            except DamagedObject as error:
+                damages += 1
+                # More come of a disk that damages what is written to it.
+                if damages > len(recipe.stages):
+                    raise
+                logger.warning("%s; going through the recipe once more", error)
+    _show_result(recipe, records, store, published, console)
+
+
+def _run_once(
+    recipe: Recipe, overrides: Sequence[str], store: Store, published: Path, console: Console
+) -> dict[str, Record]:
+    with ConsoleView(console) as view:
         pipeline: Any = pipeline_flow(view)  # its type knows nothing of return_state
         state: State[dict[str, Record]] = pipeline(recipe.source, list(overrides), store.url, return_state=True)
         wait_until_stored(state)
     if state.is_cancelled():
         raise StageInterrupted("stopped; run the same command again to go on from where it was")
-    _show_result(recipe, state.result(), store, published, console)
+    records = state.result()
+    for stage, folder in _folders(recipe, published).items():
+        lay_out(store, records[stage], folder)
+    return records
+
+
+def _folders(recipe: Recipe, published: Path) -> dict[str, Path]:
+    """Where each publishing stage's folder is laid out: that of the last bears the recipe's name alone."""
+    stages = [entry.name for entry in recipe.stages if entry.definition.output == Kind.PUBLISHED]
+    return {stage: published / (recipe.name if stage == stages[-1] else f"{recipe.name}@{stage}") for stage in stages}
 
 
 def _show_result(recipe: Recipe, records: dict[str, Record], store: Store, published: Path, console: Console) -> None:
     for entry in recipe.stages:
         if entry.definition.output == Kind.EVALUATION:
             console.print(evaluation_tables(records[entry.name]))
+    for folder in _folders(recipe, published).values():
+        console.print(f"[dim]published[/]   {escape(str(folder.absolute()))}", highlight=False, soft_wrap=True)
     for entry in recipe.stages:
-        if entry.definition.output == Kind.PUBLISHED:
-            folder = published / recipe.name
-            lay_out(store, records[entry.name], folder)
-            console.print(f"[dim]published[/]   {escape(str(folder.absolute()))}", highlight=False, soft_wrap=True)
         picture = store.attachments(records[entry.name].key).get(LOSS_CURVE)
         if picture is not None:
             line = f"[dim]loss curve[/]  {escape(entry.name)}: {escape(picture)}"

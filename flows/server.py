@@ -32,8 +32,10 @@ DRAIN_SECONDS = 2.0
 
 @contextmanager
 def prefect_server() -> Iterator[None]:
-    """Within the block, Prefect has a server. Raises UserError where the temporary one does not start."""
-    if PREFECT_API_URL.value():
+    """Within the block, Prefect has a server. Raises UserError where the configured one does not answer, or the
+    temporary one does not start."""
+    if url := PREFECT_API_URL.value():
+        _check_answers(url)
         yield
         return
     with _temporary_server() as port:
@@ -44,6 +46,16 @@ def prefect_server() -> Iterator[None]:
         }
         with temporary_settings(settings):
             yield
+
+
+def _check_answers(url: str) -> None:
+    with get_client(sync_client=True) as client:
+        error = client.api_healthcheck()
+    if error is not None:
+        raise UserError(
+            f"no Prefect server answers at {url} ({error}): start it, or unset PREFECT_API_URL, and the run has one "
+            f"of its own"
+        )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import traceback
 from contextlib import suppress
 from typing import Any
 
-from artifacts.store import Store
+from artifacts.store import DamagedObject, Store
 from common.errors import UserError
 from models.training.loop import Interrupted
 from tasks.events import as_event
@@ -85,7 +85,8 @@ def _do(work: Work, channel: Channel) -> None:
     try:
         outcome = produce(store, work, lambda event: channel.send(as_event(event)))
     except UserError as error:
-        channel.send({"event": "UserError", "message": str(error)})
+        damaged = isinstance(error, DamagedObject)
+        channel.send({"event": "UserError", "message": str(error), "damaged": damaged})
     except (Interrupted, KeyboardInterrupt):
         raise
     except Exception:

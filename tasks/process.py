@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from artifacts.store import Store
+from artifacts.store import DamagedObject, Store
 from common.errors import UserError
 from tasks.events import Event, Listener
 from tasks.stage import StageInterrupted
@@ -47,7 +47,7 @@ class EngineProcess:
                         raise StageFailed(f"stage '{work.name}' is done, but its record is not in the store")
                     return Outcome(record, event["reused"])
                 if event["event"] == "UserError":
-                    raise UserError(event["message"])
+                    raise (DamagedObject if event["damaged"] else UserError)(event["message"])
                 if event["event"] == "Failed":
                     raise StageFailed(f"stage '{work.name}' failed:\n{event['traceback']}")
                 if event["event"] == "Interrupted":

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.record import InputReference, Record
-from artifacts.store import Store
-from common.errors import UserError
+from artifacts.store import DamagedObject, Store
 from tasks.provenance import git_state, hardware, packages
 from tasks.stage import Context
 from tasks.work import Outcome, Work
@@ -90,7 +89,7 @@ def _run(
 def _input(store: Store, work: Work, name: str, reference: InputReference) -> Record:
     record = store.find(reference.key)
     if record is None:
-        raise UserError(
+        raise DamagedObject(
             f"input '{name}' of stage '{work.name}' is gone from the store ({reference.key[:8]}): run the recipe again"
         )
     return record
