@@ -26,11 +26,15 @@ def descendants(pid: int) -> list[int]:
 
 def stage_process(pid: int) -> int | None:
     """The child in which a run's stages train."""
-    for child in descendants(pid):
-        with suppress(OSError):
-            if b"tasks.child" in (Path("/proc") / str(child) / "cmdline").read_bytes():
-                return child
-    return None
+    return next((child for child in descendants(pid) if runs_module(child, "tasks.child")), None)
+
+
+def runs_module(pid: int, module: str) -> bool:
+    """Whether a process is a Python that was started on a module."""
+    try:
+        return module.encode() in (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
 
 
 def kill(*pids: int) -> None:
