@@ -70,8 +70,13 @@ class _Run:
         if self.stopping.requested:
             raise StageInterrupted("stopped")
         records = {name: future.result().record for name, future in futures.items()}
-        self.store.set_name(recipe_ref(self.recipe.name), records[self.recipe.stages[-1].name].key)
+        self._name(recipe_ref(self.recipe.name), records[self.recipe.stages[-1].name])
         return records
+
+    def _name(self, name: str, record: Record) -> None:
+        # What stands already is not written again: a store that may only be read serves a run that makes nothing.
+        if self.store.names().get(name) != record.key:
+            self.store.set_name(name, record.key)
 
     def _body(self, entry: StageEntry) -> Callable[[dict[str, Outcome]], Any]:
         def body(made: dict[str, Outcome]) -> Any:
@@ -88,7 +93,7 @@ class _Run:
         work = work_for(entry, inputs, self.store, runtime.flow_run.id)
         started = time.monotonic()
         outcome = dispatch(work, self.process, self.view.listener(entry.name), lambda: self.stopping.requested)
-        self.store.set_name(stage_ref(self.recipe.name, entry.name), outcome.record.key)
+        self._name(stage_ref(self.recipe.name, entry.name), outcome.record)
         self.view.finished(entry.name, outcome.record, outcome.reused, time.monotonic() - started)
         if not outcome.reused:
             _show(self.recipe, entry, self.store, outcome.record)
