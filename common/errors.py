@@ -1,4 +1,4 @@
-"""The one kind of error that is shown to people as a single line."""
+"""How things end that do not end well."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,14 @@ class UserError(Exception):
 
     Everything else is a defect of Cairn or of the machine and keeps its traceback.
     """
+
+
+class StageInterrupted(Exception):
+    """A stage was told to stop; what it has saved is used when it is run again."""
+
+
+class StageFailed(Exception):
+    """A stage failed with a traceback, which the message has, or its process died."""
 
 
 def suggestion(wrong: str, known: Iterable[str]) -> str:

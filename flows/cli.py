@@ -18,9 +18,7 @@ from rich.table import Table
 from artifacts import collect
 from artifacts.collect import DEFAULT_GRACE
 from artifacts.store import Store
-from common.errors import UserError
-from tasks.process import StageFailed
-from tasks.stage import StageInterrupted
+from common.errors import StageFailed, StageInterrupted, UserError
 
 app = typer.Typer(
     no_args_is_help=True,

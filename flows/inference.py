@@ -43,7 +43,7 @@ def _input(store: Store, record: Record, kind: Kind) -> Record | None:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file. Raises UserError where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 

@@ -17,13 +17,13 @@ from prefect.states import Cancelled
 from artifacts.lineage import to_text, tree
 from artifacts.record import Record
 from artifacts.store import Store
+from common.errors import StageInterrupted
 from flows.plan import recipe_ref, stage_ref, work_for
 from flows.recipe import Recipe, StageEntry, load_recipe
 from flows.stopping import Stopping
 from flows.view import View
 from tasks.dispatch import dispatch, stage_task
 from tasks.process import EngineProcess
-from tasks.stage import StageInterrupted
 from tasks.work import Outcome
 
 LOSS_CURVE = "loss.png"

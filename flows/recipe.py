@@ -1,5 +1,6 @@
 """Recipes: one YAML file describes a whole run, and is checked whole before anything runs."""
 
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,11 @@ from pydantic import Field, SerializeAsAny, ValidationError
 from common.config import FrozenModel
 from common.errors import UserError, suggestion
 from models.config import ModelConfig
-from models.engine import EngineName, Precision
+from models.engine import EngineName, Precision, check_engine
 from tasks.registry import STAGES, stage_named
 from tasks.stage import Runtime, Stage
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -103,14 +105,16 @@ def _find(name_or_path: str) -> Path:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"there is no recipe file {path}")
+        if not _NAME.fullmatch(path.stem):
+            raise UserError(f"recipe {path}: the name of its file has letters, digits, -, _ and . alone")
         return path
     raise UserError(f"there is no recipe '{name_or_path}'{suggestion(name_or_path, known)}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a date that is none
         where = " ".join(str(error).split())
         raise UserError(f"recipe {path} cannot be read: {where}") from error
     if not isinstance(content, dict):
@@ -119,6 +123,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {key: _unshared(value) for key, value in content.items()}
     except RecursionError:
         raise UserError(f"recipe {path} cannot be read: one of its values contains itself") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, of which YAML keeps only the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key '{key.value}' stands twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _unshared(value: Any) -> Any:
@@ -134,7 +152,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override!r} is not of the form key.path=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"--set {override!r}: the value is no YAML ({' '.join(str(error).split())})") from error
     *parents, last = path.split(".")
     place = content
@@ -152,6 +170,8 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _stage(name: str, keys: Mapping[str, Any], file: RecipeFile, before: Mapping[str, StageEntry]) -> StageEntry:
     where = f"stages.{name}"
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{where}: a stage's name has letters, digits, -, _ and . alone")
     kind = keys.get("stage")
     if not isinstance(kind, str) or kind not in STAGES:
         raise UserError(f"{where}.stage: {kind!r} is no stage{suggestion(str(kind), STAGES)}")
@@ -179,6 +199,8 @@ def _stage(name: str, keys: Mapping[str, Any], file: RecipeFile, before: Mapping
         raise UserError(f"{where}.{_first_problem(error, stage.config, others)}") from error
     models = {key: model for key, value in inputs.items() if (model := before[value].model) is not None}
     try:
+        if "engine" in config_keys:
+            check_engine(config_keys["engine"])
         model = stage.model_of(config, models) if stage.model_of else None
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
@@ -202,6 +224,11 @@ def _check_inputs(where: str, stage: Stage, inputs: Mapping[str, Any], before: M
                 f"{where}.{key}: stage '{source}' makes {made}, not {kind}; "
                 f"use {' or '.join(fitting) or 'a stage that does'}"
             )
+    scored = before[inputs["evaluation"]].inputs["model"] if "evaluation" in inputs else None
+    if scored is not None and scored != inputs["model"]:
+        raise UserError(
+            f"{where}.evaluation: '{inputs['evaluation']}' is of the model '{scored}', not of '{inputs['model']}'"
+        )
 
 
 def _first_problem(error: ValidationError, model: type[FrozenModel], others: set[str] | None = None) -> str:

@@ -17,22 +17,26 @@ from rich.markup import escape
 from artifacts.lineage import to_text, tree
 from artifacts.record import Record
 from artifacts.store import DamagedObject, Store
-from common.errors import UserError
+from common.errors import StageInterrupted, UserError
 from flows.console import ConsoleView, evaluation_tables
 from flows.pipeline import LOSS_CURVE, pipeline_flow
 from flows.recipe import Recipe
 from flows.server import prefect_server, wait_until_stored
-from tasks.stage import Kind, StageInterrupted
+from tasks.stage import Kind
 
 logger = logging.getLogger("cairn.flows")
 
 
 def lay_out(store: Store, record: Record, folder: Path) -> None:
-    """Copies a published artifact to a plain folder, replacing what stood there in one move.
+    """Copies a published artifact to a plain folder, replacing an earlier one.
 
-    Raises DamagedObject, and UserError where the folder cannot be written.
+    Raises DamagedObject, and UserError where the folder cannot be written or holds something else.
     """
     source = store.fetch(record)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "generation_config.json").is_file():
+        raise UserError(
+            f"{folder} holds something else than a published model; move it or give --published another place"
+        )
     fresh, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}") for _ in range(2))
     try:
         for name in record.files:
@@ -41,7 +45,12 @@ def lay_out(store: Store, record: Record, folder: Path) -> None:
         with _alone_in(folder.parent):
             if folder.exists():
                 folder.rename(old)
-            fresh.rename(folder)
+            try:
+                fresh.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error}): make room or give --published another place; "

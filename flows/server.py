@@ -27,6 +27,7 @@ from prefect.settings import (
 from common.errors import UserError
 
 STOP_SECONDS = 8.0
+LOG_BYTES = 1 << 20
 DRAIN_SECONDS = 2.0
 
 
@@ -61,14 +62,22 @@ def _check_answers(url: str) -> None:
 @contextmanager
 def _temporary_server() -> Iterator[int]:
     home = Path(PREFECT_HOME.value())
-    home.mkdir(parents=True, exist_ok=True)
     log_path = home / "temporary-server.log"
-    with log_path.open("wb") as log:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        # Another run's server may be writing to it, so it is begun anew only when it has grown.
+        grown = log_path.exists() and log_path.stat().st_size > LOG_BYTES
+        log_file = log_path.open("wb" if grown else "ab")
+    except OSError as error:
+        raise UserError(
+            f"Prefect's folder {home} cannot be written ({error}); give PREFECT_HOME another place"
+        ) from error
+    with log_file as log:
         # Two servers that start at once on a new database would both create its tables.
         with (home / "temporary-server.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             process = subprocess.Popen(
-                [sys.executable, "-m", "flows.temporary_server"],
+                [sys.executable, "-P", "-m", "flows.temporary_server"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

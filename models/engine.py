@@ -3,7 +3,7 @@
 B rows of a batch, T positions, V vocabulary.
 """
 
-import importlib
+import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -54,6 +54,8 @@ class TrainingEngine(Protocol):
 
         `learning_rate_scale` (0 to 1, from the schedule) multiplies the optimizer's peak rates.
         `dropout_key` (below 2^43) and a micro-batch's number decide what dropout drops in it.
+
+        Raises UserError where no target of any micro-batch counts.
         """
         ...
 
@@ -117,16 +119,18 @@ class InferenceEngine(Protocol):
 _MODULES: dict[str, tuple[str, str]] = {"torch": ("models.torch_engine", "torch")}
 
 
-def _module(engine: str) -> Any:
+def check_engine(engine: str) -> None:
+    """Raises UserError for an engine that is not there, naming the extra that brings it; imports nothing."""
     if engine not in _MODULES:
         raise UserError(f"engine '{engine}' is not built yet; use one of: {', '.join(_MODULES)}")
-    name, extra = _MODULES[engine]
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != extra:
-            raise
-        raise UserError(f"engine '{engine}' is not installed; run: pip install 'cairn[{extra}]'") from error
+    _, package = _MODULES[engine]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"engine '{engine}' is not installed; run: pip install 'cairn[{package}]'")
+
+
+def _module(engine: str) -> Any:
+    check_engine(engine)
+    return importlib.import_module(_MODULES[engine][0])
 
 
 def training_engine(

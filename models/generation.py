@@ -19,7 +19,7 @@ def generate(
     stop_ids: Collection[int],
     batch_size: int = 1024,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, in the order of the prompts, without the stop token that ended them.
+    """The new tokens of each prompt, in the order of the prompts, with the stop token that ended them, if one did.
 
     A row ends at a stop token, after `max_new_tokens`, or when prompt and continuation fill the model's
     `max_position_embeddings`. Neither `batch_size` nor the other prompts change what a row gets, beyond what an
@@ -64,7 +64,7 @@ def _continue_rows(
     for left in range(sampling.max_new_tokens - 1, -1, -1):
         tokens_B = next_tokens(logits_BV, sampling, seen_BV, numbers_B, lengths_B)
         new_B = ~np.isin(tokens_B, stops)
-        for number, token in zip(numbers_B[new_B].tolist(), tokens_B[new_B].tolist(), strict=True):
+        for number, token in zip(numbers_B.tolist(), tokens_B.tolist(), strict=True):
             answers[number].append(token)
         lengths_B = lengths_B + 1
         going = np.flatnonzero(new_B & (lengths_B < limit))

@@ -18,25 +18,28 @@ from typing import Any
 
 from artifacts.store import DamagedObject, Store
 from common.errors import UserError
-from models.training.loop import Interrupted
+from models.training.loop import EXIT_GO_ON_LATER, Interrupted
 from tasks.events import as_event
 from tasks.produce import produce
 from tasks.work import Work
 
-GO_ON_LATER = os.EX_TEMPFAIL
+logger = logging.getLogger("cairn.tasks")
 
 
 class Channel:
     """Events to the parent, each a line; nothing is said to a parent that is gone."""
 
     def __init__(self, descriptor: int) -> None:
-        self._file = os.fdopen(descriptor, "wb", buffering=0)
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
 
     def send(self, event: dict[str, Any]) -> None:
-        """Writes one event."""
+        """Writes one event; any thread may."""
+        line = memoryview(json.dumps(event).encode() + b"\n")
         # Where the parent is gone, the end of standard input stops this process; the stage must not fail before.
-        with suppress(OSError):
-            self._file.write(json.dumps(event).encode() + b"\n")
+        with self._lock, suppress(OSError):
+            while line:
+                line = line[os.write(self._descriptor, line) :]
 
 
 class _Forwarded(logging.Handler):
@@ -55,17 +58,22 @@ def main(arguments: list[str]) -> int:
     channel = Channel(int(arguments[0]))
     signal.signal(signal.SIGTERM, _raise_interrupted)
     signal.signal(signal.SIGINT, _raise_interrupted)
-    logger = logging.getLogger("cairn")
-    logger.addHandler(_Forwarded(channel))
-    logger.setLevel(logging.INFO)
-    works: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=_read_works, args=(works,), daemon=True).start()
+    logging.getLogger("cairn").addHandler(_Forwarded(channel))
+    logging.getLogger("cairn").setLevel(logging.INFO)
+    threading.excepthook = _say_thread_error
+    works: queue.Queue[bytes | None] = queue.Queue()
+    working = threading.Event()
+    threading.Thread(target=_read_works, args=(works, working), daemon=True).start()
     try:
         while (line := works.get()) is not None:
+            working.set()
             _do(Work.model_validate_json(line), channel)
+            working.clear()
     except (Interrupted, KeyboardInterrupt):
         channel.send({"event": "Interrupted"})
-        return GO_ON_LATER
+        return EXIT_GO_ON_LATER
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return 0
 
 
@@ -73,11 +81,24 @@ def _raise_interrupted(number: int, frame: object) -> None:
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
-def _read_works(works: "queue.Queue[str | None]") -> None:
-    for line in sys.stdin:
-        works.put(line)
+def _say_thread_error(error: threading.ExceptHookArgs) -> None:
+    """A full disk in a log writer's thread is a line: the writer raises it again in the stage, which explains it."""
+    if isinstance(error.exc_value, OSError):
+        logger.warning("%s", error.exc_value)
+    else:
+        threading.__excepthook__(error)
+
+
+def _read_works(works: "queue.Queue[bytes | None]", working: threading.Event) -> None:
+    rest = b""
+    # Not `sys.stdin`: Python aborts where a thread still holds its lock at the end.
+    while chunk := os.read(0, 1 << 16):
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            works.put(line)
     works.put(None)
-    os.kill(os.getpid(), signal.SIGTERM)
+    if working.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _do(work: Work, channel: Channel) -> None:

@@ -8,11 +8,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from artifacts.store import Store
-from common.errors import UserError
+from common.errors import StageInterrupted, UserError
 from tasks.events import Listener, as_event
 from tasks.process import EngineProcess
 from tasks.produce import produce
-from tasks.stage import Runtime, StageInterrupted
+from tasks.stage import Runtime
 from tasks.work import Outcome, Work
 
 

@@ -52,8 +52,10 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(["<bos>" + prompt for prompt in prompts])]
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
     answers = generate(engine, encoded, sampling, stop_ids=[tokenizer.eos_id], batch_size=config.batch_size)
+    # Tokens, not text: decoding leaves special tokens out, and an answer that did not end is not the answer.
+    wanted = [encoding.ids for encoding in tokenizer.encode_batch([target + "<eos>" for target in targets])]
+    correct = [answer == target for answer, target in zip(answers, wanted, strict=True)]
     predictions = [tokenizer.decode(answer) for answer in answers]
-    correct = [prediction == target for prediction, target in zip(predictions, targets, strict=True)]
     columns: dict[str, list[Any]] = {
         "prompt": prompts,
         "target": targets,
@@ -112,7 +114,7 @@ def summarise(targets: Sequence[str], correct: Sequence[bool]) -> dict[str, Any]
 
 STAGE = Stage(
     name="evaluate",
-    version=1,
+    version=2,
     config=Config,
     inputs={"model": Kind.MODEL, "documents": Kind.DOCUMENTS},
     output=Kind.EVALUATION,

@@ -1,22 +1,20 @@
 """The parent's side of the child process that an engine's stages run in."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from artifacts.store import DamagedObject, Store
-from common.errors import UserError
+from common.errors import StageFailed, StageInterrupted, UserError
 from tasks.events import Event, Listener
-from tasks.stage import StageInterrupted
 from tasks.work import Outcome, Work
 
-
-class StageFailed(Exception):
-    """A stage failed with a traceback, or its process died."""
+logger = logging.getLogger("cairn.tasks")
 
 
 class EngineProcess:
@@ -25,39 +23,38 @@ class EngineProcess:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._busy = threading.Lock()
+        self._stopping = False
 
     def do(self, work: Work, listener: Listener) -> Outcome:
         """Does a work in the child; `listener` gets its progress events.
 
         Raises UserError, StageInterrupted, or StageFailed with the child's traceback or how it died.
         """
+        if work.store.startswith("memory:"):
+            raise UserError("a memory:// store is seen by one process alone, and training has its own; use a folder")
         with self._busy:
+            self._refuse_if_stopping(work)
             process = self._running()
-            assert process.stdin is not None
             try:
+                assert process.stdin is not None
                 process.stdin.write(work.model_dump_json() + "\n")
                 process.stdin.flush()
-            except BrokenPipeError:
-                self._forget()
-                raise StageFailed(f"the process of stage '{work.name}' ended ({_ending(process)})") from None
-            for event in self._events():
-                if event["event"] == "Done":
-                    record = Store.open(work.store).find(event["key"])
-                    if record is None:
-                        raise StageFailed(f"stage '{work.name}' is done, but its record is not in the store")
-                    return Outcome(record, event["reused"])
-                if event["event"] == "UserError":
-                    raise (DamagedObject if event["damaged"] else UserError)(event["message"])
-                if event["event"] == "Failed":
-                    raise StageFailed(f"stage '{work.name}' failed:\n{event['traceback']}")
-                if event["event"] == "Interrupted":
-                    raise StageInterrupted(f"stage '{work.name}' was stopped; it goes on from there when run again")
-                listener(event)
+                if self._stopping:  # it came while the process was being started
+                    process.terminate()
+                for event in self._events():
+                    if event["event"] in _ENDINGS:
+                        return _outcome(work, event)
+                    _tell(listener, event)
+            except (BrokenPipeError, json.JSONDecodeError):
+                process.kill()
             self._forget()
-            raise StageFailed(f"the process of stage '{work.name}' ended ({_ending(process)})")
+            ending = _ending(process)
+            self._refuse_if_stopping(work)
+            raise StageFailed(f"the process of stage '{work.name}' ended ({ending})")
 
     def interrupt(self) -> None:
-        """Tells the stage under way to stop, after its checkpoint."""
+        """Tells the stage under way to stop, after its checkpoint, and refuses all that would come after it."""
+        self._stopping = True
         process = self._process
         if process is not None and process.poll() is None:
             process.terminate()
@@ -66,20 +63,29 @@ class EngineProcess:
         """Ends the child; a stage under way writes its checkpoint first."""
         process = self._process
         if process is not None:
-            assert process.stdin is not None
-            process.stdin.close()
-            process.wait()
             self._forget()
+            process.wait()
+
+    def _refuse_if_stopping(self, work: Work) -> None:
+        if self._stopping:
+            raise StageInterrupted(f"stage '{work.name}' was stopped; it goes on from there when run again")
 
     def _forget(self) -> None:
-        self._process = None
+        """Closes the pipes, at which the child ends."""
+        process, self._process = self._process, None
+        if process is not None and process.stdin is not None:
+            with suppress(BrokenPipeError):
+                process.stdin.close()
         self._events_file.close()
 
     def _running(self) -> "subprocess.Popen[str]":
-        if self._process is None or self._process.poll() is not None:
+        if self._process is not None and self._process.poll() is not None:
+            self._forget()
+        if self._process is None:
             read_end, write_end = os.pipe()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tasks.child", str(write_end)],
+                # -P: a user's folder may have files of the names that this imports.
+                [sys.executable, "-P", "-m", "tasks.child", str(write_end)],
                 stdin=subprocess.PIPE,
                 stdout=sys.stderr,
                 pass_fds=(write_end,),
@@ -96,6 +102,30 @@ class EngineProcess:
     def _events(self) -> Iterator[Event]:
         for line in self._events_file:
             yield json.loads(line)
+
+
+_ENDINGS = ("Done", "UserError", "Failed", "Interrupted")
+
+
+def _outcome(work: Work, event: Event) -> Outcome:
+    """What the last event of a work says: a record, or the error to raise."""
+    if event["event"] == "UserError":
+        raise (DamagedObject if event["damaged"] else UserError)(event["message"])
+    if event["event"] == "Interrupted":
+        raise StageInterrupted(f"stage '{work.name}' was stopped; it goes on from there when run again")
+    if event["event"] == "Failed":
+        raise StageFailed(f"stage '{work.name}' failed:\n{event['traceback']}")
+    record = Store.open(work.store).find(work.key) if event["key"] == work.key else None
+    if record is None:
+        raise StageFailed(f"stage '{work.name}' is done, but its record {work.key[:8]} is not in the store")
+    return Outcome(record, event["reused"])
+
+
+def _tell(listener: Listener, event: Event) -> None:
+    try:
+        listener(event)
+    except Exception as error:  # whoever watches a run does not decide how it ends
+        logger.warning("a progress event could not be shown: %s", error)
 
 
 def _ending(process: "subprocess.Popen[str]") -> str:

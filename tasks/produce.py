@@ -26,19 +26,26 @@ def produce(
     found = store.find(work.key)
     if found is not None:
         return Outcome(found, reused=True)
-    input_keys = [reference.key for reference in work.inputs.values()]
+    # The work's own key too: its logs lie under that one, and are not to be collected meanwhile.
+    held_keys = [work.key, *(reference.key for reference in work.inputs.values())]
 
     def wait(holder: str) -> None:
         logger.warning("stage '%s' is being made by %s; waiting for it", work.name, holder)
 
-    with store.lease(work.checkpoint_key, wait=wait, inputs=input_keys) as lease:
+    with store.lease(work.checkpoint_key, wait=wait, inputs=held_keys) as lease:
         found = store.find(work.key)
         if found is not None:
             return Outcome(found, reused=True)
         started = datetime.now(UTC)
+
+        def stopping() -> bool:
+            # Whoever has lost the lease works beside its new holder, on the same checkpoints.
+            lease.check()
+            return should_stop()
+
         with store.workspace(work.key) as output:
             logs = _log_folder(store, work.key)
-            metrics = _run(store, work, output, logs, report, should_stop)
+            metrics = _run(store, work, output, logs, report, stopping)
             _attach(store, work.key, logs)
             commit, dirty = git_state()
             record = store.commit(
@@ -74,6 +81,7 @@ def _run(
     stage = work.definition
     records = {name: _input(store, work, name, reference) for name, reference in work.inputs.items()}
     context = Context(
+        name=work.name,
         output=output,
         logs=logs,
         scratch=store.scratch(work.checkpoint_key),
@@ -88,7 +96,7 @@ def _run(
 
 def _input(store: Store, work: Work, name: str, reference: InputReference) -> Record:
     record = store.find(reference.key)
-    if record is None:
+    if record is None or record.output != reference.digest:
         raise DamagedObject(
             f"input '{name}' of stage '{work.name}' is gone from the store ({reference.key[:8]}): run the recipe again"
         )
@@ -96,14 +104,16 @@ def _input(store: Store, work: Work, name: str, reference: InputReference) -> Re
 
 
 def _lineage_text(store: Store, records: Iterable[Record]) -> str:
-    """What some artifacts were made from, a line each with stage and digest, whole subtrees once; nothing that changes
-    from run to run, because published folders hold it."""
+    """What some artifacts were made from, a line each with kind and digest, whole subtrees once.
+
+    Published folders hold it, so it has nothing that changes from run to run, and no names, which are a recipe's own.
+    """
     shown: set[str] = set()
 
     def lines(record: Record, depth: int) -> Iterator[str]:
         again = record.key in shown
         shown.add(record.key)
-        line = f"{'  ' * depth}- {record.name} ({record.stage}) `{record.output[:12]}`"
+        line = f"{'  ' * depth}- {record.stage} `{record.output[:12]}`"
         sources = [] if again else [store.read_record(reference.key) for reference in record.inputs.values()]
         yield line + (", see above" if again and record.inputs else "")
         for source in sources:

@@ -16,10 +16,6 @@ from models.training.config import CheckpointConfig
 Metrics = dict[str, Any]
 
 
-class StageInterrupted(Exception):
-    """A stage was told to stop; what it has saved is used when it is run again."""
-
-
 class Kind(StrEnum):
     """What an artifact holds; a stage says which kinds it reads, and a recipe is checked against it."""
 
@@ -46,6 +42,8 @@ class Runtime(FrozenModel):
 class Context:
     """What a stage is given beside its config and its inputs."""
 
+    name: str
+    """The stage's name in its recipe, for logs."""
     output: Path
     """An empty folder, which becomes the artifact."""
     logs: Path

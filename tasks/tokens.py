@@ -1,6 +1,7 @@
 """Stage `tokens`: documents as shards of token ids, with the mask of what counts in the loss."""
 
 import shutil
+from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,12 +10,12 @@ import numpy as np
 from pydantic import Field
 
 from common.config import FrozenModel
-from common.errors import UserError
+from common.errors import StageInterrupted, UserError
 from common.files import canonical_json
 from models.tokenizer import TOKENIZER_FILES, Tokenizer
 from models.training.shards import write_shard
 from tasks.documents import shard_name
-from tasks.stage import Context, Kind, Metrics, Stage, StageInterrupted
+from tasks.stage import Context, Kind, Metrics, Stage
 
 ROWS_AT_ONCE = 20_000
 
@@ -117,12 +118,13 @@ class _Shard:
     def __init__(self, dtype: Any, masked: bool) -> None:
         self.dtype, self.masked = dtype, masked
         self.tokens = 0
-        self._ids: list[int] = []
-        self._ends: list[int] = []
-        self._starts: list[int] = []
+        # Lists of Python's integers would take many times the memory.
+        self._ids = array("I")
+        self._ends = array("Q")
+        self._starts = array("Q")
 
     def append(self, ids: list[int], first_counted: int) -> None:
-        self._ids += ids
+        self._ids.extend(ids)
         self._starts.append(self.tokens + first_counted)
         self.tokens += len(ids)
         self._ends.append(self.tokens)
@@ -133,8 +135,8 @@ class _Shard:
             return np.array(self._ids, self.dtype), ends
         # +1 where counting starts and −1 after each document: the running sum is 1 on the counted tokens.
         edges = np.zeros(self.tokens + 1, np.int64)
-        np.add.at(edges, self._starts, 1)
-        np.add.at(edges, self._ends, -1)
+        np.add.at(edges, np.array(self._starts, np.int64), 1)
+        np.add.at(edges, np.array(self._ends, np.int64), -1)
         return np.array(self._ids, self.dtype), ends, np.cumsum(edges)[:-1].astype(bool)
 
 

@@ -64,7 +64,8 @@ def run_training(
         Checkpoints(filesystem, folder, context.runtime.checkpoints),
         start,
         report=context.report,
-        metrics=TrainingLogs(context.logs),
+        metrics=TrainingLogs(context.logs, title=context.name, config=config.model_dump(mode="json")),
+        should_stop=context.should_stop,
         decode=tokenizer.decode,
     )
     trained = ModelFolder(

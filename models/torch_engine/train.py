@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.errors import UserError
 from models import weights
 from models.config import ModelConfig
 from models.engine import Batch, EngineName, Precision, State, StepResult
@@ -38,7 +39,7 @@ class TorchTraining:
         self._optimizer = Optimizer(optimizer, self._parameters)
 
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
-        """As the contract says. ValueError where no target counts, or a token is outside of the vocabulary."""
+        """As the contract says. UserError where no target counts; ValueError for a token beyond the vocabulary."""
         loss = self._backward(micro_batches, dropout_key)
         norm, skipped = self._optimizer.step(learning_rate_scale, loss)
         return StepResult(loss, norm, skipped)
@@ -105,7 +106,10 @@ class TorchTraining:
         """Leaves the gradients of the mean loss in `.grad`, and gives that loss without the balance of experts."""
         counted = sum(int(batch.loss_mask_BT.sum()) for batch in micro_batches)
         if not counted:
-            raise ValueError(f"no target counts in any of {len(micro_batches)} micro-batches")
+            raise UserError(
+                "a batch has no token that counts in the loss: the loss mask leaves nothing of such short rows; "
+                "give training a longer sequence_length"
+            )
         self._model.train()
         for parameter in self._parameters.values():
             parameter.grad = None

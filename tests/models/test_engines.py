@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from models import weights
 from models.config import ModelConfig
 from models.engine import Batch, EngineName, Precision, TrainingEngine, inference_engine, training_engine
@@ -226,7 +227,7 @@ def test_tokens_outside_of_the_vocabulary_and_empty_losses_are_refused(engine_na
     engine, rows = trainer(engine_name, tiny("llama")), batch()
     with pytest.raises(ValueError, match="vocabulary of 23"):
         engine.step([rows._replace(tokens_BT=rows.tokens_BT + VOCABULARY)], 1.0, 0)
-    with pytest.raises(ValueError, match="no target counts"):
+    with pytest.raises(UserError, match="no token that counts"):
         engine.step([rows._replace(loss_mask_BT=np.zeros_like(rows.loss_mask_BT))], 1.0, 0)
     with pytest.raises(ValueError, match="at most 24 positions"):
         engine.loss(batch(length=25))
@@ -276,9 +277,9 @@ def test_greedy_generation_is_that_of_the_uncached_model(engine_name: EngineName
         row = list(prompt)
         while len(row) < min(len(prompt) + 18, config.max_position_embeddings):
             token = int(engine.logits(np.array([row], np.int32))[0, -1].argmax())
+            row.append(token)
             if token in stops:
                 break
-            row.append(token)
         expected.append(row[len(prompt) :])
     found = generate(engine, prompts(12), SamplingConfig(max_new_tokens=18), stops, batch_size=5)
     assert found == expected

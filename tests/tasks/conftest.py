@@ -22,12 +22,13 @@ def run_stage(tmp_path: Path) -> RunStage:
         stage = stage_named(name)
         place = tmp_path / f"{next(runs)}-{name}"
         context = Context(
+            name=name,
             output=place / "output",
             logs=place / "logs",
             scratch=(fsspec.filesystem("file"), str(place / "scratch")),
             runtime=Runtime(),
             report=lambda event: None,
-            lineage="- documents (documents) `0123456789ab`",
+            lineage="- documents `0123456789ab`",
         )
         context.output.mkdir(parents=True)
         context.logs.mkdir()

@@ -5,32 +5,41 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.errors import UserError
+from models.engine import inference_engine
+from models.generation import generate
+from models.sampling import SamplingConfig
+from models.tokenizer import Tokenizer
+from models.weights import initial_weights
+from tasks.checkpoint import pieces
 from tasks.evaluate import summarise
 from tests.tasks.conftest import RunStage
 from tests.tasks.test_publish import ARCHITECTURES, model_folder
 
 
-def test_every_row_of_the_split_is_scored_and_kept(run_stage: RunStage, tmp_path: Path) -> None:
-    model, _ = model_folder(tmp_path / "model", ARCHITECTURES["gpt2"])
+def test_every_row_of_the_split_is_scored_by_tokens(run_stage: RunStage, tmp_path: Path) -> None:
+    model, config = model_folder(tmp_path / "model", ARCHITECTURES["gpt2"])
     source = {"kind": "arithmetic", "train": 20, "validation": 10, "test": 200}
     documents, _ = run_stage("documents", {"source": source})
-    config = {"max_new_tokens": 5, "batch_size": 64, "shown_samples": 3}
-    folder, first = run_stage("evaluate", config, model=model, documents=documents)
+    settings = {"max_new_tokens": 5, "batch_size": 64, "shown_samples": 3}
+    folder, _ = run_stage("evaluate", settings, model=model, documents=documents)
     samples = pq.read_table(folder / "samples.parquet").to_pylist()
-    # What the model says is taken as the truth now: then, and only then, everything is right.
-    columns = {
-        "prompt": [sample["prompt"] for sample in samples],
-        "target": [sample["prediction"] for sample in samples],
-    }
-    assert columns["prompt"] == pq.read_table(documents / "test-00000.parquet")["prompt"].to_pylist()
+    prompts = [sample["prompt"] for sample in samples]
+    assert prompts == pq.read_table(documents / "test-00000.parquet")["prompt"].to_pylist()
+    # What the model says is taken as the truth now: then it is right wherever it ended without a special token before.
     truth = tmp_path / "truth"
     truth.mkdir()
+    columns = {"prompt": prompts, "target": [sample["prediction"] for sample in samples]}
     pq.write_table(pa.table(columns), truth / "test-00000.parquet")
-    _, second = run_stage("evaluate", config, model=model, documents=truth)
-    assert second["n"] == 200
-    assert second["exact_match"] == 1.0
-    assert first["exact_match"] == sum(sample["correct"] for sample in samples) / 200
-    assert len(first["samples"]) == 3
+    _, measured = run_stage("evaluate", settings, model=model, documents=truth)
+    engine = inference_engine("torch", config, "float32", pieces(initial_weights(config, 3)))
+    tokenizer = Tokenizer(model / "tokenizer")
+    encoded = [tokenizer.encode("<bos>" + prompt) for prompt in prompts]
+    answers = generate(engine, encoded, SamplingConfig(max_new_tokens=5), [tokenizer.eos_id])
+    ended = [answer[-1] == tokenizer.eos_id and min(answer[:-1], default=3) > 2 for answer in answers]
+    assert 0 < sum(ended) < 200
+    assert measured["n"] == 200
+    assert measured["exact_match"] == sum(ended) / 200
+    assert len(measured["samples"]) == 3
 
 
 def test_the_summary_by_length() -> None:

@@ -11,10 +11,9 @@ import pytest
 
 from artifacts.record import InputReference
 from artifacts.store import DamagedObject, Store
-from common.errors import UserError
+from common.errors import StageFailed, StageInterrupted, UserError
 from tasks.events import Event
-from tasks.process import EngineProcess, StageFailed, engine_process
-from tasks.stage import StageInterrupted
+from tasks.process import EngineProcess, engine_process
 from tasks.work import Work
 from tests.flows.conftest import spoil
 from tests.flows.processes import descendants, kill, runs_module, wait_until_gone

@@ -14,10 +14,10 @@ import pytest
 from artifacts.record import InputReference, Record
 from artifacts.store import DamagedObject, Store
 from common.config import FrozenModel
-from common.errors import UserError
+from common.errors import StageInterrupted, UserError
 from tasks.produce import produce
 from tasks.registry import STAGES
-from tasks.stage import Context, Kind, Metrics, Runtime, Stage, StageInterrupted
+from tasks.stage import Context, Kind, Metrics, Runtime, Stage
 from tasks.work import Outcome, Work
 
 
@@ -200,7 +200,7 @@ def test_the_lineage_as_published_text(store: Store, runs: list[Context]) -> Non
     make(store, "c", "end", left=middle, right=source)
     digests = {record.name: record.output[:12] for record in (source, middle)}
     assert runs[-1].lineage.splitlines() == [
-        f"- middle (write) `{digests['middle']}`",
-        f"  - source (write) `{digests['source']}`",
-        f"- source (write) `{digests['source']}`",
+        f"- write `{digests['middle']}`",
+        f"  - write `{digests['source']}`",
+        f"- write `{digests['source']}`",
     ]

@@ -67,7 +67,7 @@ def test_transformers_opens_it_and_agrees(run_stage: RunStage, tmp_path: Path, n
     generated = model.generate(ids, max_new_tokens=6)[0, ids.shape[1] :].tolist()
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=6)
     expected = generate(ours, [ids[0].tolist()], sampling, stop_ids=[tokenizer.eos_token_id])[0]
-    assert [token for token in generated if token != tokenizer.eos_token_id][: len(expected)] == expected
+    assert generated == expected
 
 
 def test_the_card_says_what_was_measured_and_where_it_came_from(run_stage: RunStage, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_the_card_says_what_was_measured_and_where_it_came_from(run_stage: RunSt
     assert card.startswith('---\nlicense: "mit"\n')
     assert "# Adds: two\n\nAdds.\n" in card
     assert f"| all | 30 | {measured['exact_match']:.2%} |" in card
-    assert "- documents (documents) `0123456789ab`" in card
+    assert "- documents `0123456789ab`" in card
     assert metrics["exact_match"] == measured["exact_match"]
     assert json.loads((folder / "generation_config.json").read_bytes())["eos_token_id"] == 2
 

@@ -171,4 +171,4 @@ def test_greedy_generation_is_that_of_the_class(name: str, penalty: float, tmp_p
         tokens = torch.tensor([prompt])
         row = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)[0].tolist()
         new = row[len(prompt) :]
-        assert answer == (new[: new.index(7)] if 7 in new else new)
+        assert answer == (new[: new.index(7) + 1] if 7 in new else new)
