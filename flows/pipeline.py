@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,18 @@ LOSS_CURVE = "loss.png"
 logger = logging.getLogger("cairn.flows")
 
 
-def pipeline_flow(view: View) -> Flow[..., dict[str, Record]]:
-    """The flow that runs a recipe and tells `view` how it goes. It gives each stage's record by name."""
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made."""
+
+    reference: str
+    """The name of what its last stage made, such as models/arithmetic."""
+    records: dict[str, Record]
+    """Each stage's record."""
+
+
+def pipeline_flow(view: View) -> Flow[..., RunResult]:
+    """The flow that runs a recipe and tells `view` how it goes."""
 
     @flow(name="pipeline", flow_run_name="{recipe}", persist_result=False, validate_parameters=False)
     def pipeline(recipe: str, overrides: list[str] | None = None, store: str | None = None) -> Any:
@@ -58,7 +69,7 @@ class _Run:
         self.process = EngineProcess()
         self.stopping = Stopping(self.process.interrupt)
 
-    def all_stages(self) -> dict[str, Record]:
+    def all_stages(self) -> RunResult:
         """Submits every stage to Prefect and waits for them all; raises what the first failed stage raised."""
         with self.stopping, closing(self.process):
             futures: dict[str, PrefectFuture[Outcome]] = {}
@@ -70,8 +81,9 @@ class _Run:
         if self.stopping.requested:
             raise StageInterrupted("stopped")
         records = {name: future.result().record for name, future in futures.items()}
-        self._name(recipe_ref(self.recipe.name), records[self.recipe.stages[-1].name])
-        return records
+        reference = recipe_ref(self.recipe.name)
+        self._name(reference, records[self.recipe.stages[-1].name])
+        return RunResult(reference, records)
 
     def _name(self, name: str, record: Record) -> None:
         # What stands already is not written again: a store that may only be read serves a run that makes nothing.

@@ -19,7 +19,7 @@ from artifacts.record import Record
 from artifacts.store import DamagedObject, Store
 from common.errors import StageInterrupted, UserError
 from flows.console import ConsoleView, evaluation_tables
-from flows.pipeline import LOSS_CURVE, pipeline_flow
+from flows.pipeline import LOSS_CURVE, RunResult, pipeline_flow
 from flows.recipe import Recipe
 from flows.server import prefect_server, wait_until_stored
 from tasks.stage import Kind
@@ -97,11 +97,11 @@ def _run_once(
 ) -> dict[str, Record]:
     with ConsoleView(console) as view:
         pipeline: Any = pipeline_flow(view)  # its type knows nothing of return_state
-        state: State[dict[str, Record]] = pipeline(recipe.source, list(overrides), store.url, return_state=True)
+        state: State[RunResult] = pipeline(recipe.source, list(overrides), store.url, return_state=True)
         wait_until_stored(state)
     if state.is_cancelled():
         raise StageInterrupted("stopped; run the same command again to go on from where it was")
-    records = state.result()
+    records = state.result().records
     for stage, folder in _folders(recipe, published).items():
         lay_out(store, records[stage], folder)
     return records

@@ -111,6 +111,7 @@ def _metrics(model: ModelConfig, result: TrainingResult, batches: Batches, devic
         "dropped_tokens": source.dropped_tokens,
         "training_seconds": result.state.seconds,
         "validation": json.loads(result.state.model_dump_json())["validations"],
+        "best_validation": None if result.best is None else json.loads(result.best.model_dump_json()),
         "device": device,
         "notes": [f"went on from a checkpoint of engine '{result.other_engine}'"] if result.other_engine else [],
     }

@@ -40,8 +40,6 @@ EXIT_GO_ON_LATER = os.EX_TEMPFAIL
 class Interrupted(Exception):
     """Training was asked to stop and has written a checkpoint, from which the same call goes on."""
 
-    exit_status = EXIT_GO_ON_LATER
-
     def __init__(self, step: int) -> None:
         super().__init__(f"training was interrupted after step {step}; start it again to go on from there")
         self.step = step

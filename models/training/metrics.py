@@ -107,10 +107,13 @@ class Metrics:
             self._wandb.log({"step": values["step"], **named})
 
     def _draw(self) -> None:
-        self.flush()
-        curve = draw_loss_curve(read_csv(self._training.path), read_csv(self._validation.path), self._title)
-        write_atomically(self._folder / "loss.png", curve)
         self._drawn_at = time.monotonic()
+        try:
+            self.flush()
+            curve = draw_loss_curve(read_csv(self._training.path), read_csv(self._validation.path), self._title)
+            write_atomically(self._folder / "loss.png", curve)
+        except FileNotFoundError as error:
+            log.warning("the loss curve is not drawn, its numbers are gone: %s", error)
 
 
 class _LinesFile:
