@@ -17,6 +17,7 @@ from models.config import ModelConfig
 from models.engine import Batch, EngineName, Precision, State, StepResult
 from models.optimizer import ADAMW_MOMENTS, MUON_MOMENTS, UPDATES, OptimizerConfig, takes_muon
 from models.torch_engine.inference import TorchInference
+from models.torch_engine.lanes import Lanes
 from models.torch_engine.mixture import balance_loss
 from models.torch_engine.model import Transformer
 from models.torch_engine.optimizer import Optimizer
@@ -37,6 +38,7 @@ class TorchTraining:
             self._model = Transformer(config, compute_dtype(precision))
         self._parameters: dict[str, Tensor] = dict(self._model.named_parameters())
         self._optimizer = Optimizer(optimizer, self._parameters)
+        self._lanes = Lanes.where_they_help(self._model)
 
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         """As the contract says. UserError where no target counts; ValueError for a token beyond the vocabulary."""
@@ -47,8 +49,7 @@ class TorchTraining:
     @torch.no_grad()
     def loss(self, batch: Batch) -> tuple[float, int]:
         self._model.eval()
-        part = self._packed(batch)
-        return float(self._summed_loss(part)), len(part.targets_M)
+        return float(self._summed_loss(self._model, batch)), int(batch.loss_mask_BT.sum())
 
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
         self._backward(micro_batches, dropout_key)
@@ -98,8 +99,9 @@ class TorchTraining:
     def _packed(self, batch: Batch) -> Packed:
         return packed(batch, self._config.vocab_size, self._config.max_position_embeddings, self._place)
 
-    def _summed_loss(self, part: Packed) -> Tensor:
-        logits_MV = self._model(part.rows)
+    def _summed_loss(self, model: Transformer, batch: Batch) -> Tensor:
+        part = self._packed(batch)
+        logits_MV = model(part.rows)
         return F.cross_entropy(logits_MV.float(), part.targets_M, reduction="sum")
 
     def _backward(self, micro_batches: Sequence[Batch], dropout_key: int) -> Tensor:
@@ -117,8 +119,11 @@ class TorchTraining:
         counts_E = self._assignments(micro_batches, dropout_key) if len(micro_batches) > 1 else None
         total = torch.zeros((), device=self._place)
         for number, batch in enumerate(micro_batches):
+            if self._lanes is not None:
+                total += self._lanes.backward(batch, lambda lane, rows: self._summed_loss(lane, rows) / counted)
+                continue
             with self._dropout(dropout_key, number):
-                loss = self._summed_loss(self._packed(batch)) / counted
+                loss = self._summed_loss(self._model, batch) / counted
             total += loss.detach()
             if self._balanced:
                 routings = [mixture.taken() for mixture in self._model.mixtures()]

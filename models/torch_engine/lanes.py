@@ -1,0 +1,69 @@
+"""The rows of a batch on several threads, for small models on a CPU.
+
+Their operations are too small to be worth dividing. On two cores, a step of 4 layers of width 128 on 256 rows of 13
+tokens in bf16 took 151 ms with one thread, 120 ms with each operation divided over two, and 91 ms with half of the rows
+on each of two.
+
+R rows of a batch.
+"""
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from models.engine import Batch
+from models.torch_engine.model import Transformer
+
+LARGEST_MODEL = 16_000_000
+"""Parameters from which on each operation keeps several threads busy by itself."""
+
+
+class Lanes:
+    """Copies of a model over the same weights, each with a thread and with gradients of its own."""
+
+    def __init__(self, model: Transformer, threads: int) -> None:
+        self._models = [model, *(copy.deepcopy(model).train() for _ in range(threads - 1))]
+        for lane in self._models[1:]:
+            for parameter, shared in zip(lane.parameters(), model.parameters(), strict=True):
+                parameter.data = shared.data
+        self._threads = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    @classmethod
+    def where_they_help(cls, model: Transformer) -> Self | None:
+        """Lanes for a model, or None where they would not help or not be exact.
+
+        Dropout draws from one generator for all threads, and the balance of experts needs the whole batch at once.
+        """
+        parameters = list(model.parameters())
+        small = sum(parameter.numel() for parameter in parameters) <= LARGEST_MODEL
+        alone = model.config.dropout > 0 or model.config.mlp == "mixture"
+        threads = torch.get_num_threads()
+        if parameters[0].device.type != "cpu" or threads == 1 or not small or alone:
+            return None
+        return cls(model, threads)
+
+    def backward(self, batch: Batch, loss_of: Callable[[Transformer, Batch], Tensor]) -> Tensor:
+        """Adds the gradients of `loss_of`, a sum over rows, to those of the model; gives the loss."""
+
+        def run(lane: Transformer, rows_R: slice) -> Tensor:
+            part = Batch(batch.tokens_BT[rows_R], batch.targets_BT[rows_R], batch.loss_mask_BT[rows_R])
+            loss = loss_of(lane, part)
+            torch.autograd.backward(loss)
+            return loss.detach()
+
+        count, rows = len(self._models), len(batch.tokens_BT)
+        bounds = [rows * lane // count for lane in range(count + 1)]
+        parts = [slice(*pair) for pair in pairwise(bounds)]
+        losses = list(self._threads.map(run, self._models, parts))
+        for lane in self._models[1:]:
+            # In the order of the lanes, whichever was first: sums of floats depend on it.
+            for parameter, shared in zip(lane.parameters(), self._models[0].parameters(), strict=True):
+                if parameter.grad is not None:
+                    shared.grad = parameter.grad if shared.grad is None else shared.grad.add_(parameter.grad)
+                parameter.grad = None
+        return torch.stack(losses).sum()
