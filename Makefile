@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The CPU build of PyTorch; a machine with a GPU installs its own build into .venv before.
-TORCH := torch==2.13.0
+# What pip is given for PyTorch. Another build, for the CPU alone or for a GPU: make run TORCH="--index-url URL torch"
+TORCH ?= torch==2.13.0
 
 .PHONY: run test check format clean setup
 
@@ -25,7 +25,7 @@ format: setup
 
 setup: $(VENV)/.installed
 
-# torch comes first and alone: a later, wider request would otherwise draw the CUDA build with its gigabytes.
+# torch comes first and alone, so that the build chosen above is what all the others find.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Cairn needs Python 3.11 or newer; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
