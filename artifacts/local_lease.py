@@ -2,12 +2,15 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from artifacts.errors import LeaseLost
 from artifacts.lease import LeaseInfo, new_lease
+
+POLL_SECONDS = 0.1
 
 
 class LocalLease:
@@ -32,16 +35,15 @@ class LocalLease:
 
 def _acquire(path: Path, wait: Callable[[str], None] | None) -> int:
     """Opens and locks the file at `path`, waiting for its holder; returns the descriptor."""
-    told = False
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            if not try_lock(descriptor, fcntl.LOCK_EX):
+            # Not one wait in the kernel: whoever waits may be told to stop.
+            while not try_lock(descriptor, fcntl.LOCK_EX):
                 holder = LeaseInfo.from_json(_content(descriptor))
-                if wait is not None and not told:
+                if wait is not None:
                     wait(holder.holder if holder else "another process")
-                    told = True
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                time.sleep(POLL_SECONDS)
             # A collector may have removed the file while we waited for its lock.
             if _is_at(descriptor, path):
                 return descriptor

@@ -103,7 +103,6 @@ def _acquire(
     wait: Callable[[str], None] | None,
     seconds: float,
 ) -> ObjectLease:
-    told = False
     while True:
         found = writes.read(path)
         before = LeaseInfo.from_json(found[0]) if found else None
@@ -114,9 +113,8 @@ def _acquire(
             if version is not None:
                 return ObjectLease(writes, path, info, version, seconds, asked)
             continue
-        if wait is not None and not told:
+        if wait is not None:
             wait(before.holder)
-            told = True
         time.sleep(min(seconds / 3, POLL_SECONDS))
 
 

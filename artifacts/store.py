@@ -45,14 +45,17 @@ class Store:
     def open(cls, url: str | None = None) -> Self:
         """Opens the store at a folder or fsspec URL: by default `CAIRN_STORE`, or else `~/.cairn/store`.
 
-        Raises UserError for a protocol that is unknown or whose package is missing.
+        Raises UserError for a file, and for a protocol that is unknown or whose package is missing.
         """
         url = url or os.environ.get("CAIRN_STORE") or DEFAULT_STORE
         cache = Path(os.environ.get("CAIRN_CACHE") or DEFAULT_CACHE).expanduser().absolute()
         for local in ("file://", "local://"):
             url = url.removeprefix(local)
         if "://" not in url:
-            return cls(LocalBackend(Path(url).expanduser().absolute(), cache))
+            folder = Path(url).expanduser().absolute()
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"the store {folder} is a file, not a folder: set CAIRN_STORE to another place")
+            return cls(LocalBackend(folder, cache))
         # fsspec's remote side takes longer to import than a local store takes to answer.
         from artifacts.remote import RemoteBackend
 
@@ -207,7 +210,8 @@ class Store:
     def lease(
         self, key: str, wait: Callable[[str], None] | None = None, inputs: Collection[str] = ()
     ) -> Iterator[Lease]:
-        """Exclusive work on a key; blocks while somebody else holds it, telling `wait` once who that is.
+        """Exclusive work on a key; blocks while somebody else holds it, telling `wait` who that is at each
+        look; what `wait` raises ends the waiting.
 
         `inputs` are the keys of the records that the work reads: they are not collected meanwhile. Raises UserError
         for a store that has neither locks nor conditional writes.

@@ -9,6 +9,7 @@ from typing import Any
 
 from artifacts.record import InputReference, Record
 from artifacts.store import DamagedObject, Store
+from common.errors import StageInterrupted
 from tasks.provenance import git_state, hardware, packages
 from tasks.stage import Context
 from tasks.work import Outcome, Work
@@ -29,8 +30,14 @@ def produce(
     # The work's own key too: its logs lie under that one, and are not to be collected meanwhile.
     held_keys = [work.key, *(reference.key for reference in work.inputs.values())]
 
+    told: set[str] = set()
+
     def wait(holder: str) -> None:
-        logger.warning("stage '%s' is being made by %s; waiting for it", work.name, holder)
+        if should_stop():
+            raise StageInterrupted(f"stage '{work.name}' was stopped while it waited for {holder}")
+        if holder not in told:
+            logger.warning("stage '%s' is being made by %s; waiting for it", work.name, holder)
+            told.add(holder)
 
     with store.lease(work.checkpoint_key, wait=wait, inputs=held_keys) as lease:
         found = store.find(work.key)

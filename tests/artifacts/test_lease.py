@@ -75,7 +75,7 @@ def test_one_holder_at_a_time(store: Store) -> None:
     thread.join(timeout=20)
     assert order == ["first", "rival"]
     assert tokens == [1, 2]
-    assert len(told) == 1
+    assert len(set(told)) == 1
     assert f"process {os.getpid()}" in told[0]
 
 

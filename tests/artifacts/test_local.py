@@ -242,9 +242,13 @@ def test_a_store_without_permission_is_explained(local_store: Store, monkeypatch
 
 def test_a_file_where_the_store_should_be_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    store = Store.open(str(tmp_path / "file"))
-    assert store.find(KEY) is None
-    with pytest.raises(UserError, match="is in the way"), store.workspace(KEY):
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        Store.open(str(tmp_path / "file"))
+
+
+def test_a_file_where_a_folder_of_the_store_should_be_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "tmp").write_text("x")
+    with pytest.raises(UserError, match="is in the way"), Store.open(str(tmp_path)).workspace(KEY):
         pass
 
 

@@ -109,7 +109,7 @@ def test_a_store_that_is_a_file(cairn: Cairn, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code, output = cairn("run", RECIPE, CAIRN_STORE=str(tmp_path / "file"))
     assert code == 1
-    assert_one_line(output, str(tmp_path / "file"), "is in the way", "set CAIRN_STORE to another place")
+    assert_one_line(output, str(tmp_path / "file"), "is a file, not a folder", "set CAIRN_STORE to another place")
 
 
 def test_a_place_for_publications_that_is_a_file(own_store: Path, cairn: Cairn, tmp_path: Path) -> None:
