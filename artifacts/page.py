@@ -9,10 +9,10 @@ from typing import Any
 from artifacts.lineage import SHORT, Node, walk
 from artifacts.record import Record
 
-BOX_WIDTH, BOX_HEIGHT = 208, 66
+BOX_WIDTH, BOX_HEIGHT = 300, 66
 GAP_X, GAP_Y = 28, 46
 MARGIN = 16
-_TITLE_LETTERS, _TEXT_LETTERS = 25, 29
+_TITLE_LETTERS, _TEXT_LETTERS = 30, 44
 
 _STYLE = """
 :root { color-scheme: light dark;
