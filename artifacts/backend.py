@@ -69,6 +69,9 @@ class Backend(Protocol):
     def workspace(self, key: str) -> AbstractContextManager[Path]:
         """An empty local folder that is gone after the block."""
 
+    def logs(self, key: str) -> AbstractContextManager[Path]:
+        """A local folder that outlives a kill; after the block its files are attached to the key."""
+
     def put_folder(self, folder: Path, digest: str, files: Mapping[str, FileEntry]) -> None:
         """Puts a local folder's files under `objects/<digest>`, verified; may move a folder of a workspace."""
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import stat
 import time
-import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from artifacts.errors import DamagedObject
 from artifacts.identity import FileEntry
 from artifacts.lease import Lease, LeaseInfo
 from artifacts.local_lease import live_lease, local_lease, locked, try_lock
+from artifacts.temporary import temporary_folder
 from artifacts.verified import VerifiedFiles
 from common.errors import UserError
 from common.files import fsync_file, sha256_file
@@ -65,7 +65,7 @@ class LocalBackend:
     def _place(self, path: str, fill: Callable[[Path], object]) -> None:
         """Makes a file in `tmp`, where a crash's leavings are collected, and renames it to its place."""
         target = self.root / path
-        with self._temporary("write") as folder:
+        with temporary_folder(self.root / "tmp", "write") as folder:
             fill(folder / "file")
             fsync_file(folder / "file")
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ class LocalBackend:
 
     def remove(self, path: str) -> None:
         target = self.root / path
-        with self._temporary("removed") as folder, contextlib.suppress(FileNotFoundError):
+        with temporary_folder(self.root / "tmp", "removed") as folder, contextlib.suppress(FileNotFoundError):
             # Renamed first, so that nobody ever sees half a folder.
             target.rename(folder / "it")
 
@@ -122,29 +122,20 @@ class LocalBackend:
         with locked(self.root / "leases" / ".guard", fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH):
             yield
 
-    @contextmanager
-    def workspace(self, key: str) -> Iterator[Path]:
-        with self._temporary(key) as folder:
-            yield folder
+    def workspace(self, key: str) -> AbstractContextManager[Path]:
+        return temporary_folder(self.root / "tmp", key)
 
     @contextmanager
-    def _temporary(self, label: str) -> Iterator[Path]:
-        folder = self.root / "tmp" / f"{label}.{uuid.uuid4().hex}"
-        folder.mkdir(parents=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            # Tells a collector that somebody lives who works in it, however long that takes.
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            yield folder
-        finally:
-            os.close(descriptor)
-            shutil.rmtree(folder, ignore_errors=True)
+    def logs(self, key: str) -> Iterator[Path]:
+        folder = self.root / "attachments" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
 
     def put_folder(self, folder: Path, digest: str, files: Mapping[str, FileEntry]) -> None:
         if folder.resolve().is_relative_to((self.root / "tmp").resolve()):
             self._adopt(folder, digest, files)
             return
-        with self._temporary("commit") as inside:
+        with temporary_folder(self.root / "tmp", "commit") as inside:
             for name in files:
                 (inside / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, inside / name)

@@ -23,6 +23,7 @@ from artifacts.errors import DamagedObject
 from artifacts.identity import FileEntry
 from artifacts.lease import Lease, LeaseInfo
 from artifacts.object_lease import LEASE_SECONDS, object_lease
+from artifacts.temporary import remove_abandoned, temporary_folder
 from common.errors import UserError
 from common.files import CHUNK_BYTES
 
@@ -161,14 +162,18 @@ class RemoteBackend:
     def guard(self, exclusive: bool) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def workspace(self, key: str) -> AbstractContextManager[Path]:
+        remove_abandoned(self._cache_folder / "tmp", key)
+        return temporary_folder(self._cache_folder / "tmp", key)
+
     @contextmanager
-    def workspace(self, key: str) -> Iterator[Path]:
-        folder = self._cache_folder / "tmp" / f"{key}.{uuid.uuid4().hex}"
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    def logs(self, key: str) -> Iterator[Path]:
+        folder = self._cache_folder / "logs" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            self.put(path, f"attachments/{key}/{path.relative_to(folder).as_posix()}")
+        shutil.rmtree(folder)
 
     def put_folder(self, folder: Path, digest: str, files: Mapping[str, FileEntry]) -> None:
         present = self.sizes(f"objects/{digest}")

@@ -286,6 +286,14 @@ class Store:
         """The fsspec filesystem and the folder in it where the work on a key keeps what lets it go on."""
         return self.filesystem, f"{self.root}/checkpoints/{check_digest(key)}"
 
+    @contextmanager
+    def logs(self, key: str) -> Iterator[Path]:
+        """A local folder for what hangs on a record, which outlives a kill; attached to the key after the block."""
+        with ExitStack() as stack:
+            with explained(self.url):
+                folder = stack.enter_context(self.backend.logs(check_digest(key)))
+            yield folder
+
     def attach(self, key: str, path: Path, name: str) -> str:
         """Copies a file to `attachments/<key>/<name>`, for what hangs on a record; returns where it is."""
         target = f"attachments/{check_digest(key)}/{check_file_name(name)}"

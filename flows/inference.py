@@ -61,7 +61,8 @@ def continue_prompts(store: Store, ref: str, prompts: list[str], settings: dict[
     from models.engine import inference_engine
     from models.generation import generate
     from models.sampling import SamplingConfig
-    from tasks.checkpoint import pieces, read_model, tokenizer_of
+    from models.weights import whole_pieces
+    from tasks.checkpoint import read_model, tokenizer_of
 
     try:
         sampling = SamplingConfig.model_validate({name: value for name, value in settings.items() if value is not None})
@@ -71,7 +72,7 @@ def continue_prompts(store: Store, ref: str, prompts: list[str], settings: dict[
     folder = store.fetch(model_behind(store, store.resolve(ref)))
     model = read_model(folder)
     tokenizer = tokenizer_of(folder, model.config)
-    engine = inference_engine("torch", model.config, "float32", pieces(model.weights))
+    engine = inference_engine("torch", model.config, "float32", whole_pieces(model.weights))
     encoded = [tokenizer.encode("<bos>" + prompt) for prompt in prompts]
     longest = model.config.max_position_embeddings
     for text, ids in zip(prompts, encoded, strict=True):

@@ -197,6 +197,11 @@ def from_canonical(parameter: Parameter, read: Callable[[str], Array], prefix: s
     return np.array(array, order="C")
 
 
+def whole_pieces(arrays: Mapping[str, Array]) -> Iterator[Piece]:
+    """Whole arrays in the form that an engine restores."""
+    return (Piece(name, (), array) for name, array in arrays.items())
+
+
 def assemble(pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
     """Whole canonical arrays out of their pieces; `shapes` by the name after the last `:` (the moment's prefix)."""
     arrays: dict[str, Array] = {}

@@ -1,7 +1,7 @@
 """The folder of a model artifact: its description, weights, optimizer state and tokenizer."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,11 +49,6 @@ def write_model(folder: Path, model: ModelFolder) -> None:
     write_arrays(folder / WEIGHTS, model.weights)
     if model.optimizer is not None:
         write_arrays(folder / OPTIMIZER, model.optimizer)
-
-
-def pieces(arrays: Mapping[str, Array]) -> Iterable[Piece]:
-    """Whole arrays in the form that an engine restores."""
-    return (Piece(name, (slice(None),) * array.ndim, array) for name, array in arrays.items())
 
 
 def whole(exported: Iterable[Piece], config: ModelConfig) -> dict[str, Array]:

@@ -14,7 +14,8 @@ from common.files import canonical_json
 from models.engine import EngineName, Precision, inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
-from tasks.checkpoint import pieces, read_model, tokenizer_of
+from models.weights import whole_pieces
+from tasks.checkpoint import read_model, tokenizer_of
 from tasks.stage import Context, Kind, Metrics, Stage
 
 RESULTS, SAMPLES = "results.json", "samples.parquet"
@@ -48,7 +49,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     prompts, targets = read_problems(inputs["documents"], config.split)
     model = read_model(inputs["model"])
     tokenizer = tokenizer_of(inputs["model"], model.config)
-    engine = inference_engine(config.engine, model.config, config.precision, pieces(model.weights))
+    engine = inference_engine(config.engine, model.config, config.precision, whole_pieces(model.weights))
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(["<bos>" + prompt for prompt in prompts])]
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
     answers = generate(engine, encoded, sampling, stop_ids=[tokenizer.eos_id], batch_size=config.batch_size)

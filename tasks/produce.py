@@ -1,7 +1,6 @@
 """Does one stage's work exactly once: finds its record, or holds its lease, runs it, and commits what it made."""
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,9 +50,8 @@ def produce(
             return should_stop()
 
         with store.workspace(work.key) as output:
-            logs = _log_folder(store, work.key)
-            metrics = _run(store, work, output, logs, report, stopping)
-            _attach(store, work.key, logs)
+            with store.logs(work.key) as logs:
+                metrics = _run(store, work, output, logs, report, stopping)
             commit, dirty = git_state()
             record = store.commit(
                 output,
@@ -128,23 +126,3 @@ def _lineage_text(store: Store, records: Iterable[Record]) -> str:
                 yield from lines(source, depth + 1)
 
     return "\n".join(line for record in records for line in lines(record, 0))
-
-
-def _is_remote(store: Store) -> bool:
-    return "://" in store.url
-
-
-def _log_folder(store: Store, key: str) -> Path:
-    """A local folder that outlives a kill, so that metrics go on where they stopped."""
-    if _is_remote(store):
-        folder = Path(os.environ.get("CAIRN_CACHE") or "~/.cairn/cache").expanduser() / "logs" / key
-    else:
-        folder = Path(store.root) / "attachments" / key
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _attach(store: Store, key: str, logs: Path) -> None:
-    if _is_remote(store):
-        for path in sorted(path for path in logs.rglob("*") if path.is_file()):
-            store.attach(key, path, path.relative_to(logs).as_posix())

@@ -7,7 +7,7 @@ the step, and times decide only when something is written.
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from common.errors import UserError
@@ -26,7 +26,7 @@ from models.training.schedule import learning_rate_scale
 from models.training.signals import StopSignals
 from models.training.state import RunState, ValidationRecord
 from models.training.validation import Validator
-from models.weights import Array, Piece, assemble, canonical_shapes
+from models.weights import Array, assemble, canonical_shapes, whole_pieces
 
 LOG_STEPS = 10
 LOG_SECONDS = 1.0
@@ -165,9 +165,9 @@ class _Loop:
         self.clock = Clock(self.state.step, self.state.seconds)
 
     def _restore(self, weights: Mapping[str, Array], optimizer: Mapping[str, Array] | None) -> None:
-        self.engine.restore("weights", _pieces(weights))
+        self.engine.restore("weights", whole_pieces(weights))
         if optimizer is not None:
-            self.engine.restore("optimizer", _pieces(optimizer))
+            self.engine.restore("optimizer", whole_pieces(optimizer))
 
     def run(self) -> TrainingResult:
         first, micro = self.state.step, self.config.micro_batch_size
@@ -314,7 +314,3 @@ class _Loop:
             resumed_from=None if resumed is None else resumed.step,
             other_engine=None if resumed is None or resumed.engine == self.engine.name else resumed.engine,
         )
-
-
-def _pieces(arrays: Mapping[str, Array]) -> Iterable[Piece]:
-    return (Piece(name, (), array) for name, array in arrays.items())

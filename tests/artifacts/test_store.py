@@ -311,3 +311,17 @@ print(sorted(heavy & set(sys.modules)))
 """
     output, errors = start(code).communicate(timeout=60)
     assert (output.strip(), errors) == ("[]", "")
+
+
+def test_logs_outlive_a_failure_and_are_attached_in_the_end(store: Store) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "training.csv").write_text("1")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), store.logs(KEY) as folder:
+        fail(folder)
+    with store.logs(KEY) as folder:
+        assert (folder / "training.csv").read_text() == "1"
+        (folder / "deeper").mkdir(exist_ok=True)
+        (folder / "deeper" / "events").write_text("2")
+    assert sorted(store.attachments(KEY)) == ["deeper/events", "training.csv"]

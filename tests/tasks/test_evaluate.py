@@ -9,8 +9,7 @@ from models.engine import inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
-from models.weights import initial_weights
-from tasks.checkpoint import pieces
+from models.weights import initial_weights, whole_pieces
 from tasks.evaluate import summarise
 from tests.tasks.conftest import RunStage
 from tests.tasks.test_publish import ARCHITECTURES, model_folder
@@ -31,7 +30,7 @@ def test_every_row_of_the_split_is_scored_by_tokens(run_stage: RunStage, tmp_pat
     columns = {"prompt": prompts, "target": [sample["prediction"] for sample in samples]}
     pq.write_table(pa.table(columns), truth / "test-00000.parquet")
     _, measured = run_stage("evaluate", settings, model=model, documents=truth)
-    engine = inference_engine("torch", config, "float32", pieces(initial_weights(config, 3)))
+    engine = inference_engine("torch", config, "float32", whole_pieces(initial_weights(config, 3)))
     tokenizer = Tokenizer(model / "tokenizer")
     encoded = [tokenizer.encode("<bos>" + prompt) for prompt in prompts]
     answers = generate(engine, encoded, SamplingConfig(max_new_tokens=5), [tokenizer.eos_id])

@@ -14,8 +14,8 @@ from models.engine import inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer, write_characters_tokenizer
-from models.weights import initial_weights
-from tasks.checkpoint import ModelFolder, pieces, write_model
+from models.weights import initial_weights, whole_pieces
+from tasks.checkpoint import ModelFolder, write_model
 from tasks.tokenizer import ARITHMETIC_CHARACTERS
 from tests.tasks.conftest import RunStage
 
@@ -59,7 +59,7 @@ def test_transformers_opens_it_and_agrees(run_stage: RunStage, tmp_path: Path, n
     folder, _ = run_stage("publish", {"title": "A model"}, model=source)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ours = inference_engine("torch", config, "float32", pieces(initial_weights(config, 3)))
+    ours = inference_engine("torch", config, "float32", whole_pieces(initial_weights(config, 3)))
     ids = tokenizer("<bos>12+34=", return_tensors="pt").input_ids
     with torch.no_grad():
         theirs_BTV = model(ids).logits.numpy()
