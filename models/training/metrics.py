@@ -219,6 +219,8 @@ def _wandb_run(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
             dir=str(folder),
             name=title or None,
             config=dict(config),
+            # Its lines would stand in the middle of the progress bar, and catching the output is not its to do.
+            settings=wandb.Settings(silent=True, console="off"),
         )
         run.define_metric("*", step_metric="step")
     except Exception as error:  # whatever is wrong over there, training goes on

@@ -1,10 +1,10 @@
 """The logs: whole after a resumption, and nothing in them twice."""
 
 import dataclasses
+import os
+import subprocess
 import sys
-import types
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,6 +12,7 @@ from models.training.events import Progress, Sample, Validation
 from models.training.loss_curve import draw_loss_curve
 from models.training.metrics import Metrics, read_csv
 
+ROOT = Path(__file__).parents[3]
 PROGRESS = Progress(
     step=0,
     steps=100,
@@ -67,25 +68,34 @@ def test_the_loss_curve_is_a_picture_of_any_number_of_rows(tmp_path: Path) -> No
     assert draw_loss_curve(nothing_finite, {}).startswith(b"\x89PNG")
 
 
-def test_wandb_is_used_where_it_is_installed_and_set_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logged: list[dict[str, Any]] = []
-    identities: list[str] = []
-    run = types.SimpleNamespace(log=logged.append, finish=lambda: None, define_metric=lambda *_, **__: None)
+WANDB = """
+import sys
+from pathlib import Path
+from models.training.events import Validation
+from models.training.metrics import Metrics
+for step in (5, 10):
+    metrics = Metrics(Path(sys.argv[1]), title="base", config={"steps": 10})
+    metrics.resume(step - 5)
+    metrics.validation(Validation(step, 1.5, 0.25, ()))
+    metrics.close()
+"""
 
-    def init(**options: Any) -> Any:
-        identities.append(options["id"])
-        return run
 
-    module = types.ModuleType("wandb")
-    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]  # all that find_spec looks for
-    module.init = init  # type: ignore[attr-defined]  # a stand-in
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    write(tmp_path, 0, range(10, 30, 10))
-    assert not logged
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    write(tmp_path, 10, range(20, 50, 10))
-    write(tmp_path, 40, range(50, 60, 10))
-    assert [row["step"] for row in logged] == [20, 20, 30, 40, 40, 50]
-    assert identities[0] == identities[1]
+@pytest.mark.parametrize("mode", ["offline", None])
+def test_wandb_keeps_a_run_where_it_is_set_up(tmp_path: Path, mode: str | None) -> None:
+    pytest.importorskip("wandb")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    if mode is not None:
+        environment["WANDB_MODE"] = mode
+    # In a process of its own, since it starts a service beside it.
+    command = [sys.executable, "-c", WANDB, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    if mode is None:
+        assert not files
+        return
+    assert len(files) == 2
+    assert files[0].name == files[1].name  # the second start goes on with the first one's run
+    assert all(b"validation/loss" in file.read_bytes() for file in files)
