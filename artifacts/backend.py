@@ -69,6 +69,9 @@ class Backend(Protocol):
     def workspace(self, key: str) -> AbstractContextManager[Path]:
         """An empty local folder that is gone after the block."""
 
+    def local_scratch(self, key: str) -> Path:
+        """The folder on this machine where the work on a key keeps what lets it go on."""
+
     def logs(self, key: str) -> AbstractContextManager[Path]:
         """A local folder that outlives a kill; after the block its files are attached to the key."""
 

@@ -125,6 +125,9 @@ class LocalBackend:
     def workspace(self, key: str) -> AbstractContextManager[Path]:
         return temporary_folder(self.root / "tmp", key)
 
+    def local_scratch(self, key: str) -> Path:
+        return self.root / "checkpoints" / key
+
     @contextmanager
     def logs(self, key: str) -> Iterator[Path]:
         folder = self.root / "attachments" / key

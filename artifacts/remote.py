@@ -166,6 +166,9 @@ class RemoteBackend:
         remove_abandoned(self._cache_folder / "tmp", key)
         return temporary_folder(self._cache_folder / "tmp", key)
 
+    def local_scratch(self, key: str) -> Path:
+        return self._cache_folder / "scratch" / key
+
     @contextmanager
     def logs(self, key: str) -> Iterator[Path]:
         folder = self._cache_folder / "logs" / key

@@ -286,6 +286,10 @@ class Store:
         """The fsspec filesystem and the folder in it where the work on a key keeps what lets it go on."""
         return self.filesystem, f"{self.root}/checkpoints/{check_digest(key)}"
 
+    def local_scratch(self, key: str) -> Path:
+        """The same as a folder of this machine, which another machine may not see; it may not be there yet."""
+        return self.backend.local_scratch(check_digest(key))
+
     @contextmanager
     def logs(self, key: str) -> Iterator[Path]:
         """A local folder for what hangs on a record, which outlives a kill; attached to the key after the block."""

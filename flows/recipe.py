@@ -1,9 +1,8 @@
 """Recipes: one YAML file describes a whole run, and is checked whole before anything runs."""
 
 import re
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +176,7 @@ def _stage(name: str, keys: Mapping[str, Any], file: RecipeFile, before: Mapping
         raise UserError(f"{where}.stage: {kind!r} is no stage{suggestion(str(kind), STAGES)}")
     stage = STAGES[kind]
     known_inputs = {**stage.inputs, **stage.optional_inputs}
-    inputs = {key: value for key, value in keys.items() if key in known_inputs and value is not None}
+    inputs, portions = _inputs(where, stage, keys)
     _check_inputs(where, stage, inputs, before)
     runtime_keys = {key: value for key, value in keys.items() if key in Runtime.model_fields}
     config_keys = {
@@ -185,6 +184,9 @@ def _stage(name: str, keys: Mapping[str, Any], file: RecipeFile, before: Mapping
         for key, value in keys.items()
         if key != "stage" and key not in known_inputs and key not in Runtime.model_fields
     }
+    for key in portions.keys() & config_keys.keys():
+        raise UserError(f"{where}.{key}: the shares are written where the artifacts are named, not apart from them")
+    config_keys |= portions
     for key in ("engine", "precision"):
         if key in stage.config.model_fields:
             config_keys.setdefault(key, getattr(file, key))
@@ -194,9 +196,12 @@ def _stage(name: str, keys: Mapping[str, Any], file: RecipeFile, before: Mapping
         raise UserError(f"{where}.{_first_problem(error, Runtime)}") from error
     try:
         config = stage.config.model_validate(config_keys)
+        config = stage.resolved(config) if stage.resolved else config
     except ValidationError as error:
         others = {"stage", *known_inputs, *Runtime.model_fields}
         raise UserError(f"{where}.{_first_problem(error, stage.config, others)}") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     models = {key: model for key, value in inputs.items() if (model := before[value].model) is not None}
     try:
         if "engine" in config_keys:
@@ -207,23 +212,37 @@ def _stage(name: str, keys: Mapping[str, Any], file: RecipeFile, before: Mapping
     return StageEntry(name=name, stage=kind, inputs=inputs, config=config, runtime=runtime, model=model)
 
 
+def _inputs(where: str, stage: Stage, keys: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The artifacts that a stage reads, by input, and the portions of inputs that are several, by config field.
+
+    Several are written as a list of stages, or as a mapping from each to its weight or its portion.
+    """
+    inputs: dict[str, Any] = {}
+    portions: dict[str, list[Any]] = {}
+    for key in {**stage.inputs, **stage.optional_inputs}:
+        value = keys.get(key)
+        if value is None:
+            continue
+        if key not in stage.many or not isinstance(value, list | dict):
+            inputs[key] = value
+            continue
+        if not value:
+            raise UserError(f"{where}.{key} names no stage")
+        if isinstance(value, list) and len(set(map(str, value))) != len(value):
+            raise UserError(f"{where}.{key} names a stage twice")
+        inputs |= {f"{key}.{number}": source for number, source in enumerate(value)}
+        shares = value.values() if isinstance(value, dict) else [{}] * len(value)
+        portions[stage.many[key]] = [share if isinstance(share, dict) else {"weight": share} for share in shares]
+    return inputs, portions
+
+
 def _check_inputs(where: str, stage: Stage, inputs: Mapping[str, Any], before: Mapping[str, StageEntry]) -> None:
     for key, kind in {**stage.inputs, **stage.optional_inputs}.items():
-        if key not in inputs:
-            if key in stage.inputs:
-                raise UserError(f"{where}.{key} is missing: name the stage before it that makes the {kind}")
-            continue
-        source = inputs[key]
-        if not isinstance(source, str) or source not in before:
-            near = suggestion(str(source), before)
-            raise UserError(f"{where}.{key}: there is no stage '{source}' before '{where.partition('.')[2]}'{near}")
-        made = before[source].definition.output
-        if made != kind:
-            fitting = [name for name, entry in before.items() if entry.definition.output == kind]
-            raise UserError(
-                f"{where}.{key}: stage '{source}' makes {made}, not {kind}; "
-                f"use {' or '.join(fitting) or 'a stage that does'}"
-            )
+        named = [value for name, value in inputs.items() if name.partition(".")[0] == key]
+        if not named and key in stage.inputs:
+            raise UserError(f"{where}.{key} is missing: name the stage before it that makes the {kind}")
+        for source in named:
+            _check_input(f"{where}.{key}", kind, source, before)
     scored = before[inputs["evaluation"]].inputs["model"] if "evaluation" in inputs else None
     if scored is not None and scored != inputs["model"]:
         raise UserError(
@@ -231,38 +250,74 @@ def _check_inputs(where: str, stage: Stage, inputs: Mapping[str, Any], before: M
         )
 
 
+def _check_input(where: str, kind: str, source: Any, before: Mapping[str, StageEntry]) -> None:
+    if not isinstance(source, str) or source not in before:
+        stage = where.split(".")[1]
+        raise UserError(f"{where}: there is no stage '{source}' before '{stage}'{suggestion(str(source), before)}")
+    made = before[source].definition.output
+    if made != kind:
+        fitting = [name for name, entry in before.items() if entry.definition.output == kind]
+        raise UserError(
+            f"{where}: stage '{source}' makes {made}, not {kind}; use {' or '.join(fitting) or 'a stage that does'}"
+        )
+
+
 def _first_problem(error: ValidationError, model: type[FrozenModel], others: set[str] | None = None) -> str:
     """The first of pydantic's complaints as `key.path: what; did you mean …?`."""
     problem = error.errors()[0]
-    path = [str(part) for part in problem["loc"]]
+    path, place = _walk(model, problem["loc"])
     where = ".".join(path) or "config"
     if problem["type"] == "extra_forbidden":
-        known = _keys_at(model, path[:-1]) | ((others or set()) if len(path) == 1 else set())
+        known = (set(place.model_fields) if place else set()) | ((others or set()) if len(path) == 1 else set())
         return f"{where}: there is no such key{suggestion(path[-1], known)}"
     if problem["type"] == "missing":
         return f"{where} is missing"
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        context = problem["ctx"]
+        tag = str(context["discriminator"]).strip("'")
+        known_tags = [name.strip("' ") for name in context.get("expected_tags", "").split(",")]
+        wrong = context.get("tag")
+        return f"{where}.{tag}: " + (f"there is no {wrong!r}{suggestion(wrong, known_tags)}" if wrong else "is missing")
     message = problem["msg"].removeprefix("Value error, ")
     given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
     return f"{where}: {message[:1].lower()}{message[1:]}{given}"
 
 
-def _keys_at(model: Any, path: Sequence[str]) -> set[str]:
-    """The keys of the config that stands at a path below a model class."""
-    for part in path:
-        field = model.model_fields.get(part)
-        if field is None:
-            return set()
-        model = _model_in(field.annotation)
-        if model is None:
-            return set()
-    return set(model.model_fields)
+def _walk(model: type[FrozenModel], location: Sequence[int | str]) -> tuple[list[str], type[FrozenModel] | None]:
+    """The keys that lead to where pydantic found a problem, without the tags of unions, and the config that holds the
+    last of them."""
+    path: list[str] = []
+    place: type[FrozenModel] | None = model
+    choices: list[type[FrozenModel]] = []
+    for part in location:
+        tagged = [choice for choice in choices if len(choices) > 1 and part in _tags(choice)]
+        if tagged:
+            place, choices = tagged[0], []
+            continue
+        path.append(str(part))
+        if isinstance(part, int):
+            continue
+        if len(choices) == 1:
+            place, choices = choices[0], []
+        field = place.model_fields.get(part) if place else None
+        if field is not None:
+            choices = list(_models_in(field.annotation))
+    return path, place
 
 
-def _model_in(annotation: Any) -> Any:
+def _tags(model: type[FrozenModel]) -> set[Any]:
+    """The literals that tell a config from the others of its union."""
+    return {
+        tag
+        for field in model.model_fields.values()
+        if typing.get_origin(field.annotation) is typing.Literal
+        for tag in typing.get_args(field.annotation)
+    }
+
+
+def _models_in(annotation: Any) -> Iterator[type[FrozenModel]]:
+    """The configs that an annotation speaks of, in unions, tuples and mappings."""
     if isinstance(annotation, type) and issubclass(annotation, FrozenModel):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        for member in typing.get_args(annotation):
-            if (found := _model_in(member)) is not None:
-                return found
-    return None
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from _models_in(inner)

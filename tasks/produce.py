@@ -1,7 +1,9 @@
 """Does one stage's work exactly once: finds its record, or holds its lease, runs it, and commits what it made."""
 
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from artifacts.record import InputReference, Record
 from artifacts.store import DamagedObject, Store
 from common.errors import StageInterrupted
 from tasks.provenance import git_state, hardware, packages
-from tasks.stage import Context
+from tasks.stage import Context, Stage
 from tasks.work import Outcome, Work
 
 logger = logging.getLogger("cairn.tasks")
@@ -72,6 +74,9 @@ def produce(
                 git_dirty=dirty,
                 flow_run_id=work.flow_run_id,
             )
+        if not work.definition.has_engine:
+            # A training stage's checkpoints stay until gc; what another stage kept is part of its output now.
+            _clear_scratch(store, work)
     return Outcome(record, reused=False)
 
 
@@ -85,18 +90,39 @@ def _run(
 ) -> dict[str, Any]:
     stage = work.definition
     records = {name: _input(store, work, name, reference) for name, reference in work.inputs.items()}
+
+    def fetch(input_name: str, file_name: str) -> Path:
+        return store.fetch(records[input_name], [file_name]) / file_name
+
     context = Context(
         name=work.name,
         output=output,
         logs=logs,
         scratch=store.scratch(work.checkpoint_key),
+        local_scratch=store.local_scratch(work.checkpoint_key),
         runtime=work.runtime,
         report=report,
         should_stop=should_stop,
         lineage=_lineage_text(store, records.values()),
+        labels={name: record.name for name, record in records.items()},
+        fetch=fetch,
     )
-    folders = {name: store.fetch(record) for name, record in records.items()}
+    folders = {name: store.fetch(record, _eager(stage, name, record)) for name, record in records.items()}
     return stage.run(stage.config.model_validate(work.config), folders, context)
+
+
+def _eager(stage: Stage, name: str, record: Record) -> list[str]:
+    """The files of an input that are verified before the stage runs."""
+    ending = stage.lazy.get(name.partition(".")[0])
+    return [file for file in record.files if ending is None or not file.endswith(ending)]
+
+
+def _clear_scratch(store: Store, work: Work) -> None:
+    filesystem, folder = store.scratch(work.checkpoint_key)
+    with suppress(OSError):  # it costs room and nothing else
+        if filesystem.exists(folder):
+            filesystem.rm(folder, recursive=True)
+        shutil.rmtree(store.local_scratch(work.checkpoint_key), ignore_errors=True)
 
 
 def _input(store: Store, work: Work, name: str, reference: InputReference) -> Record:

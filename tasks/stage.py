@@ -36,6 +36,14 @@ class Runtime(FrozenModel):
     """How often a stage that failed is started again; errors that the user has to mend are not retried."""
     retry_delay_seconds: float = Field(default=1.0, ge=0)
     """Seconds before it is started again."""
+    processes: int | None = Field(default=None, gt=0)
+    """Processes or threads that a data stage works with; null for one per core."""
+    ray: str | None = None
+    """Address of the Ray cluster that works on token shards, `auto` for the one that is found; null for none."""
+
+
+def _no_fetch(input_name: str, file_name: str) -> Path:
+    raise KeyError(f"input {input_name} of this stage is not lazy")
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ class Context:
     """A folder for what hangs on the record: metrics, pictures, TensorBoard events."""
     scratch: tuple[AbstractFileSystem, str]
     """Where the stage keeps what lets it go on after a kill: a file system and a folder on it."""
+    local_scratch: Path
+    """The same on this machine's disk, for what needs a real file; it may not be there yet."""
     runtime: Runtime
     """How it runs."""
     report: Callable[[object], None]
@@ -58,6 +68,10 @@ class Context:
     """Whether the stage has been told to stop; a long one asks now and then, and raises StageInterrupted."""
     lineage: str = ""
     """What the inputs were made from, as text."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What the stage that made each input is called in its recipe, for tables."""
+    fetch: Callable[[str, str], Path] = _no_fetch
+    """Gives the path of one file of a lazy input, by the input's and the file's name, verified at its first use."""
 
 
 StageFunction = Callable[[Any, Mapping[str, Path], Context], Metrics]
@@ -74,6 +88,14 @@ class Stage:
     run: StageFunction
     inputs: Mapping[str, Kind] = field(default_factory=dict)
     optional_inputs: Mapping[str, Kind] = field(default_factory=dict)
+    many: Mapping[str, str] = field(default_factory=dict)
+    """Inputs that may be several artifacts, and the config field with a portion for each of them. Several reach the
+    stage as `<input>.0`, `<input>.1`, … and one as `<input>`: see `gathered`."""
+    lazy: Mapping[str, str] = field(default_factory=dict)
+    """Inputs whose files with an ending are fetched and verified one by one, when the stage asks for them."""
+    resolved: Callable[[Any], Any] | None = None
+    """The config with everything that it only points at made fast (digests of files), or UserError where it points
+    at nothing; asked when a recipe is loaded."""
     model_of: Callable[[Any, Mapping[str, ModelConfig]], ModelConfig] | None = None
     """The model that comes out, from the config and the models that go in; raises UserError where they do not fit, so
     that a recipe is refused before anything runs."""
@@ -82,3 +104,10 @@ class Stage:
     def has_engine(self) -> bool:
         """Whether the stage computes with an engine, and so runs in a child process."""
         return "engine" in self.config.model_fields
+
+
+def gathered(inputs: Mapping[str, Path], name: str) -> dict[str, Path]:
+    """The artifacts of an input that may be several, in the recipe's order, by their full input names."""
+    if name in inputs:
+        return {name: inputs[name]}
+    return {full: inputs[full] for full in (f"{name}.{number}" for number in range(len(inputs))) if full in inputs}

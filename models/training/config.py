@@ -40,6 +40,18 @@ class ValidationConfig(FrozenModel):
     """Generated continuations that are logged as text at each validation."""
 
 
+class Portion(FrozenModel):
+    """How much of a blend comes from one of its sources."""
+
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Share of the tokens, relative to the other sources' weights."""
+    budget: int | None = Field(default=None, gt=0)
+    """Tokens at most that are drawn from it over the whole run, after which the others share its place; null for any
+    number."""
+    epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Times at most that it is gone through, in the same way; null for any number."""
+
+
 class EarlyStoppingConfig(FrozenModel):
     """When a run ends before its last step."""
 

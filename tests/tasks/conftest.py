@@ -26,6 +26,7 @@ def run_stage(tmp_path: Path) -> RunStage:
             output=place / "output",
             logs=place / "logs",
             scratch=(fsspec.filesystem("file"), str(place / "scratch")),
+            local_scratch=place / "scratch",
             runtime=Runtime(),
             report=lambda event: None,
             lineage="- documents `0123456789ab`",
