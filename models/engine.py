@@ -29,6 +29,9 @@ class Batch(NamedTuple):
     """The next token at each position."""
     loss_mask_BT: NDArray[np.bool_]
     """Which targets count in the loss."""
+    documents_BT: NDArray[np.int32] | None = None
+    """The number of each token's document within its row, rising: attention stays inside a document, and positions
+    restart with each. None where a row is one context."""
 
 
 class StepResult(NamedTuple):

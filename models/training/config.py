@@ -74,6 +74,8 @@ class TrainingConfig(FrozenModel):
     """Positions of a row: each predicts the token after it."""
     packing: Literal["stream", "documents"] = "stream"
     """Rows cut from the stream of tokens, or one document to a row, padded."""
+    document_masking: bool = False
+    """Whether attention stays inside a document and positions restart with each, in rows cut from the stream."""
     optimizer: OptimizerConfig
     """The optimizer and its peak rates."""
     schedule: ScheduleConfig = ScheduleConfig()

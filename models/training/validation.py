@@ -110,7 +110,7 @@ class Validator:
 def _tasks(batch: Batch, longest: int) -> Iterator[_Task]:
     """Each row with a counted target as a prompt up to its first, and an answer up to its last or to the position
     `longest`, the last that a model writes."""
-    for tokens_T, targets_T, counted_T in zip(*batch, strict=True):
+    for tokens_T, targets_T, counted_T in zip(*batch[:3], strict=True):
         places: NDArray[np.int64] = np.flatnonzero(counted_T)
         if not places.size:
             continue
