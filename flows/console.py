@@ -89,8 +89,35 @@ def plan_table(steps: list[Step]) -> Table:
 
 
 def evaluation_tables(record: Record) -> Group:
-    """Exact match, its breakdown by answer length, and sample predictions."""
-    metrics: dict[str, Any] = record.metrics
+    """What an evaluation found, and samples of what the model writes."""
+    return _perplexity(record.metrics) if record.stage == "perplexity" else _exact_match(record.metrics)
+
+
+def _perplexity(metrics: dict[str, Any]) -> Group:
+    scores = Table(title=f"Perplexity on the {metrics['split']} split", title_justify="left", header_style="dim")
+    for column in ("per token", "per word", "bits per byte", "loss", "tokens", "words", "window / stride"):
+        scores.add_column(column, justify="right")
+    token, word = metrics["token_perplexity"], metrics["word_perplexity"]
+    scores.add_row(
+        "∞" if token is None else f"[bold]{token:,.2f}[/]",
+        "∞" if word is None else f"[bold]{word:,.1f}[/]",
+        f"{metrics['bits_per_byte']:.4f}",
+        f"{metrics['loss']:.4f}",
+        f"{metrics['tokens']:,}",
+        f"{metrics['words']:,}",
+        f"{metrics['window']:,} / {metrics['stride']:,}",
+    )
+    if not metrics["samples"]:
+        return Group(scores)
+    samples = Table(title="What it writes", title_justify="left", header_style="dim", show_lines=True)
+    samples.add_column("prompt", overflow="fold", ratio=1)
+    samples.add_column("continuation", overflow="fold", ratio=3)
+    for sample in metrics["samples"]:
+        samples.add_row(Text(sample["prompt"]), Text(sample["continuation"].strip()))
+    return Group(scores, samples)
+
+
+def _exact_match(metrics: dict[str, Any]) -> Group:
     scores = Table(title=f"Exact match on the {metrics['split']} split", title_justify="left", header_style="dim")
     for column in ("answer length", "problems", "exact match"):
         scores.add_column(column, justify="right")

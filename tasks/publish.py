@@ -47,8 +47,9 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     (context.output / "README.md").write_text(card, encoding="utf-8")
     parameters = parameter_count(model.config)
     metrics: Metrics = {"summary": f"{model.config.architecture}, {parameters:,} parameters", "parameters": parameters}
-    if results is not None:
-        metrics["exact_match"] = results["exact_match"]
+    for score in ("exact_match", "token_perplexity", "word_perplexity", "bits_per_byte"):
+        if results is not None and score in results:
+            metrics[score] = results[score]
     return metrics
 
 
@@ -78,6 +79,8 @@ def _card(
 
 
 def _results(results: dict[str, Any]) -> str:
+    if results.get("measure") == "perplexity":
+        return _perplexity(results)
     rows = [f"| all | {results['n']:,} | {results['exact_match']:.2%} |"]
     rows += [
         f"| {group['length']} | {group['n']:,} | {group['exact_match']:.2%} |" for group in results["by_answer_length"]
@@ -86,6 +89,19 @@ def _results(results: dict[str, Any]) -> str:
         f"## Results\n\nExact match by greedy generation over the whole {results['split']} split.\n\n"
         "| characters of the answer | problems | exact match |\n|---|---|---|\n" + "\n".join(rows)
     )
+
+
+def _perplexity(results: dict[str, Any]) -> str:
+    token, word = (results[f"{unit}_perplexity"] for unit in ("token", "word"))
+    table = (
+        f"## Results\n\nOver the whole {results['split']} split, {results['tokens']:,} tokens, in windows of "
+        f"{results['window']:,} tokens of which each further one scores {results['stride']:,}.\n\n"
+        "| perplexity per token | perplexity per word | bits per byte |\n|---|---|---|\n"
+        f"| {'∞' if token is None else f'{token:,.2f}'} | {'∞' if word is None else f'{word:,.1f}'} "
+        f"| {results['bits_per_byte']:.4f} |"
+    )
+    shown = [f"> **{sample['prompt']}**{sample['continuation']}".replace("\n", "\n> ") for sample in results["samples"]]
+    return "\n\n".join([table, *(["## Samples", *shown] if shown else [])])
 
 
 def _usage(prompt: str) -> str:
