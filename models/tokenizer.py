@@ -13,7 +13,14 @@ from tokenizers.models import WordLevel
 from common.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+SENTENCEPIECE_FILE = "tokenizer.model"
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that a tokenizer in a folder is made of: the first two always, SentencePiece's model where it has one."""
+    optional = folder / SENTENCEPIECE_FILE
+    return [*(folder / name for name in TOKENIZER_FILES), *([optional] if optional.is_file() else [])]
 
 
 def write_characters_tokenizer(folder: Path, characters: str) -> None:
