@@ -33,6 +33,11 @@ class Batch(NamedTuple):
     """The number of each token's document within its row, rising: attention stays inside a document, and positions
     restart with each. None where a row is one context."""
 
+    def part(self, rows: slice | NDArray[np.int64]) -> "Batch":
+        """Some of the rows."""
+        documents_BT = None if self.documents_BT is None else self.documents_BT[rows]
+        return Batch(self.tokens_BT[rows], self.targets_BT[rows], self.loss_mask_BT[rows], documents_BT)
+
 
 class StepResult(NamedTuple):
     """What one step found, as 0-d device values: reading one waits for the device, so it is done only to log."""

@@ -66,8 +66,7 @@ class Prefetcher:
 
     def _micro_batches(self, block: Batch, first: int) -> list[Batch]:
         starts = range(first, first + self._batches.batch_size, self._micro)
-        parts = [slice(start, start + self._micro) for start in starts]
-        return [Batch(block.tokens_BT[part], block.targets_BT[part], block.loss_mask_BT[part]) for part in parts]
+        return [block.part(slice(start, start + self._micro)) for start in starts]
 
     def _put(self, block: list[list[Batch]] | BaseException) -> None:
         while not self._stopped.is_set():

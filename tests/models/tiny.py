@@ -64,7 +64,7 @@ def batch(rows: int = 6, length: int = 9, seed: int = 0, *, padded: bool = True)
 
 def cut(whole: Batch, parts: int) -> list[Batch]:
     """A batch as several micro-batches."""
-    return [Batch(*arrays) for arrays in zip(*(np.array_split(array, parts) for array in whole), strict=True)]
+    return [whole.part(rows) for rows in np.array_split(np.arange(len(whole.tokens_BT)), parts)]
 
 
 def pieces(arrays: Arrays) -> list[Piece]:
