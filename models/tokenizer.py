@@ -18,7 +18,7 @@ SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files that a tokenizer in a folder is made of: the first two always, SentencePiece's model where it has one."""
+    """The files of the tokenizer in a folder: `tokenizer.model` only where SentencePiece made it."""
     optional = folder / SENTENCEPIECE_FILE
     return [*(folder / name for name in TOKENIZER_FILES), *([optional] if optional.is_file() else [])]
 
