@@ -1,8 +1,11 @@
 """What `pretrain` and `refine` share: a model trained on token shards, from fresh weights or from an artifact's."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from common.config import FrozenModel
 from common.errors import UserError
@@ -11,10 +14,11 @@ from models.engine import EngineName, Precision, training_engine
 from models.tokenizer import Tokenizer
 from models.training.batches import Batches, Source
 from models.training.checkpoint import Checkpoints
-from models.training.config import TrainingConfig
+from models.training.config import Portion, TrainingConfig
 from models.training.events import TrainingResult
 from models.training.loop import Start, train
 from models.training.metrics import Metrics as TrainingLogs
+from models.training.shards import ShardCounts, open_shard
 from models.weights import parameter_count
 from tasks.checkpoint import ModelFolder, check_vocabulary, whole, write_model
 from tasks.stage import Context, Metrics
@@ -84,7 +88,7 @@ def _batches(config: TrainingConfig, model: ModelConfig, tokens: Path, split: st
     if not shards:
         raise UserError(f"the tokens have no {split} split")
     return Batches(
-        [Source(shards)],
+        [_source(shards)],
         seed=config.seed,
         sequence_length=config.sequence_length,
         packing=config.packing,
@@ -95,8 +99,19 @@ def _batches(config: TrainingConfig, model: ModelConfig, tokens: Path, split: st
     )
 
 
+def _source(paths: list[Path]) -> Source:
+    counts: list[ShardCounts] = []
+    lengths: Counter[int] = Counter()
+    for path in paths:
+        file = open_shard(path)
+        counts.append(ShardCounts(path.name, file.token_count, file.document_count))
+        found, number = np.unique(np.diff(file.map().document_ends_D, prepend=np.uint64(0)), return_counts=True)
+        lengths.update(dict(zip(found.tolist(), number.tolist(), strict=True)))
+    return Source("the tokens", counts, sorted(lengths.items()), paths[0].parent.joinpath, Portion())
+
+
 def _metrics(model: ModelConfig, result: TrainingResult, batches: Batches, device: str) -> dict[str, Any]:
-    source = batches.summaries[0]
+    source = batches.sources[0]
     return {
         "summary": _summary(model, result),
         "parameters": parameter_count(model),
@@ -106,7 +121,7 @@ def _metrics(model: ModelConfig, result: TrainingResult, batches: Batches, devic
         "loss": result.loss,
         "tokens": result.tokens,
         "flops": result.flops,
-        "epochs": result.state.step * batches.batch_size / batches.epoch_rows,
+        "epochs": result.state.step * batches.batch_size / source.rows,
         "cut_documents": source.cut_documents,
         "dropped_tokens": source.dropped_tokens,
         "training_seconds": result.state.seconds,

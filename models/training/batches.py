@@ -1,15 +1,13 @@
-"""Batches as a pure function of (shards and their weights, seed, sequence length, global sample index).
+"""Batches as a pure function of (token shards and their portions, seed, sequence length, global sample index).
 
 K rows taken from one shard, T positions, W = T + 1 tokens of a row, D documents.
 """
 
-import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -18,40 +16,45 @@ from numpy.typing import NDArray
 from common.errors import UserError
 from common.files import canonical_json, sha256_bytes
 from models.engine import Batch
-from models.training.order import Indices, Mixture, RowOrder
-from models.training.shards import Shard, ShardFile, find_shards, open_shard
+from models.training.blend import Blend, Draw
+from models.training.order import Indices
+from models.training.shards import Shard
+from models.training.sources import OpenSource, Packing, Source, document_spans
 
-Packing = Literal["stream", "documents"]
-_SCAN = 1 << 20
-
-
-class Source(NamedTuple):
-    """Token shards that are drawn from together."""
-
-    shards: Path | Sequence[Path]
-    """A folder of shards, in the order of their names, or the shards themselves."""
-    weight: float = 1.0
-    """Share of the tokens, relative to the other sources' weights."""
+__all__ = ["Batches", "Drawn", "Packing", "Source", "SourceSummary"]
 
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What became of a source's tokens."""
+    """A source as it is drawn from."""
 
+    name: str
+    share: float
+    """Share of the tokens that was asked for."""
     rows: int
     """Rows of one epoch."""
-    share: float
-    """Fraction of all rows that are this source's."""
     cut_documents: int
     """Documents that are longer than a row and lose their end (packing "documents")."""
     dropped_tokens: int
-    """Tokens at the ends of shards that fill no row (packing "stream")."""
+    """Tokens that no row holds: at the ends of shards (packing "stream") or of cut documents."""
+
+
+class Drawn(NamedTuple):
+    """What a run has had of a source."""
+
+    rows: int
+    tokens: int
+    """Tokens that it read, padding not counted."""
+    epochs: float
+    """How often it went through the source."""
 
 
 class _Rows(NamedTuple):
     tokens_KW: NDArray[Any]
     counted_KT: NDArray[np.bool_] | None
     """Which targets count; None where all do."""
+    documents_KW: NDArray[np.int32] | None = None
+    """The number of each token's document within its row, where that is asked for."""
 
 
 class Batches:
@@ -61,9 +64,13 @@ class Batches:
     `sequence_length` apart, and what is left at a shard's end is dropped. With "documents" a row is one document,
     cut at `sequence_length` + 1 tokens and padded with `pad_id` on the right; padding never counts as a target.
 
+    With `document_masking`, rows of a stream say which document each token is of. The first token of a document is
+    then no target: nothing in its own document comes before it, and the model does not see the document before.
+
     The rows of each source come in an order of their own, which is new in each epoch and keyed by the seed and the
     shards' sizes, so that another source beside it changes nothing. Sources alternate in a fixed pattern with exact
-    shares; a source that is exhausted begins its next epoch.
+    shares of the tokens, to 1/65536 of the rows; a source that is gone through begins its next epoch, and one that
+    has reached its budget leaves its place to the others.
     """
 
     def __init__(
@@ -74,17 +81,18 @@ class Batches:
         sequence_length: int,
         packing: Packing,
         batch_size: int,
+        document_masking: bool = False,
         pad_id: int = 0,
         vocab_size: int | None = None,
         shuffled: bool = True,
         shard_group: int = 8,
     ) -> None:
-        """Reads the shards' headers, and with packing "documents" the documents' ends.
+        """Reads nothing: shards are fetched and opened when a row of theirs is needed, or shortly before.
 
         `vocab_size`: tokens from it on are refused. `shuffled` False gives the rows in the order in which they are
         stored. `shard_group`: shards that are read at a time.
 
-        Raises UserError where shards are missing or damaged, or a source has no row.
+        Raises UserError where a source has no row, or a budget of less than one.
         """
         if not sources:
             raise UserError("there is nothing to train on: no source of tokens is given")
@@ -94,28 +102,75 @@ class Batches:
         self._packing = packing
         self._pad_id = pad_id
         self._limit = vocab_size if vocab_size is not None else 1 << 31
-        self._sources = [_OpenSource(source, self._width, packing, seed, shuffled, shard_group) for source in sources]
-        self._mixture = Mixture([source.row_weight for source in self._sources])
+        self._masked = document_masking and packing == "stream"
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._sources = [
+            OpenSource(
+                source,
+                packing=packing,
+                width=self._width,
+                with_ends=self._masked,
+                seed=seed,
+                shuffled=shuffled,
+                shard_group=shard_group,
+                background=self._background,
+            )
+            for source in sources
+        ]
+        self._blend = Blend([source.row_weight for source in self._sources], [source.limit for source in self._sources])
         self.fingerprint = self._identify(seed, shuffled, shard_group)
         """Changes with everything that decides which rows come when, the tokens themselves apart."""
 
     def _identify(self, seed: int, shuffled: bool, shard_group: int) -> str:
-        order = [seed, shuffled, shard_group, self.sequence_length, self._packing, self.batch_size, self._pad_id]
-        sources = [[source.key, str(source.row_weight)] for source in self._sources]
-        return sha256_bytes(canonical_json([order, sources]))
+        layout = [self.sequence_length, self._packing, self._masked, self.batch_size, self._pad_id]
+        sources = [[source.key, str(source.row_weight), source.limit] for source in self._sources]
+        return sha256_bytes(canonical_json([[seed, shuffled, shard_group], layout, sources]))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Begins to fetch no further shard in the background."""
+        self._background.shutdown(wait=False, cancel_futures=True)
 
     @property
-    def epoch_rows(self) -> int:
-        """Rows after which every source has been gone through: exactly once, where there is one source."""
-        cycles = [-(-source.rows // count) for source, count in zip(self._sources, self._mixture.counts, strict=True)]
-        return self._sources[0].rows if len(cycles) == 1 else max(cycles) * self._mixture.cycle
-
-    @property
-    def summaries(self) -> list[SourceSummary]:
-        """What became of each source's tokens, in the order in which the sources were given."""
+    def sources(self) -> list[SourceSummary]:
+        """The sources in the order in which they were given."""
+        total = sum(source.portion.weight for source in self._sources)
         return [
-            SourceSummary(source.rows, count / self._mixture.cycle, source.cut_documents, source.dropped_tokens)
-            for source, count in zip(self._sources, self._mixture.counts, strict=True)
+            SourceSummary(
+                source.name, source.portion.weight / total, source.rows, source.cut_documents, source.dropped_tokens
+            )
+            for source in self._sources
+        ]
+
+    def require(self, steps: int) -> None:
+        """Raises UserError, with the numbers, where all budgets together do not last for so many steps."""
+        total = self._blend.total
+        if total is None or steps * self.batch_size <= total:
+            return
+        lasting = total // self.batch_size
+        budgets = ", ".join(f"{source.name} {source.limit:,} of its {source.rows:,}" for source in self._sources)
+        raise UserError(
+            f"{steps:,} steps of {self.batch_size:,} rows need {steps * self.batch_size:,} rows, but the budgets allow "
+            f"{total:,} ({budgets}): raise one of them"
+            + (f", or lower training.steps to {lasting:,} or less" if lasting else "")
+        )
+
+    def drawn(self, steps: int) -> list[Drawn]:
+        """What the first steps have had of each source, in the order of the sources.
+
+        With packing "documents" and an epoch that is not whole, the documents of that epoch are looked at.
+        """
+        rows = self._blend.drawn(steps * self.batch_size)
+        return [
+            Drawn(count, source.tokens_of(count), count / source.rows)
+            for source, count in zip(self._sources, rows, strict=True)
         ]
 
     def batch(self, step: int) -> Batch:
@@ -123,85 +178,48 @@ class Batches:
         return self.rows(step * self.batch_size, self.batch_size)
 
     def rows(self, first: int, count: int) -> Batch:
-        """`count` rows from global sample index `first` on: int32 tokens and targets (count, T), bool mask (count, T).
+        """`count` rows from global sample index `first` on: int32 tokens and targets (count, T), bool mask (count, T),
+        and with `document_masking` the int32 numbers of the documents (count, T).
 
-        Raises UserError where a shard is damaged or a token is not below `vocab_size`.
+        Raises UserError where a shard is damaged or a token is not below `vocab_size`, IndexError past all budgets.
         """
+        return self._filled(count, self._blend.split(first, count))
+
+    def source_rows(self, source: int, first: int, count: int) -> Batch:
+        """`count` rows of one source alone, from `first` of its own rows on."""
+        return self._filled(count, iter([Draw(source, slice(0, count), first, count)]))
+
+    def _filled(self, count: int, draws: Iterator[Draw]) -> Batch:
         shape = (count, self.sequence_length)
-        batch = Batch(np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(shape, np.bool_))
-        for number, places, index, amount in self._mixture.split(first, count):
-            source = self._sources[number]
-            shards_N, rows_N = source.order.locate(index, amount)
-            for shard, chosen in _by_value(shards_N):
-                found = self._read(source, shard, rows_N[chosen])
-                into = places if isinstance(chosen, slice) else np.arange(count)[places][chosen]
+        documents_BT = np.empty(shape, np.int32) if self._masked else None
+        batch = Batch(np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(shape, np.bool_), documents_BT)
+        for draw in draws:
+            source = self._sources[draw.source]
+            for shard, chosen, rows_K in source.located(draw.first, draw.rows):
+                found = self._read(shard, rows_K, source.name)
+                into = draw.places if isinstance(chosen, slice) else np.arange(count)[draw.places][chosen]
                 batch.tokens_BT[into] = found.tokens_KW[:, :-1]
                 batch.targets_BT[into] = found.tokens_KW[:, 1:]
                 batch.loss_mask_BT[into] = True if found.counted_KT is None else found.counted_KT
+                if documents_BT is not None and found.documents_KW is not None:
+                    documents_BT[into] = found.documents_KW[:, :-1]
+            source.look_ahead(draw.first + draw.rows)
         return batch
 
-    def _read(self, source: "_OpenSource", number: int, rows_K: Indices) -> _Rows:
-        shard = source.map(number)
-        if self._packing == "stream":
-            found = _windows(shard, rows_K, self._width)
-        else:
+    def _read(self, shard: Shard, rows_K: Indices, source: str) -> _Rows:
+        if self._packing == "documents":
             found = _documents(shard, rows_K, self._width, self._pad_id)
+        else:
+            found = _windows(shard, rows_K, self._width)
+            if self._masked:
+                found = _apart(found, _document_numbers(shard, rows_K, self._width))
         largest = int(found.tokens_KW.max()) if self._limit <= np.iinfo(shard.tokens_N.dtype).max else 0
         if largest >= self._limit:
             raise UserError(
-                f"{source.files[number].path} holds the token {largest}, but there are only {self._limit}: "
+                f"{source} holds the token {largest}, but there are only {self._limit}: "
                 f"were the tokens made with another tokenizer?"
             )
         return found
-
-
-class _OpenSource:
-    """A source whose headers have been read."""
-
-    def __init__(
-        self, source: Source, width: int, packing: Packing, seed: int, shuffled: bool, shard_group: int
-    ) -> None:
-        name = str(source.shards) if isinstance(source.shards, Path) else "a list of shards"
-        paths = find_shards(source.shards) if isinstance(source.shards, Path) else source.shards
-        if not 0 < source.weight < math.inf:
-            raise UserError(f"the weight of {name} is {source.weight}; weights are finite and greater than 0")
-        self.files = [open_shard(path) for path in paths]
-        self.cut_documents = self.dropped_tokens = 0
-        weight = Fraction(str(source.weight))
-        if packing == "stream":
-            counts = [max(0, (file.token_count - 1) // (width - 1)) for file in self.files]
-            self.dropped_tokens = sum(
-                file.token_count - (count * (width - 1) + 1 if count else 0)
-                for file, count in zip(self.files, counts, strict=True)
-            )
-            self.row_weight = weight
-        else:
-            counts = [file.document_count for file in self.files]
-            kept = 0
-            for file in self.files:
-                tokens, cut = _scan(file, width)
-                kept, self.cut_documents = kept + tokens, self.cut_documents + cut
-            # Shares are of tokens: a source of short documents has more rows of its share than one of long ones.
-            self.row_weight = weight * sum(counts) / max(1, kept)
-        self.rows = sum(counts)
-        if not self.rows:
-            raise UserError(f"{name} has not enough tokens for one row of {width} tokens")
-        sizes = [[file.token_count, file.document_count] for file in self.files]
-        self.key = sha256_bytes(canonical_json([seed, packing, width, sizes]))
-        self.order = RowOrder(counts, self.key, shard_group, shuffled)
-        self.map = functools.lru_cache(maxsize=2 * shard_group)(self._map)
-
-    def _map(self, number: int) -> Shard:
-        return self.files[number].map()
-
-
-def _by_value(shards_N: Indices) -> list[tuple[int, Indices | slice]]:
-    """Each shard that occurs, and where; a slice of everything where there is only one."""
-    if (shards_N == shards_N[:1]).all():
-        return [(int(shards_N[0]), slice(None))] if shards_N.size else []
-    by_shard = np.argsort(shards_N, kind="stable")
-    cuts = np.flatnonzero(np.diff(shards_N[by_shard])) + 1
-    return [(int(shards_N[part[0]]), part) for part in np.split(by_shard, cuts)]
 
 
 def _windows(shard: Shard, rows_K: Indices, width: int) -> _Rows:
@@ -212,10 +230,31 @@ def _windows(shard: Shard, rows_K: Indices, width: int) -> _Rows:
     return _Rows(tokens_KW, sliding_window_view(shard.loss_mask_N, width)[rows_K * (width - 1)][:, 1:] != 0)
 
 
+def _document_numbers(shard: Shard, rows_K: Indices, width: int) -> NDArray[np.int32]:
+    """The number of each token's document within its window, (K, W), counted from 0."""
+    # Not signed: searching for another type would copy all the ends to a third.
+    starts_K = (rows_K * (width - 1)).astype(np.uint64)
+    firsts_K = np.searchsorted(shard.document_ends_D, starts_K, "right")
+    counts_K = np.searchsorted(shard.document_ends_D, starts_K + np.uint64(width - 1), "right") - firsts_K
+    # Those of the first window, then those of the second, and so on.
+    windows_E = np.repeat(np.arange(rows_K.size), counts_K)
+    ends_E = np.arange(windows_E.size) + np.repeat(firsts_K - np.cumsum(counts_K) + counts_K, counts_K)
+    begins_KW = np.zeros((rows_K.size, width), np.int32)
+    np.add.at(begins_KW, (windows_E, (shard.document_ends_D[ends_E] - starts_K[windows_E]).astype(np.int64)), 1)
+    return np.cumsum(begins_KW, axis=1, dtype=np.int32)
+
+
+def _apart(rows: _Rows, documents_KW: NDArray[np.int32]) -> _Rows:
+    """Rows whose documents do not know of each other: what a document begins with is no target."""
+    counted_KT = documents_KW[:, 1:] == documents_KW[:, :-1]
+    if rows.counted_KT is not None:
+        counted_KT &= rows.counted_KT
+    return _Rows(rows.tokens_KW, counted_KT, documents_KW)
+
+
 def _documents(shard: Shard, rows_K: Indices, width: int, pad_id: int) -> _Rows:
     """One document to a row, cut at `width` tokens and padded on the right."""
-    ends_K = shard.document_ends_D[rows_K].astype(np.int64)
-    starts_K = np.where(rows_K > 0, shard.document_ends_D[np.maximum(rows_K - 1, 0)], 0).astype(np.int64)
+    starts_K, ends_K = document_spans(shard, rows_K)
     real_KW = np.arange(width) < (ends_K - starts_K)[:, None]
     if not shard.tokens_N.size:  # nothing but empty documents, from which `take` takes nothing
         return _Rows(np.full(real_KW.shape, pad_id), real_KW[:, 1:])
@@ -225,21 +264,3 @@ def _documents(shard: Shard, rows_K: Indices, width: int, pad_id: int) -> _Rows:
     if shard.loss_mask_N is not None:
         counted_KT = counted_KT & (shard.loss_mask_N.take(places_KW[:, 1:], mode="clip") != 0)
     return _Rows(tokens_KW, counted_KT)
-
-
-def _scan(file: ShardFile, width: int) -> tuple[int, int]:
-    """Tokens of a shard's documents that rows hold, and the number of documents that are cut.
-
-    Raises UserError where the documents' ends do not rise or pass the shard's.
-    """
-    ends_D = file.map().document_ends_D
-    kept, cut, last = 0, 0, 0
-    for start in range(0, ends_D.size, _SCAN):
-        part = ends_D[start : start + _SCAN]
-        if int(part.max()) > file.token_count or int(part[0]) < last or np.any(part[1:] < part[:-1]):
-            raise UserError(f"{file.path} is no intact token shard (its document_ends do not rise); make it again")
-        lengths = np.diff(part, prepend=np.uint64(last))
-        kept += int(np.minimum(lengths, width).sum())
-        cut += int(np.count_nonzero(lengths > width))
-        last = int(part[-1])
-    return kept, cut

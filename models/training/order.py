@@ -1,14 +1,13 @@
-"""Which row comes when: keyed permutations computed on the fly, in two levels, and the mixing of sources.
+"""Which row of a source comes when: keyed permutations computed on the fly, in two levels.
 
 Everything is a function of its arguments alone, so that there is nothing to keep between two steps or two hosts.
-N positions or rows, C slots of a cycle.
+N positions or rows.
 """
 
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from fractions import Fraction
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 _ROUNDS = 8
-_CYCLE_LIMIT = 1 << 16
 
 
 def permute(positions_N: Indices, size: int, key: str) -> Indices:
@@ -99,15 +97,12 @@ class RowOrder:
         while done < count:
             number, position = divmod(first + done, self.total)
             epoch = self._epoch(number)
-            group = int(np.searchsorted(epoch.ends, position, "right")) // self._group
-            members = slice(group * self._group, (group + 1) * self._group)
-            ends = epoch.ends[members]
-            start = int(epoch.ends[members.start - 1]) if members.start else 0
-            stop = min(int(ends[-1]), position + count - done)
+            group, members, start, end = self._group_of(epoch, position)
+            stop = min(end, position + count - done)
             inside_N = np.arange(position - start, stop - start, dtype=np.int64)
             if self._shuffled:
-                inside_N = permute(inside_N, int(ends[-1]) - start, f"{self._key}:{number}:{group}")
-            ends = ends - start
+                inside_N = permute(inside_N, end - start, f"{self._key}:{number}:{group}")
+            ends = epoch.ends[members] - start
             member_N = np.searchsorted(ends, inside_N, "right")
             part = slice(done, done + stop - position)
             shards = epoch.shards[members]
@@ -116,46 +111,21 @@ class RowOrder:
             done = part.stop
         return shards_N, rows_N
 
+    def following(self, index: int) -> list[int]:
+        """The shards of the group that comes after an index's own, once that is half gone through; else none."""
+        number, position = divmod(index, self.total)
+        epoch = self._epoch(number)
+        _, members, start, end = self._group_of(epoch, position)
+        if 2 * position < start + end:
+            return []
+        shards = epoch.shards[members.stop :]
+        if not shards.size:
+            shards = self._epoch(number + 1).shards
+        return [int(shard) for shard in shards[: self._group] if self._counts[shard]]
 
-class Mixture:
-    """Which source each row comes from: a cycle in which every source has its exact share, evenly spread."""
-
-    def __init__(self, weights: Sequence[Fraction]) -> None:
-        """`weights`: positive shares of the rows, of any sum. A cycle longer than 65536 rows is rounded to that."""
-        total = sum(weights)
-        scale = math.lcm(*((weight / total).denominator for weight in weights))
-        if scale <= _CYCLE_LIMIT:
-            self.counts = [int(weight / total * scale) for weight in weights]
-        else:
-            self.counts = _apportion([weight / total for weight in weights], _CYCLE_LIMIT)
-        self.cycle = sum(self.counts)
-        """Rows after which the pattern repeats."""
-        source_C = np.repeat(np.arange(len(weights)), self.counts)
-        rank_C = np.concatenate([np.arange(count) for count in self.counts])
-        at_C = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts])
-        slots_C = np.argsort(at_C, kind="stable")
-        self._source_C, self._rank_C = source_C[slots_C], rank_C[slots_C]
-
-    def split(self, first: int, count: int) -> Iterator[tuple[int, Indices | slice, int, int]]:
-        """For each source that has some of the `count` rows from `first` on: the source, which of these rows are its,
-        and the first of its own indices and their number; a source's indices follow one another."""
-        if len(self.counts) == 1:
-            yield 0, slice(0, count), first, count
-            return
-        slots = (first + np.arange(count, dtype=np.int64)) % self.cycle
-        sources = self._source_C[slots]
-        for source in range(len(self.counts)):
-            places = np.flatnonzero(sources == source)
-            if places.size:
-                cycle = (first + int(places[0])) // self.cycle
-                index = cycle * self.counts[source] + int(self._rank_C[slots[places[0]]])
-                yield source, places, index, places.size
-
-
-def _apportion(shares: Sequence[Fraction], slots: int) -> list[int]:
-    """Whole numbers of `slots` by largest remainder, at least one for each share."""
-    counts = [max(1, math.floor(share * slots)) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda index: counts[index] - shares[index] * slots)
-    for index in by_remainder[: max(0, slots - sum(counts))]:
-        counts[index] += 1
-    return counts
+    def _group_of(self, epoch: _Epoch, position: int) -> tuple[int, slice, int, int]:
+        """The number of a row's group in an epoch, where its shards are, its first row and the one past it."""
+        group = int(np.searchsorted(epoch.ends, position, "right")) // self._group
+        members = slice(group * self._group, (group + 1) * self._group)
+        start = int(epoch.ends[members.start - 1]) if members.start else 0
+        return group, members, start, int(epoch.ends[members][-1])

@@ -15,12 +15,22 @@ from common.errors import UserError
 from models.training.tensor_file import Entry, read_header
 from models.weights import Array, write_arrays
 
+_SCAN = 1 << 20
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 _DTYPES = {
     "tokens": (np.dtype("<u2"), np.dtype("<u4")),
     "document_ends": (np.dtype("<u8"),),
     "loss_mask": (np.dtype(np.uint8), np.dtype(np.bool_)),
 }
+
+
+class ShardCounts(NamedTuple):
+    """What is known of a shard before its file is there."""
+
+    name: str
+    """The file's name."""
+    tokens: int
+    documents: int
 
 
 class Shard(NamedTuple):
@@ -85,12 +95,16 @@ def open_shard(path: Path) -> ShardFile:
     return ShardFile(path, entries["tokens"].shape[0], entries["document_ends"].shape[0], entries)
 
 
-def find_shards(folder: Path) -> list[Path]:
-    """The shards of a folder in the order of their names. Raises UserError where there are none."""
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise UserError(f"{folder} holds no token shards (*.safetensors)")
-    return paths
+def check_document_ends(shard: Shard, path: Path) -> None:
+    """Raises UserError, naming the file, unless the documents' ends rise to the shard's last token."""
+    last = 0
+    for start in range(0, shard.document_ends_D.size, _SCAN):
+        part = shard.document_ends_D[start : start + _SCAN]
+        if int(part[0]) < last or np.any(part[1:] < part[:-1]):
+            raise UserError(f"{path} is no intact token shard (its document_ends do not rise); make it again")
+        last = int(part[-1])
+    if last != shard.tokens_N.size:
+        raise UserError(f"{path} is no intact token shard (its documents do not end at its last token); make it again")
 
 
 def write_shard(path: Path, tokens_N: Tokens, document_ends_D: ArrayLike, loss_mask_N: ArrayLike | None = None) -> None:

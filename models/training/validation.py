@@ -61,7 +61,7 @@ class Validator:
         these, up to the last of them or to the model's last position; rows in which nothing counts are left out.
         """
         total, counted = 0.0, 0
-        for batch in self._parts(self._config.rows or self._batches.epoch_rows):
+        for batch in self._parts(self._config.rows or self._batches.sources[0].rows):
             if stopping():
                 return None
             loss, targets = self._engine.loss(batch)

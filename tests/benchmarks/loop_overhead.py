@@ -23,13 +23,14 @@ from fsspec.implementations.local import LocalFileSystem
 
 from models.config import ModelConfig
 from models.engine import Batch, EngineName, Precision, State, StepResult, TrainingEngine, training_engine
-from models.training.batches import Batches, Source
+from models.training.batches import Batches
 from models.training.checkpoint import Checkpoints
 from models.training.config import CheckpointConfig, TrainingConfig
 from models.training.loop import Start, train
 from models.training.metrics import Metrics
 from models.training.shards import write_shard
 from models.weights import Array, Piece, initial_weights
+from tests.models.training.folders import folder_source
 
 LENGTH, ROWS, VOCABULARY = 13, 256, 18
 
@@ -202,7 +203,7 @@ def _batches(folder: Path) -> Batches:
     tokens = numbers.integers(0, VOCABULARY, int(ends[-1])).astype(np.uint16)
     write_shard(folder / "tokens" / "train-00000.safetensors", tokens, ends, np.ones(tokens.size))
     return Batches(
-        [Source(folder / "tokens")],
+        [folder_source(folder / "tokens")],
         seed=0,
         sequence_length=LENGTH,
         packing="documents",

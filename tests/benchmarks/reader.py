@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from common.files import canonical_json
-from models.training.batches import Batches, Packing, Source
+from models.training.batches import Batches, Packing
 from models.training.shards import write_shard
+from tests.models.training.folders import folder_source
 
 _BLOCK_TOKENS = 1 << 17
 
@@ -57,7 +58,9 @@ def speed(folder: Path, packing: Packing, length: int, size: int, seconds: float
         ends = np.cumsum(numbers.integers(6, 15, 300_000))
         tokens = numbers.integers(0, 18, int(ends[-1])).astype(np.uint16)
         write_shard(shards / f"train-{number:05d}.safetensors", tokens, ends)
-    batches = Batches([Source(shards)], seed=0, sequence_length=length, packing=packing, batch_size=size, vocab_size=18)
+    batches = Batches(
+        [folder_source(shards)], seed=0, sequence_length=length, packing=packing, batch_size=size, vocab_size=18
+    )
     together = max(1, _BLOCK_TOKENS // (length * size)) * size
     found = []
     for rows in (size, together):
@@ -90,7 +93,8 @@ def sparse_shard(path: Path, size: int) -> Path:
 def memory_of(shard: Path) -> tuple[float, float, float]:
     """Anonymous megabytes before a shard is opened, after, and after 500 batches."""
     before = anonymous_megabytes()
-    batches = Batches([Source([shard])], seed=0, sequence_length=1024, packing="stream", batch_size=32)
+    source = folder_source(shard.parent, files=[shard])
+    batches = Batches([source], seed=0, sequence_length=1024, packing="stream", batch_size=32)
     opened = anonymous_megabytes()
     for step in range(500):
         batches.batch(step)

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from models.config import ModelConfig
 from models.engine import Batch, EngineName, InferenceEngine, State, StepResult
 from models.optimizer import OptimizerConfig
-from models.training.batches import Batches, Source
+from models.training.batches import Batches
 from models.training.config import TrainingConfig
 from models.training.loop import Start
 from models.training.shards import write_shard
 from models.weights import Piece
+from tests.models.training.folders import folder_source
 
 Floats = NDArray[np.float64]
 VOCABULARY = 16
@@ -171,7 +172,7 @@ def write_chain(folder: Path, shards: int = 3, tokens: int = 400, seed: int = 0,
 def batches_for(config: TrainingConfig, folder: Path, **options: Any) -> Batches:
     """The batches that a config asks for."""
     return Batches(
-        [Source(folder)],
+        [folder_source(folder)],
         seed=config.seed,
         sequence_length=config.sequence_length,
         packing=config.packing,

@@ -1,12 +1,8 @@
-"""Shards and batches: every row exactly once in an epoch, and the same row whenever and however it is asked for."""
+"""Batches: every row exactly once in an epoch, and the same row whenever and however it is asked for."""
 
 import itertools
-import tempfile
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,109 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from models.training.batches import Batches, Packing, Source
-from models.training.order import Mixture, RowOrder, permute
-from models.training.shards import find_shards, open_shard, write_shard
+from models.training.batches import Packing
+from models.training.shards import write_shard
+from tests.models.training.folders import batches, folder_source, shards
 
 QUICK = settings(max_examples=40, deadline=None)
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(lambda counts: sum(counts) > 0)
-
-
-@contextmanager
-def shards(*token_counts: int, document: int = 5, masked: bool = False, start: int = 0) -> Iterator[Path]:
-    """A folder of shards whose tokens are all different."""
-    with tempfile.TemporaryDirectory() as name:
-        for number, count in enumerate(token_counts):
-            ends = [*range(document, count, document), count] if count else []
-            tokens = np.arange(start, start + count).astype(np.uint16)
-            mask = tokens % 3 == 0 if masked else None
-            write_shard(Path(name) / f"train-{number:05d}.safetensors", tokens, ends, mask)
-            start += count
-        yield Path(name)
-
-
-def batches(*sources: Source, length: int = 4, size: int = 3, packing: Packing = "stream", seed: int = 0) -> Batches:
-    return Batches(sources, seed=seed, sequence_length=length, packing=packing, batch_size=size, shard_group=2)
-
-
-@QUICK
-@given(size=st.integers(1, 3000), key=st.text(max_size=4))
-def test_a_permutation_takes_every_place_once(size: int, key: str) -> None:
-    assert sorted(permute(np.arange(size), size, key)) == list(range(size))
-
-
-@QUICK
-@given(size=st.integers(1, 2**62), data=st.data())
-def test_a_permutation_of_any_size_stays_inside_it(size: int, data: st.DataObject) -> None:
-    places = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=50)))
-    found = permute(np.array(places, np.int64), size, "key")
-    assert len(set(found.tolist())) == len(places)
-    assert found.min() >= 0
-    assert found.max() < size
-
-
-def test_a_permutation_looks_random() -> None:
-    size = 10_000
-    for key in ("a", "b"):
-        found = permute(np.arange(size), size, key)
-        assert abs(np.corrcoef(np.arange(size), found)[0, 1]) < 0.03
-        assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 0.03
-        counts, _ = np.histogram(found[: size // 10], 10)
-        assert counts.min() > 60
-    # Every order of three comes up, about as often as the others.
-    orders = Counter(tuple(permute(np.arange(3), 3, str(key)).tolist()) for key in range(1200))
-    assert len(orders) == 6
-    assert min(orders.values()) > 130
-
-
-@QUICK
-@given(counts=sizes, group=st.integers(1, 4), shuffled=st.booleans(), epochs=st.integers(1, 3))
-def test_an_epoch_has_every_row_once_and_a_group_at_a_time(
-    counts: list[int], group: int, shuffled: bool, epochs: int
-) -> None:
-    order = RowOrder(counts, "key", group, shuffled)
-    shards_N, rows_N = order.locate(0, epochs * order.total)
-    everything = {(shard, row) for shard, count in enumerate(counts) for row in range(count)}
-    for epoch in range(epochs):
-        part = slice(epoch * order.total, (epoch + 1) * order.total)
-        pairs = list(zip(shards_N[part].tolist(), rows_N[part].tolist(), strict=True))
-        assert len(pairs) == len(everything)
-        assert set(pairs) == everything
-        # A shard that has been left, with its group, does not come again.
-        last = {shard: place for place, (shard, _) in enumerate(pairs)}
-        for place in range(len(pairs)):
-            needed = {shard for shard, end in last.items() if end >= place and (shard, 0) in pairs[: place + 1]}
-            assert len(needed) <= group
-
-
-@QUICK
-@given(weights=st.lists(st.integers(1, 20), min_size=1, max_size=5), first=st.integers(0, 10**9))
-def test_shares_are_exact_over_every_cycle(weights: list[int], first: int) -> None:
-    mixture = Mixture([Fraction(weight) for weight in weights])
-    counts = dict.fromkeys(range(len(weights)), 0)
-    for source, _, _, amount in mixture.split(first, mixture.cycle):
-        counts[source] += amount
-    total = sum(weights)
-    assert [Fraction(counts[number], mixture.cycle) for number in counts] == [Fraction(w, total) for w in weights]
-
-
-@QUICK
-@given(
-    weights=st.lists(st.integers(1, 20), min_size=1, max_size=5), first=st.integers(0, 100), count=st.integers(1, 60)
-)
-def test_a_source_is_asked_for_one_index_after_the_other(weights: list[int], first: int, count: int) -> None:
-    mixture = Mixture([Fraction(weight) for weight in weights])
-    before = {source: amount for source, _, _, amount in mixture.split(0, first)} if first else {}
-    for source, places, index, amount in mixture.split(first, count):
-        assert index == before.get(source, 0)
-        assert len(np.arange(count)[places]) == amount
-
-
-def test_a_long_cycle_is_rounded() -> None:
-    mixture = Mixture([Fraction(1, 3_000_017), Fraction(1), Fraction(2)])
-    assert mixture.cycle == 65536
-    assert mixture.counts[0] == 1
-    assert mixture.counts[2] == pytest.approx(2 / 3 * 65536, abs=2)
 
 
 @QUICK
@@ -129,42 +28,88 @@ def test_a_stream_has_every_window_once(counts: list[int], length: int, seed: in
             offset += count
         if not expected:
             with pytest.raises(UserError, match="not enough tokens"):
-                batches(Source(folder), length=length)
+                batches(folder_source(folder), length=length)
             return
-        found = batches(Source(folder), length=length, seed=seed)
-        assert found.epoch_rows == len(expected)
-        batch = found.rows(0, found.epoch_rows)
+        found = batches(folder_source(folder), length=length, seed=seed)
+        assert found.sources[0].rows == len(expected)
+        batch = found.rows(0, len(expected))
         assert sorted(batch.tokens_BT[:, 0].tolist()) == sorted(expected)
         assert (batch.tokens_BT == batch.tokens_BT[:, :1] + np.arange(length)).all()
         assert (batch.targets_BT == batch.tokens_BT + 1).all()
         assert batch.loss_mask_BT.all()
+        assert batch.documents_BT is None
         kept = sum((count - 1) // length * length + 1 for count in counts if count > length)
-        assert found.summaries[0].dropped_tokens == sum(counts) - kept
+        assert found.sources[0].dropped_tokens == sum(counts) - kept
 
 
 @QUICK
 @given(counts=sizes, document=st.integers(1, 9), length=st.integers(1, 7), masked=st.booleans())
 def test_documents_are_one_to_a_row(counts: list[int], document: int, length: int, masked: bool) -> None:
     with shards(*counts, document=document, masked=masked, start=100) as folder:
-        found = Batches([Source(folder)], seed=1, sequence_length=length, packing="documents", batch_size=2, pad_id=7)
-        expected, cut, offset = set(), 0, 100
+        # One document to a row is masked as it is.
+        found = batches(
+            folder_source(folder), seed=1, length=length, packing="documents", pad_id=7, document_masking=masked
+        )
+        expected, cut, dropped, offset = set(), 0, 0, 100
         for count in counts:
             for start in range(0, count, document):
                 whole = list(range(offset + start, offset + min(count, start + document)))
                 cut += len(whole) > length + 1
                 row = whole[: length + 1]
+                dropped += len(whole) - len(row)
                 counted = tuple(not masked or token % 3 == 0 for token in row[1:])
                 padding = length + 1 - len(row)
                 expected.add((tuple(row) + (7,) * padding, counted + (False,) * padding))
             offset += count
-        batch = found.rows(0, found.epoch_rows)
+        batch = found.rows(0, found.sources[0].rows)
+        assert batch.documents_BT is None
         rows = {
             ((*tokens.tolist(), targets.tolist()[-1]), tuple(mask.tolist()))
             for tokens, targets, mask in zip(*batch[:3], strict=True)
         }
         assert rows == expected
-        assert found.epoch_rows == len(expected)
-        assert found.summaries[0].cut_documents == cut
+        assert found.sources[0].rows == len(expected)
+        assert found.sources[0].cut_documents == cut
+        assert found.sources[0].dropped_tokens == dropped
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 12), max_size=12), min_size=1, max_size=4),
+    length=st.integers(1, 9),
+    masked=st.booleans(),
+)
+def test_masked_rows_say_which_document_each_token_is_of(
+    lengths: list[list[int]], length: int, masked: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    document_of: dict[int, int] = {}
+    start = 0
+    for number, documents in enumerate(lengths):
+        ends = np.cumsum(documents, dtype=np.int64)
+        count = int(ends[-1]) if ends.size else 0
+        tokens = np.arange(start, start + count).astype(np.uint16)
+        for document, end in enumerate(ends.tolist()):
+            document_of |= {start + place: document for place in range(end - documents[document], end)}
+        write_shard(folder / f"{number}.safetensors", tokens, ends, tokens % 3 == 0 if masked else None)
+        start += count
+    if not any(sum(documents) > length for documents in lengths):
+        return
+    plain, apart = (batches(folder_source(folder), length=length, document_masking=wanted) for wanted in (False, True))
+    rows = 2 * apart.sources[0].rows + 1
+    bare, batch = plain.rows(0, rows), apart.rows(0, rows)
+    assert (batch.tokens_BT == bare.tokens_BT).all()
+    assert (batch.targets_BT == bare.targets_BT).all()
+    assert batch.documents_BT is not None
+    assert batch.documents_BT.dtype == np.int32
+    for row in range(rows):
+        numbers = [document_of[token] for token in batch.tokens_BT[row].tolist()]
+        assert batch.documents_BT[row].tolist() == [number - numbers[0] for number in numbers]
+        for place, (number, target) in enumerate(zip(numbers, batch.targets_BT[row].tolist(), strict=True)):
+            counted = document_of[target] == number and (not masked or target % 3 == 0)
+            assert batch.loss_mask_BT[row, place] == counted
+    # It is another run: a checkpoint of the one is none of the other.
+    assert plain.fingerprint != apart.fingerprint
 
 
 @QUICK
@@ -173,140 +118,171 @@ def test_documents_are_one_to_a_row(counts: list[int], document: int, length: in
     step=st.integers(0, 500),
     cuts=st.sets(st.integers(1, 8), max_size=4),
     weight=st.sampled_from([0.3, 1.0, 2.5]),
+    budget=st.sampled_from([None, 900, 3000]),
+    masking=st.booleans(),
 )
-def test_a_batch_depends_on_nothing_but_its_number(packing: Packing, step: int, cuts: set[int], weight: float) -> None:
+def test_a_batch_depends_on_nothing_but_its_number(
+    packing: Packing, step: int, cuts: set[int], weight: float, budget: int | None, masking: bool
+) -> None:
     with shards(50, 70, 3, masked=True) as first, shards(40, 40, start=1000) as second:
-        sources = Source(first), Source(second, weight)
-        used = batches(*sources, packing=packing, size=9)
+        sources = folder_source(first), folder_source(second, weight=weight, budget=budget)
+        options: dict[str, Any] = {"packing": packing, "size": 9, "document_masking": masking}
+        used = batches(*sources, **options)
         used.batch(step // 2)
         used.rows(17, 5)
         batch = used.batch(step)
-        fresh = batches(*sources, packing=packing, size=9).batch(step)
+        fresh = batches(*sources, **options).batch(step)
         edges = [0, *sorted(cuts), 9]
         parts = [used.rows(step * 9 + a, b - a) for a, b in itertools.pairwise(edges)]
-        for ours, theirs, *partial in zip(batch[:3], fresh[:3], *(part[:3] for part in parts), strict=True):
+        for ours, theirs, *partial in zip(batch, fresh, *parts, strict=True):
+            if ours is None:
+                assert theirs is None
+                assert not (masking and packing == "stream")
+                continue
+            assert theirs is not None
             assert ours.dtype == theirs.dtype
             assert (ours == theirs).all()
-            assert (ours == np.concatenate(partial)).all()
+            assert (ours == np.concatenate([part for part in partial if part is not None])).all()
         assert batch.tokens_BT.dtype == batch.targets_BT.dtype == np.int32
         assert batch.loss_mask_BT.dtype == np.bool_
 
 
 def test_another_source_changes_neither_the_order_nor_the_rows_of_a_source() -> None:
     with shards(200, 100) as first, shards(300, start=1000) as second:
-        alone = batches(Source(first)).rows(0, 120).tokens_BT[:, 0]
-        mixed = batches(Source(second, 2.0), Source(first, 1.0)).rows(0, 360).tokens_BT[:, 0]
+        alone = batches(folder_source(first)).rows(0, 120).tokens_BT[:, 0]
+        both = batches(folder_source(second, weight=2.0), folder_source(first))
+        mixed = both.rows(0, 360).tokens_BT[:, 0]
+        assert (mixed[mixed < 1000] == alone).all()
+        assert (both.source_rows(1, 0, 120).tokens_BT[:, 0] == alone).all()
+        limited = batches(folder_source(second, weight=2.0, budget=400), folder_source(first))
+        mixed = limited.rows(0, 220).tokens_BT[:, 0]
         assert (mixed[mixed < 1000] == alone).all()
 
 
 def test_the_order_is_new_in_each_epoch_and_with_each_seed() -> None:
     with shards(200, 100) as folder:
-        found = batches(Source(folder))
-        rows = found.epoch_rows
+        source = folder_source(folder)
+        found = batches(source)
+        rows = found.sources[0].rows
         first, second = found.rows(0, rows).tokens_BT, found.rows(rows, rows).tokens_BT
-        other = batches(Source(folder), seed=1).rows(0, rows).tokens_BT
+        other = batches(source, seed=1).rows(0, rows).tokens_BT
         assert sorted(first[:, 0]) == sorted(second[:, 0]) == sorted(other[:, 0])
         assert (first != second).any()
         assert (first != other).any()
-        stored = Batches(
-            [Source(folder)], seed=0, sequence_length=4, packing="stream", batch_size=3, shuffled=False
-        ).rows(0, rows)
+        stored = batches(source, shuffled=False).rows(0, rows)
         assert (np.diff(stored.tokens_BT[:, 0]) > 0).all()
 
 
-def test_weights_of_documents_are_shares_of_their_tokens() -> None:
-    with shards(400, document=2) as short, shards(400, document=8, start=1000) as long:
-        found = batches(Source(short), Source(long), length=7, packing="documents")
-        batch = found.rows(0, 500)
-        tokens = batch.tokens_BT[batch.loss_mask_BT | (np.arange(7) == 0)]
-        assert [summary.share for summary in found.summaries] == [0.8, 0.2]
-        rows = batch.tokens_BT[:, 0] < 1000
-        assert rows.sum() * 2 == (~rows).sum() * 8
-        assert tokens.size
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+@pytest.mark.parametrize(("document", "weight"), [(2, 1), (8, 1), (3, 4), (6, 0.25)])
+def test_weights_are_shares_of_tokens(document: int, weight: float, packing: Packing) -> None:
+    with shards(480, document=document) as first, shards(480, document=4, start=1000) as second:
+        sources = folder_source(first, "first"), folder_source(second, "second", weight=weight)
+        found = batches(*sources, length=7, size=1, packing=packing)
+        share = weight / (1 + weight)
+        assert [source.share for source in found.sources] == pytest.approx([1 - share, share])
+        # Whole cycles of each.
+        drawn = found.drawn(3 * 4 * 5 * 8 * 11)
+        assert drawn[1].tokens / sum(source.tokens for source in drawn) == pytest.approx(share, rel=1e-9)
+
+
+@QUICK
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=60),
+    steps=st.integers(0, 60),
+    packing=st.sampled_from(["stream", "documents"]),
+    data=st.data(),
+)
+def test_what_was_drawn_is_what_the_rows_held(
+    lengths: list[int], steps: int, packing: Packing, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    cut = data.draw(st.integers(0, len(lengths)))
+    for number, part in enumerate((lengths[:cut], lengths[cut:])):
+        tokens = np.ones(sum(part), np.uint16)
+        write_shard(folder / f"{number}.safetensors", tokens, np.cumsum(part, dtype=np.int64))
+    with shards(90, document=4, start=1000) as second:
+        sources = folder_source(folder), folder_source(second, weight=0.5)
+        if packing == "stream" and not any(shard.tokens > 7 for shard in sources[0].shards):
+            return
+        found = batches(*sources, length=7, packing=packing)
+        drawn = found.drawn(steps)
+        batch = found.rows(0, steps * 3)
+        for number, source in enumerate(drawn):
+            mine = (batch.tokens_BT[:, 0] >= 1000) == bool(number)
+            assert source.rows == mine.sum()
+            assert source.epochs == source.rows / found.sources[number].rows
+            real = batch.tokens_BT[mine] != 0, batch.loss_mask_BT[mine]
+            if packing == "stream":
+                assert source.tokens == real[1].sum() == mine.sum() * 7
+            else:
+                # The first token of a row and each that is a target; an empty document has neither.
+                assert source.tokens == real[0][:, 0].sum() + real[1].sum()
+
+
+def test_a_budget_is_kept_and_the_others_go_on() -> None:
+    with shards(100) as first, shards(400, start=1000) as second:
+        # 24 and 99 rows of 4 tokens.
+        sources = folder_source(first, "first", budget=43, weight=3), folder_source(second, "second")
+        found = batches(*sources, size=2)
+        assert [source.tokens for source in found.drawn(200)] == [40, 1560]
+        assert (found.rows(13, 50).tokens_BT[:, 0] >= 1000).all()
+        twice = batches(folder_source(first, "first", epochs=1.5, weight=3), sources[1], size=2)
+        assert [source.rows for source in twice.drawn(200)] == [36, 364]
+        assert twice.drawn(200)[0].epochs == 1.5
+        for lower in ({"budget": 100, "epochs": 0.5}, {"budget": 48, "epochs": 4}):
+            both = batches(folder_source(first, "first", **lower), sources[1], size=2)
+            assert both.drawn(200)[0].rows == 12
+        prints = {found.fingerprint, twice.fingerprint, batches(folder_source(first), sources[1], size=2).fingerprint}
+        assert len(prints) == 3
+
+
+def test_budgets_that_do_not_last_are_said_with_the_numbers() -> None:
+    with shards(101) as first, shards(401, start=1000) as second:
+        sources = folder_source(first, "books", budget=80), folder_source(second, "web", epochs=1)
+        found = batches(*sources, size=32)
+        found.require(3)
+        with pytest.raises(
+            UserError,
+            match=r"^4 steps of 32 rows need 128 rows, but the budgets allow 120 \(books 20 of its 25, web 100 of its "
+            r"100\): raise one of them, or lower training.steps to 3 or less$",
+        ):
+            found.require(4)
+        with pytest.raises(IndexError):
+            found.batch(3)
+        with pytest.raises(UserError, match=r"raise one of them$"):
+            batches(*sources, size=200).require(1)
+        batches(sources[0], folder_source(second), size=200).require(10**9)
+
+
+@pytest.mark.parametrize("portion", [{"budget": 3}, {"epochs": 0.01}])
+def test_a_budget_of_less_than_a_row_is_refused(portion: dict[str, Any]) -> None:
+    with shards(100) as folder, pytest.raises(UserError, match=r"budget of books is less than one row, .* 4\.0 tokens"):
+        batches(folder_source(folder, "books", **portion))
 
 
 def test_a_token_outside_of_the_vocabulary_is_named() -> None:
     with shards(20) as folder:
-        found = Batches([Source(folder)], seed=0, sequence_length=4, packing="stream", batch_size=4, vocab_size=10)
-        with pytest.raises(UserError, match=r"holds the token 1\d, but there are only 10"):
+        found = batches(folder_source(folder, "books"), size=4, vocab_size=10)
+        with pytest.raises(UserError, match=r"books holds the token 1\d, but there are only 10"):
             found.batch(0)
 
 
 def test_wide_tokens_are_read(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.safetensors", np.arange(70_000, 70_009).astype(np.uint32), [9])
-    batch = batches(Source([tmp_path / "a.safetensors"])).rows(0, 2)
+    batch = batches(folder_source(tmp_path)).rows(0, 2)
     assert sorted(batch.tokens_BT[:, 0].tolist()) == [70_000, 70_004]
-    write_shard(tmp_path / "b.safetensors", np.full(9, 2**32 - 1, np.uint32), [9])
+    write_shard(tmp_path / "a.safetensors", np.full(9, 2**32 - 1, np.uint32), [9])
     with pytest.raises(UserError, match="holds the token 4294967295"):
-        batches(Source([tmp_path / "b.safetensors"])).rows(0, 2)
+        batches(folder_source(tmp_path)).rows(0, 2)
 
 
 def test_empty_documents_are_rows_in_which_nothing_counts(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.safetensors", np.zeros(0, np.uint16), [0, 0])
-    batch = batches(Source(tmp_path), packing="documents").rows(0, 2)
+    batch = batches(folder_source(tmp_path), packing="documents").rows(0, 2)
     assert not batch.loss_mask_BT.any()
 
 
-@pytest.mark.parametrize(
-    ("tokens", "ends", "mask", "message"),
-    [
-        (np.zeros(3, np.int64), [3], None, "uint16 or uint32"),
-        (np.zeros(3, np.uint16), [2, 1, 3], None, "do not rise"),
-        (np.zeros(3, np.uint16), [2], None, "do not end"),
-        (np.zeros(3, np.uint16), [3], [1], "loss_mask has the shape"),
-    ],
-)
-def test_a_wrong_shard_is_not_written(
-    tmp_path: Path, tokens: np.ndarray, ends: list[int], mask: list[int] | None, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        write_shard(tmp_path / "a.safetensors", tokens, ends, mask)
-
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_a_damaged_shard_is_refused_or_read_within_its_bounds(data: st.DataObject) -> None:
-    with shards(30, masked=True) as folder:
-        path = find_shards(folder)[0]
-        content = bytearray(path.read_bytes())
-        kind = data.draw(st.sampled_from(["cut", "longer", "flip"]))
-        if kind == "cut":
-            content = content[: data.draw(st.integers(0, len(content) - 1))]
-        elif kind == "longer":
-            content += b"x"
-        else:
-            place = data.draw(st.integers(0, len(content) - 1))
-            content[place] ^= data.draw(st.integers(1, 255))
-        path.write_bytes(content)
-        try:
-            shard = open_shard(path).map()
-            for packing in ("stream", "documents"):
-                batches(Source(folder), packing=packing).rows(0, 20)
-        except UserError as error:
-            assert str(path) in str(error) or "not enough tokens" in str(error)  # noqa: PT017  # either is right
-        else:
-            assert kind == "flip"
-            assert shard.tokens_N.size == 30
-
-
-def test_a_header_of_nonsense_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    for header in (b"[" * 100_000, b"[]", b'{"tokens":5}', b'{"tokens":{"dtype":"U16","shape":[-1]}}', b"\xff"):
-        path.write_bytes(len(header).to_bytes(8, "little") + header)
-        with pytest.raises(UserError, match="is no intact token shard"):
-            open_shard(path)
-    path.write_bytes((1 << 62).to_bytes(8, "little"))
-    with pytest.raises(UserError, match="longer than the file"):
-        open_shard(path)
-    with pytest.raises(UserError, match="is no intact token shard"):
-        open_shard(tmp_path / "missing.safetensors")
-    with pytest.raises(UserError, match="holds no token shards"):
-        find_shards(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_source_needs_a_weight(weight: float) -> None:
-    with shards(20) as folder, pytest.raises(UserError, match="weights are finite and greater than 0"):
-        batches(Source(folder, weight))
+def test_batches_need_a_source() -> None:
     with pytest.raises(UserError, match="nothing to train on"):
         batches()
