@@ -1,26 +1,29 @@
-"""Arithmetic problems: expressions evaluated from left to right, and the split that each of them belongs to."""
+"""Arithmetic problems as a source of documents: expressions evaluated from left to right, and the split that each of
+them belongs to."""
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from common.config import FrozenModel
 from common.errors import UserError
+from tasks.corpus.sources import SPLITS, TEXT, Opened, Reading, SourceConfig, Split, check_column
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 Operator = Literal["+", "-", "*", "/"]
 
 # N problems, K operands.
 ENUMERATED_AT_MOST = 1 << 22
 CANDIDATES_PER_DRAW = 1 << 18
+PROBLEMS_AT_ONCE = 1 << 16
 FRUITLESS_DRAWS = 50
 
 
-class ArithmeticSource(FrozenModel):
+class ArithmeticSource(SourceConfig):
     """Problems such as `554+456=` with their answers.
 
     Operators apply from left to right to a running total, which every divisor divides. All problems with the same
@@ -84,6 +87,23 @@ class ArithmeticSource(FrozenModel):
         """Number of expressions, impossible divisions included."""
         return int(self.span**self.operands * len(self.operators) ** (self.operands - 1))
 
+    @property
+    def own_columns(self) -> tuple[str, ...]:
+        """The two parts of the text: evaluation gives a model the prompt, and wants the target."""
+        return ("prompt", "target")
+
+    def open(self, reading: Reading) -> Opened:
+        """Begins to make problems. Raises UserError where more unique ones are asked for than there are."""
+        for column in reading.others:
+            check_column(column, self.own_columns, "source arithmetic")
+        return Opened({"name": self.kind, "kind": self.kind}, self._tables())
+
+    def _tables(self) -> "Iterator[tuple[Split | None, pa.Table]]":
+        for split in SPLITS:
+            problems = generate(self, split)
+            for first in range(0, len(problems.answers_N), PROBLEMS_AT_ONCE):
+                yield split, table(self, problems.take(np.s_[first : first + PROBLEMS_AT_ONCE]))
+
 
 class Problems(NamedTuple):
     """Problems as arrays."""
@@ -93,7 +113,7 @@ class Problems(NamedTuple):
     """Indices into the source's operators; one column fewer than operands."""
     answers_N: NDArray[np.int64]
 
-    def take(self, rows: NDArray[np.generic]) -> "Problems":
+    def take(self, rows: NDArray[np.generic] | slice) -> "Problems":
         """The problems at some rows, or under a mask."""
         return Problems(self.operands_NK[rows], self.operators_NK[rows], self.answers_N[rows])
 
@@ -127,13 +147,19 @@ def generate(source: ArithmeticSource, split: Split) -> Problems:
     return _draw_by_length(source, source.length_weights, random)
 
 
-def rows(source: ArithmeticSource, problems: Problems) -> Iterator[dict[str, str]]:
-    """Each problem as text: prompt `554+456=`, target `1010`, text `<bos>554+456=1010<eos>`."""
+def table(source: ArithmeticSource, problems: Problems) -> "pa.Table":
+    """Each problem as text: prompt `554+456=`, target `1010`, text `554+456=1010`."""
+    # Imported here because it takes a third of a second, and planning needs only the configs.
+    import pyarrow as pa
+
+    columns: dict[str, list[str]] = {TEXT: [], "prompt": [], "target": []}
     for operands, operators, answer in zip(*(column.tolist() for column in problems), strict=True):
         symbols = (source.operators[index] for index in operators)
         prompt = str(operands[0]) + "".join(f"{s}{x}" for s, x in zip(symbols, operands[1:], strict=True)) + "="
         target = str(answer)[::-1] if source.reversed_answers else str(answer)
-        yield {"prompt": prompt, "target": target, "text": f"<bos>{prompt}{target}<eos>"}
+        for column, value in zip(columns.values(), (prompt + target, prompt, target), strict=True):
+            column.append(value)
+    return pa.table({name: pa.array(column, pa.string()) for name, column in columns.items()})
 
 
 def _evaluate(

@@ -1,40 +1,61 @@
-"""Stage `documents`: rows of text from a source, each in the split that it belongs to, as Parquet."""
+"""Stage `documents`: rows of text from a source, filtered, each in the split that it belongs to, as Parquet."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from common.config import FrozenModel
 from common.files import canonical_json
-from tasks.arithmetic import SPLITS, ArithmeticSource, generate, rows
+from tasks.corpus.config import Config
+from tasks.corpus.pipeline import Pipeline
+from tasks.corpus.shards import shard_name
 from tasks.stage import Context, Kind, Metrics, Stage
 
-
-class Config(FrozenModel):
-    """Where the documents come from."""
-
-    source: ArithmeticSource
-    """The source and how much is taken of it."""
-
-
-def shard_name(split: str, index: int, suffix: str) -> str:
-    """The file name of one shard of a split, in documents and tokens alike."""
-    return f"{split}-{index:05d}.{suffix}"
+__all__ = ["STAGE", "Config", "run", "shard_name"]
+DESCRIPTION = "documents.json"
 
 
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
-    """Writes `<split>-00000.parquet` with the columns prompt, target and text (strings), and `documents.json`."""
-    # Imported here because it takes a third of a second, and planning needs only the configs.
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """Writes `<split>-<n>.parquet` and `documents.json`, which has the counts of what was read, kept and dropped.
 
-    counts = {}
-    for split in SPLITS:
-        table = pa.Table.from_pylist(list(rows(config.source, generate(config.source, split))))
-        pq.write_table(table, context.output / shard_name(split, 0, "parquet"), compression="zstd")
-        counts[split] = table.num_rows
-    (context.output / "documents.json").write_bytes(canonical_json({"source": config.source.kind, "rows": counts}))
-    described = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    return {"summary": f"{described} documents", "rows": counts}
+    The Parquet files have the column `text` (strings, without any special tokens), and others where the source always
+    has them or the config keeps them. Raises UserError for bad input and where no document is left.
+    """
+    described = Pipeline(config, context).run()
+    (context.output / DESCRIPTION).write_bytes(canonical_json(described))
+    return {"summary": _summary(described), **_measured(described)}
 
 
-STAGE = Stage(name="documents", version=1, config=Config, output=Kind.DOCUMENTS, run=run)
+def _summary(described: Mapping[str, Any]) -> str:
+    splits = ", ".join(f"{split['documents']:,} {name}" for name, split in described["splits"].items())
+    dropped = sum(entry["documents"] for entry in described["dropped"])
+    return f"{splits} documents" + (f"; {dropped:,} dropped" if dropped else "")
+
+
+def _measured(described: Mapping[str, Any]) -> Metrics:
+    """The counts for the record: without the shards, and what was dropped by its rule's name."""
+    dropped: dict[str, Any] = {}
+    for entry in described["dropped"]:
+        again = sum(name.partition(" ")[0] == entry["rule"] for name in dropped)
+        name = f"{entry['rule']} {again + 1}" if again else entry["rule"]
+        dropped[name] = {key: entry[key] for key in ("documents", "bytes")}
+    splits = {
+        name: {"documents": split["documents"], "bytes": split["bytes"], "shards": len(split["shards"])}
+        for name, split in described["splits"].items()
+    }
+    return {
+        "source": described["source"],
+        "read": described["read"],
+        "splits": splits,
+        "dropped": dropped,
+        "notes": list(described.get("damaged", [])),
+    }
+
+
+STAGE = Stage(
+    name="documents",
+    version=2,
+    config=Config,
+    output=Kind.DOCUMENTS,
+    run=run,
+    resolved=Config.resolved,
+)

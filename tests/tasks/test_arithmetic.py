@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from tasks.arithmetic import SPLITS, ArithmeticSource, Problems, generate, rows, split_of
+from tasks.arithmetic import ArithmeticSource, Problems, generate, split_of, table
+from tasks.corpus.sources import SPLITS
 
 
 def source(**keys: object) -> ArithmeticSource:
@@ -66,9 +67,9 @@ def test_every_answer_is_right_and_every_problem_in_its_split(
         assert (split_of(problems.operands_NK) == index).all()
         assert problems.operands_NK.min() >= minimum
         assert problems.operands_NK.max() <= minimum + width
-        for row in rows(made, problems):
+        for row in table(made, problems).to_pylist():
             assert int(row["target"]) == evaluated(row["prompt"])
-            assert row["text"] == f"<bos>{row['prompt']}{row['target']}<eos>"
+            assert row["text"] == row["prompt"] + row["target"]
 
 
 def test_the_split_ignores_the_order_and_is_pinned() -> None:
@@ -129,7 +130,7 @@ def test_the_same_seed_gives_the_same_problems_and_another_does_not() -> None:
 def test_reversed_answers_are_written_from_the_last_digit() -> None:
     problems = Problems(np.array([[554, 456], [1, 13]]), np.array([[0], [1]]), np.array([1010, -12]))
     made = source(operators=("+", "-"), reversed_answers=True)
-    assert [row["target"] for row in rows(made, problems)] == ["0101", "21-"]
+    assert table(made, problems)["target"].to_pylist() == ["0101", "21-"]
 
 
 def test_more_unique_problems_than_exist_are_refused() -> None:

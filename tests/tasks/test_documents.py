@@ -10,11 +10,20 @@ SOURCE = {"kind": "arithmetic", "train": 200, "validation": 20, "test": 20}
 
 def test_rows_are_written_by_split(run_stage: RunStage) -> None:
     folder, metrics = run_stage("documents", {"source": SOURCE})
-    assert metrics["rows"] == {"train": 200, "validation": 20, "test": 20}
+    described = json.loads((folder / "documents.json").read_bytes())
+    assert {split: counts["documents"] for split, counts in described["splits"].items()} == {
+        "train": 200,
+        "validation": 20,
+        "test": 20,
+    }
     table = pq.read_table(folder / "train-00000.parquet")
-    assert table.column_names == ["prompt", "target", "text"]
+    assert table.column_names == ["text", "prompt", "target"]
     assert table.num_rows == 200
-    assert json.loads((folder / "documents.json").read_bytes()) == {"source": "arithmetic", "rows": metrics["rows"]}
+    size = sum(len(text.encode()) for text in table["text"].to_pylist())
+    shard = {"name": "train-00000.parquet", "documents": 200, "bytes": size}
+    assert described["splits"]["train"] == {"documents": 200, "bytes": size, "shards": [shard]}
+    assert described["source"] == {"name": "arithmetic", "kind": "arithmetic"}
+    assert metrics["splits"]["train"] == {"documents": 200, "bytes": size, "shards": 1}
 
 
 def test_the_same_config_gives_the_same_bytes(run_stage: RunStage) -> None:

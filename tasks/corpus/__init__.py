@@ -1,0 +1,1 @@
+"""What the stage `documents` is made of: sources, rules, duplicates, contamination, and the pipeline through them."""

@@ -1,0 +1,64 @@
+"""The config of the stage `documents`."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from common.config import FrozenModel
+from tasks.arithmetic import ArithmeticSource
+from tasks.corpus.contamination import ContaminationConfig
+from tasks.corpus.contamination import resolved as resolved_contamination
+from tasks.corpus.duplicates import DuplicatesConfig
+from tasks.corpus.file_source import FilesSource
+from tasks.corpus.hub_source import HubSource
+from tasks.corpus.rules import Column, Rule
+from tasks.corpus.sources import TEXT, Split
+from tasks.corpus.splitting import Fractions
+
+Source = Annotated[HubSource | FilesSource | ArithmeticSource, Field(discriminator="kind")]
+
+
+class Config(FrozenModel):
+    """Where the documents come from, which of them are kept, and how they are written."""
+
+    source: Source
+    """The source; `kind` says which."""
+    rules: tuple[Rule, ...] = ()
+    """What drops documents; each counts under the first rule that it breaks."""
+    contamination: ContaminationConfig | None = None
+    """Benchmarks whose test rows must not be in the documents; null for none."""
+    duplicates: DuplicatesConfig | None = None
+    """Which documents are dropped for being like an earlier one; null for none."""
+    split: Split | Fractions | None = None
+    """The split of all documents, or the shares of validation and test by a hash of the document; null leaves them
+    where the source has them: a split of a hub data set that is called so, else training."""
+    columns: tuple[str, ...] = ()
+    """Columns of the source that are kept beside the text."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """Whether bad input (a line that is no JSON, a row without text, invalid UTF-8, a damaged file) ends the stage, or
+    is dropped and counted. A column that is nowhere and a source without documents always end it."""
+    max_documents: int | None = Field(default=None, gt=0)
+    """Documents that are kept at most; the source is not read any further. Null for all."""
+    max_bytes: int | None = Field(default=None, gt=0)
+    """Bytes of text (UTF-8) that are kept at most, in whole documents. Null for all."""
+    shard_bytes: int = Field(default=32 << 20, gt=0)
+    """Bytes of text after which a shard is full; a longer document has one of its own."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if TEXT in self.columns or len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"columns {', '.join(self.columns)}: each once, and not '{TEXT}', which is always kept")
+        return self
+
+    @property
+    def read_columns(self) -> tuple[str, ...]:
+        """The columns that are read beside the text: those that are kept and those that rules ask for."""
+        asked = (rule.column for rule in self.rules if isinstance(rule, Column))
+        return tuple(dict.fromkeys(name for name in (*self.columns, *asked) if name != TEXT))
+
+    def resolved(self) -> "Config":
+        """The config with the digests of what it points at. Raises UserError where it points at nothing."""
+        update: dict[str, Any] = {"source": self.source.resolved()}
+        if self.contamination is not None:
+            update["contamination"] = resolved_contamination(self.contamination)
+        return self.model_copy(update=update)

@@ -1,0 +1,396 @@
+"""Files of text: Parquet, JSON Lines and plain text, read in order, in bounded memory, with a place for every row."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+from common.errors import UserError
+from tasks.corpus.sources import DOCUMENT_LIMIT_BYTES, TEXT, Reading, accepted, check_column, one_line, too_long
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Format = Literal["parquet", "jsonl", "text"]
+ENDINGS: dict[str, Format] = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+TABLE_BYTES = 1 << 20
+ROWS_AT_ONCE = 256
+BLOCK_BYTES = 1 << 20
+LINE_LIMIT_BYTES = 2 * DOCUMENT_LIMIT_BYTES
+"""Escapes make a line of JSON longer than its text."""
+_TYPES = {str: "text", float: "a number", bool: "true or false"}
+_BOM = b"\xef\xbb\xbf"
+
+
+class Readable(Protocol):
+    """A file of bytes."""
+
+    def read(self, size: int, /) -> bytes:
+        """The next bytes, none at the end."""
+        ...
+
+
+class Kind(NamedTuple):
+    """What a file's name says of it."""
+
+    format: Format | None
+    compression: str | None
+
+
+def kind_of(name: str) -> Kind:
+    """The format and the compression that a file's ending stands for, in small or capital letters."""
+    name = name.lower()
+    ending = next((ending for ending in COMPRESSIONS if name.endswith(ending)), None)
+    inner = name.removesuffix(ending) if ending else name
+    format = next((format for known, format in ENDINGS.items() if inner.endswith(known)), None)
+    return Kind(format, COMPRESSIONS[ending] if ending else None)
+
+
+def row_place(name: str, first: int) -> Callable[[int], str]:
+    """Says where a row of a table is from, whose first is the row `first` of a file."""
+    return lambda row: f"{name} row {first + row} (from 0)"
+
+
+def line_place(name: str, lines: list[int]) -> Callable[[int], str]:
+    """Says where a row of a table is from, each of which is a line of a file."""
+    return lambda row: f"{name} line {lines[row]}"
+
+
+class Columns:
+    """The columns that are read: the text's and others, of which JSON tells the types by their first values."""
+
+    def __init__(self, text: str, others: tuple[str, ...]) -> None:
+        self.text = text
+        self.others = tuple(other for other in others if other != TEXT)
+        self._types: dict[str, type] = {}
+
+    def misfit(self, row: dict[str, Any]) -> str | None:
+        """What is wrong with another column of a JSON object: it is of another type than the first value was."""
+        for other in self.others:
+            value = row.get(other)
+            if value is None:
+                continue
+            found = float if type(value) is int else type(value)
+            if found not in (str, float, bool):
+                return f"'{other}' is neither text nor a number nor true or false"
+            if self._types.setdefault(other, found) is not found:
+                return f"'{other}' is {_TYPES[found]}, and it was {_TYPES[self._types[other]]} before"
+        return None
+
+    def table(self, rows: list[dict[str, Any]]) -> "pa.Table":
+        """JSON objects as a table; a column without a value so far is one of text."""
+        import pyarrow as pa
+
+        arrow = {str: pa.string(), float: pa.float64(), bool: pa.bool_()}
+        arrays = {TEXT: pa.array([row[self.text] for row in rows], pa.string())}
+        for other in self.others:
+            kind = self._types.setdefault(other, str)
+            values = [row.get(other) for row in rows]
+            floats = [None if value is None else float(value) for value in values] if kind is float else values
+            arrays[other] = pa.array(floats, arrow[kind])
+        return pa.table(arrays)
+
+
+def file_tables(
+    path: str, name: str, kind: Kind, columns: Columns, reading: Reading, per_line: bool = False
+) -> "Iterator[pa.Table]":
+    """The rows of a file at a path or fsspec URL: tables with `text` and the other columns, checked.
+
+    `name` is what errors call it; `per_line` is for texts alone. Raises UserError for bad input that is not skipped.
+    """
+
+    def opened() -> Any:
+        if "://" not in path:
+            return Path(path).open("rb", buffering=0)
+        import fsspec
+
+        return fsspec.open(path).open()
+
+    if kind.format == "parquet":
+        if kind.compression:
+            raise UserError(f"{name}: Parquet is compressed inside; decompress the file")
+        yield from parquet_tables(path if "://" not in path else opened(), name, columns, reading)
+        return
+    with closing(Decompressed(opened, kind.compression) if kind.compression else opened()) as file:
+        if kind.format == "jsonl":
+            yield from json_tables(file, name, columns, reading)
+        elif columns.others:
+            raise UserError(f"{name} is a text, and has no column '{columns.others[0]}'")
+        else:
+            yield from text_tables(file, name, per_line, reading)
+
+
+def parquet_tables(file: Any, name: str, columns: Columns, reading: Reading) -> "Iterator[pa.Table]":
+    """The rows of a Parquet file; `file` is a path or an open file.
+
+    Raises UserError for a column that is missing or holds no text, and for a damaged file unless those are skipped.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        # Without pre_buffer a group's pages are read as they are needed, however large the group is.
+        parquet = pq.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False)
+    except ERRORS as error:
+        reading.lose(name, f"it is no whole Parquet file ({damage(error)})", 0)
+        return
+    with parquet:
+        for wanted in (columns.text, *columns.others):
+            check_column(wanted, parquet.schema_arrow.names, name)
+        row = 0
+        for group in range(parquet.num_row_groups):
+            taken = 0
+            rows = parquet.metadata.row_group(group).num_rows
+            try:
+                for table in _group_tables(parquet, group, columns):
+                    place = row_place(name, row + taken)
+                    taken += table.num_rows
+                    table = as_text(table, columns, name)
+                    yield accepted(table, reading, place)
+            except ERRORS as error:
+                reading.lose(row_place(name, row)(taken), f"it is damaged ({damage(error)})", rows - taken)
+            row += rows
+
+
+def _group_tables(parquet: Any, group: int, columns: Columns) -> "Iterator[pa.Table]":
+    """The rows of a row group in tables of about TABLE_BYTES, or of a few rows where those are long."""
+    import pyarrow as pa
+
+    metadata = parquet.metadata.row_group(group)
+    if not metadata.num_rows:
+        return
+    sizes = {
+        metadata.column(index).path_in_schema: metadata.column(index).total_uncompressed_size
+        for index in range(metadata.num_columns)
+    }
+    # A dictionary may make a column larger than this says.
+    average = max(1, sizes.get(columns.text, 0) // metadata.num_rows)
+    rows = max(1, min(ROWS_AT_ONCE, TABLE_BYTES // average))
+    wanted = list(dict.fromkeys([columns.text, *columns.others]))
+    waiting, size = [], 0
+    for batch in parquet.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False):
+        waiting.append(batch)
+        size += batch.nbytes
+        if size >= TABLE_BYTES:
+            yield pa.Table.from_batches(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield pa.Table.from_batches(waiting)
+
+
+def as_text(table: "pa.Table", columns: Columns, name: str) -> "pa.Table":
+    """The table with its text under `text`, as strings."""
+    import pyarrow as pa
+
+    text = table[columns.text]
+    if pa.types.is_dictionary(text.type):
+        text = text.cast(text.type.value_type)
+    if pa.types.is_binary(text.type):
+        # Old writers mark no strings as such; whether it is UTF-8 is seen later.
+        text = pa.chunked_array([chunk.view(pa.string()) for chunk in text.chunks], pa.string())
+    elif pa.types.is_large_string(text.type) or pa.types.is_string_view(text.type) or pa.types.is_null(text.type):
+        text = text.cast(pa.string())
+    elif not pa.types.is_string(text.type):
+        raise UserError(f"{name}: the column '{columns.text}' is of the type {text.type}, no text")
+    return pa.table({TEXT: text, **{other: table[other] for other in columns.others}})
+
+
+def json_tables(file: Readable, name: str, columns: Columns, reading: Reading) -> "Iterator[pa.Table]":
+    """The rows of JSON Lines: each line an object; blank ones hold none.
+
+    Numbers of the other columns are read as float64, and their types are those of their first values. Raises
+    UserError for a line that is no object or has no text, unless those are skipped.
+    """
+    # By lines: pyarrow's reader crashed on a line `null`, and names no lines.
+    import orjson
+
+    for number, block in line_blocks(file, name, reading):
+        rows: list[dict[str, Any]] = []
+        lines: list[int] = []
+        for line, text in enumerate(block.split(b"\n"), number):
+            if not text or text.isspace():
+                continue
+            try:
+                row = orjson.loads(text)
+            except orjson.JSONDecodeError as error:
+                _refuse_line(text, f"{name} line {line}", one_line(error), reading)
+                continue
+            if not isinstance(row, dict):
+                _refuse_line(text, f"{name} line {line}", "it is no object", reading)
+            elif not isinstance(row.get(columns.text), str):
+                reading.refuse("no_text", f"{name} line {line}", _no_text(row, columns.text), len(text))
+            elif (misfit := columns.misfit(row)) is not None:
+                reading.refuse("malformed", f"{name} line {line}", misfit, len(text))
+            else:
+                rows.append(row)
+                lines.append(line)
+        if rows:
+            yield accepted(columns.table(rows), reading, line_place(name, lines))
+
+
+def _refuse_line(line: bytes, place: str, problem: str, reading: Reading) -> None:
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        reading.refuse("not_utf8", place, f"it is no valid UTF-8 ({error.reason} at byte {error.start})", len(line))
+    else:
+        reading.refuse("malformed", place, f"the line is no JSON object ({problem})", len(line))
+
+
+def _no_text(row: dict[str, Any], column: str) -> str:
+    if column in row:
+        return f"'{column}' is {'null' if row[column] is None else 'no string'}"
+    try:
+        check_column(column, row, "the row")
+    except UserError as error:
+        return str(error)
+    raise AssertionError(column)
+
+
+def text_tables(file: Readable, name: str, per_line: bool, reading: Reading) -> "Iterator[pa.Table]":
+    """A text as one document, or each of its lines as one; blank lines are none.
+
+    Raises UserError for a text that is no UTF-8, unless that is skipped.
+    """
+    import pyarrow as pa
+
+    if not per_line:
+        whole = _whole(file, name, reading)
+        if whole is not None:
+            yield accepted(pa.table({TEXT: _strings([whole])}), reading, lambda row: name)
+        return
+    for number, block in line_blocks(file, name, reading):
+        lines = [(line, text.removesuffix(b"\r")) for line, text in enumerate(block.split(b"\n"), number)]
+        filled = [(line, text) for line, text in lines if text and not text.isspace()]
+        table = pa.table({TEXT: _strings([text for _, text in filled])})
+        yield accepted(table, reading, line_place(name, [line for line, _ in filled]))
+
+
+def _strings(texts: list[bytes]) -> "pa.Array":
+    """Texts that may turn out to be no UTF-8."""
+    import pyarrow as pa
+
+    return pa.array(texts, pa.binary()).view(pa.string())
+
+
+def _whole(file: Readable, name: str, reading: Reading) -> bytes | None:
+    try:
+        parts, size = [], 0
+        while size <= DOCUMENT_LIMIT_BYTES and (part := file.read(BLOCK_BYTES)):
+            parts.append(part)
+            size += len(part)
+    except DamagedFile as error:
+        reading.lose(name, str(error), 1)
+        return None
+    if size > DOCUMENT_LIMIT_BYTES:
+        reading.refuse("too_long", name, too_long(), size)
+        return None
+    return b"".join(parts).removeprefix(_BOM)
+
+
+def line_blocks(file: Readable, name: str, reading: Reading) -> Iterator[tuple[int, bytes]]:
+    """Whole lines in blocks of about BLOCK_BYTES without the last newline, each with its first line's number.
+
+    A line over the limit goes to `reading`, and so does the line in which a damaged file ends.
+    """
+    number, size, start = 1, 0, True
+    parts: list[bytes] = []
+    while True:
+        try:
+            data = file.read(BLOCK_BYTES)
+        except DamagedFile as error:
+            reading.lose(f"{name} line {number}", str(error), 1)
+            return
+        if start:
+            data, start = data.removeprefix(_BOM), False
+        head, newline, tail = data.rpartition(b"\n")
+        if data and not newline:
+            size += len(tail)
+            parts = [*parts, tail] if size <= LINE_LIMIT_BYTES else []
+            continue
+        block = b"".join([*parts, head])
+        if size > LINE_LIMIT_BYTES:
+            first, more, block = head.partition(b"\n")
+            reading.refuse("too_long", f"{name} line {number}", too_long(), size + len(first))
+            number += 1
+            if not more:
+                parts, size = [tail], len(tail)
+                if data:
+                    continue
+                return
+        if block:
+            yield number, block
+        if not data:
+            return
+        number += block.count(b"\n") + 1
+        parts, size = [tail], len(tail)
+
+
+class DamagedFile(Exception):
+    """A compressed file ends too early or holds what is not of its format."""
+
+
+ERRORS = (ValueError, OSError)
+"""What pyarrow raises for damaged files; its own errors are these or derive from them."""
+
+
+def damage(error: Exception) -> str:
+    """What pyarrow found wrong with a file. Raises `error` again where the file is not to blame, as for a connection
+    that broke."""
+    if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+        raise error
+    return one_line(error)
+
+
+class Decompressed:
+    """Reads a compressed file up to the last byte that can be had before any damage."""
+
+    def __init__(self, opened: Callable[[], Any], compression: str) -> None:
+        self._opened = opened
+        self._compression = compression
+        self._passed = 0
+        self._bytewise = False
+        self._stream = self._from_start()
+
+    def _from_start(self) -> Any:
+        import pyarrow as pa
+
+        return pa.CompressedInputStream(pa.PythonFile(self._opened(), "r"), self._compression)
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, none at the end. Raises DamagedFile where the file is damaged."""
+        if not self._bytewise:
+            try:
+                data = bytes(self._stream.read(size))
+            except ERRORS as error:
+                damage(error)
+                # A read that meets the damage gives nothing; single bytes give all that is before it.
+                self._bytewise = True
+                self._stream.close()
+                self._stream = self._from_start()
+                left = self._passed
+                while left:
+                    left -= len(self._stream.read(min(left, BLOCK_BYTES)))
+            else:
+                self._passed += len(data)
+                return data
+        found = bytearray()
+        try:
+            while len(found) < size and (byte := self._stream.read(1)):
+                found += byte
+        except ERRORS as error:
+            if not found:
+                raise DamagedFile(f"the {self._compression} file is damaged or cut off ({damage(error)})") from error
+        return bytes(found)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._stream.close()

@@ -1,0 +1,292 @@
+"""Documents from a source through rules and past duplicates into shards, several batches at a time.
+
+D documents of a batch, S of them that the rules keep.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import StageInterrupted, UserError
+from common.files import canonical_json, write_atomically
+from models.training.events import Note
+from tasks.corpus.config import Config
+from tasks.corpus.duplicates import DuplicateIndex
+from tasks.corpus.examining import KEPT, Examined, Examiner
+from tasks.corpus.shards import Shards
+from tasks.corpus.sources import REFUSALS, SPLITS, Count, Opened, Reading, Refused, batches
+from tasks.stage import Context
+
+COMMIT_BYTES = 128 << 20
+NOTE_SECONDS = 15.0
+
+
+@dataclass
+class Tally:
+    """What was read, dropped and kept so far."""
+
+    dropped: list[Count]
+    """By rule, by benchmark, as equal and as near duplicates."""
+    batches: int = 0
+    """Batches of the source that are done with."""
+    read: Count = field(default_factory=Count)
+    kept: Count = field(default_factory=Count)
+    refused: Refused = field(default_factory=Refused)
+    """What was dropped while reading."""
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> "Tally":
+        """The tally that `asdict` gave."""
+        refused = state["refused"]
+        return cls(
+            [Count(**count) for count in state["dropped"]],
+            state["batches"],
+            Count(**state["read"]),
+            Count(**state["kept"]),
+            Refused({rule: Count(**count) for rule, count in refused["counts"].items()}, refused["damaged"]),
+        )
+
+
+class Pipeline:
+    """Makes the documents of a config; what was done before a kill is not done again."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        self._config = config
+        self._context = context
+        self._folder = context.local_scratch
+        self._examiner = Examiner(config)
+        self._rules = self._described_rules()
+        self._tally = Tally([Count() for _ in self._rules])
+        self._description: Mapping[str, Any] = {}
+        self._shards: Shards
+        self._index: DuplicateIndex | None = None
+        self._saved_bytes = 0
+        self._started = self._told = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Writes the shards into the context's output; gives what `documents.json` says.
+
+        Raises UserError for bad input and where no document is left, StageInterrupted where it was told to stop.
+        """
+        workers = self._context.runtime.processes or len(os.sched_getaffinity(0))
+        with ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(workers))
+            # Before the pool waits for what it does: nobody wants the batches that were not begun.
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            previous = self._prepare(pool, stack)
+            reading = Reading(
+                self._config.read_columns,
+                self._config.on_error == "skip",
+                self._folder,
+                previous,
+                lambda text: self._context.report(Note(text)),
+            )
+            opened = self._config.source.open(reading)
+            self._description = opened.description
+            self._work(opened, reading, pool, workers)
+            self._check()
+            splits = self._shards.publish(self._context.output)
+        return self._described(splits)
+
+    def _described_rules(self) -> list[dict[str, Any]]:
+        """What drops documents after they were read, in the order in which it applies."""
+        config = self._config
+        rules: list[dict[str, Any]] = [
+            {"rule": rule.rule, "parameters": rule.model_dump(exclude={"rule"})} for rule in config.rules
+        ]
+        if config.contamination is not None:
+            ngram = config.contamination.ngram
+            rules += [
+                {"rule": "contamination", "parameters": {"benchmark": name, "ngram": ngram}}
+                for name in self._examiner.benchmarks
+            ]
+        if config.duplicates is not None and config.duplicates.exact:
+            rules.append({"rule": "exact_duplicates", "parameters": {}})
+        if config.duplicates is not None and config.duplicates.near is not None:
+            rules.append({"rule": "near_duplicates", "parameters": config.duplicates.near.model_dump()})
+        return rules
+
+    def _prepare(self, pool: ThreadPoolExecutor, stack: ExitStack) -> Mapping[str, Any]:
+        """Takes up what an earlier start left, if anything; gives the description of the source that it read."""
+        try:
+            state = self._open(pool)
+            if state is not None:
+                self._shards.restore(state["shards"])
+                self._tally = Tally.from_json(state["tally"])
+                self._saved_bytes = self._tally.read.bytes
+                text = f"going on after {self._tally.read.documents:,} documents that were read before"
+                self._context.report(Note(text))
+        except (ValueError, LookupError, OSError) as error:
+            self._context.report(Note(f"beginning anew: what an earlier start left is damaged ({error})"))
+            self._tally = Tally([Count() for _ in self._rules])
+            state = None
+        if state is None:
+            self._close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._open(pool)
+        stack.callback(self._close)
+        return state["source"] if state else {}
+
+    def _open(self, pool: ThreadPoolExecutor) -> Any:
+        """Opens the shards and the index; gives the state that was saved last, or None."""
+        (self._folder / "shards").mkdir(parents=True, exist_ok=True)
+        self._shards = Shards(self._folder / "shards", self._config.shard_bytes, pool.submit)
+        if self._config.duplicates is not None:
+            self._index = DuplicateIndex(self._folder / "duplicates", self._config.duplicates)
+            saved = self._index.state()
+        else:
+            path = self._folder / "state.json"
+            saved = path.read_bytes() if path.exists() else None
+        return None if saved is None else json.loads(saved)
+
+    def _close(self) -> None:
+        if self._index is not None:
+            self._index.close()
+            self._index = None
+
+    def _save(self) -> None:
+        """Makes durable what was done so far, so that another start goes on from here."""
+        shards = self._shards.state()
+        state = canonical_json({"source": self._description, "tally": asdict(self._tally), "shards": shards})
+        if self._index is not None:
+            self._index.commit(state)
+        else:
+            write_atomically(self._folder / "state.json", state)
+        self._shards.forget(shards)
+        self._saved_bytes = self._tally.read.bytes
+
+    def _work(self, opened: Opened, reading: Reading, pool: ThreadPoolExecutor, workers: int) -> None:
+        """Reads the source to its end, or until enough is kept."""
+        pending: deque[Future[Examined]] = deque()
+        done = self._tally.batches
+        with closing(batches(opened.tables, reading)) as source:
+            for number, batch in enumerate(source):
+                if number < done:
+                    self._stop_if_told(save=False)
+                    continue
+                pending.append(pool.submit(self._examiner.examine, batch))
+                # One more than the workers, so that none of them waits while this thread reads.
+                if len(pending) > workers + 1 and not self._take(pending.popleft().result()):
+                    return
+        while pending:
+            if not self._take(pending.popleft().result()):
+                return
+
+    def _take(self, examined: Examined) -> bool:
+        """Counts a batch and gives what is kept of it to the shards; tells whether more is wanted."""
+        rows_S = np.flatnonzero(examined.rule_D == KEPT)
+        kept_S = np.ones(len(rows_S), bool)
+        reason_D = examined.rule_D.copy()
+        if self._index is not None and examined.prints is not None:
+            novel = self._index.novel(examined.prints, kept_S)
+            kept_S = novel.kept_D
+            names = [rule["rule"] for rule in self._rules]
+            for name, dropped_S in (("exact_duplicates", novel.exact_D), ("near_duplicates", novel.near_D)):
+                if dropped_S.any():
+                    reason_D[rows_S[dropped_S]] = names.index(name)
+        end, enough = self._end(rows_S[kept_S], examined.size_D)
+        self._count(reason_D[:end], examined.size_D[:end])
+        self._tally.refused.merge(examined.batch.refused)
+        for count in examined.batch.refused.counts.values():
+            self._tally.read.add(count.documents, count.bytes)
+        self._append(examined, kept_S & (rows_S < end))
+        self._tally.batches += 1
+        self._tell()
+        self._stop_if_told(save=True)
+        if self._tally.read.bytes - self._saved_bytes >= COMMIT_BYTES or (
+            self._shards.unsaved and not self._shards.writing
+        ):
+            self._save()
+        return not enough
+
+    def _end(self, kept_rows: NDArray[np.int64], size_D: NDArray[np.int64]) -> tuple[int, bool]:
+        """The row of a batch at which enough is kept, and whether there is one."""
+        config, kept = self._config, self._tally.kept
+        end, enough = len(size_D), False
+        if config.max_documents is not None and kept.documents + len(kept_rows) >= config.max_documents:
+            end, enough = int(kept_rows[config.max_documents - kept.documents - 1]) + 1, True
+        if config.max_bytes is not None:
+            over = np.flatnonzero(kept.bytes + np.cumsum(size_D[kept_rows]) > config.max_bytes)
+            if len(over):
+                end, enough = min(end, int(kept_rows[over[0]])), True
+        return end, enough
+
+    def _count(self, reason_D: NDArray[np.int16], size_D: NDArray[np.int64]) -> None:
+        self._tally.read.add(len(reason_D), int(size_D.sum()))
+        documents = np.bincount(reason_D + 1, minlength=len(self._rules) + 1).tolist()
+        sizes = np.bincount(reason_D + 1, size_D, len(self._rules) + 1).astype(np.int64).tolist()
+        for count, number, size in zip([self._tally.kept, *self._tally.dropped], documents, sizes, strict=True):
+            count.add(number, size)
+
+    def _append(self, examined: Examined, kept_S: NDArray[np.bool_]) -> None:
+        import pyarrow as pa
+
+        split_S = examined.split_S
+        if split_S is None:
+            fixed = self._config.split if isinstance(self._config.split, str) else examined.batch.split
+            split_S = np.full(len(kept_S), SPLITS.index(fixed or "train"), np.int8)
+        for number, split in enumerate(SPLITS):
+            here_S = kept_S & (split_S == number)
+            if here_S.all() and len(here_S):
+                self._shards.append(split, examined.kept)
+            elif here_S.any():
+                self._shards.append(split, examined.kept.filter(pa.array(here_S)))
+
+    def _stop_if_told(self, save: bool) -> None:
+        if self._context.should_stop():
+            if save:
+                self._save()
+            raise StageInterrupted("the documents were stopped; they go on from there when run again")
+
+    def _tell(self) -> None:
+        """Says now and then how far it is."""
+        now = time.monotonic()
+        if now - self._told < NOTE_SECONDS:
+            return
+        self._told = now
+        tally = self._tally
+        dropped = sum(count.documents for count in (*tally.dropped, *tally.refused.counts.values()))
+        text = f"{tally.read.bytes / 1e6:,.0f} MB read: {tally.kept.documents:,} documents kept, {dropped:,} dropped"
+        self._context.report(Note(text))
+
+    def _check(self) -> None:
+        """Raises UserError where the source has changed meanwhile, or nothing is left of it."""
+        try:
+            self._config.source.resolved()
+        except UserError:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        tally, name = self._tally, self._description["name"]
+        if not tally.read.documents and not tally.refused.damaged:
+            raise UserError(f"source '{name}' is empty: it has no documents")
+        if not tally.kept.documents:
+            counts = [(entry["rule"], entry["documents"]) for entry in self._dropped() if entry["documents"]]
+            told = ", ".join(f"{rule} {documents:,}" for rule, documents in counts) or "; ".join(tally.refused.damaged)
+            raise UserError(f"no document of source '{name}' is left of {tally.read.documents:,}: {told}")
+
+    def _dropped(self) -> list[dict[str, Any]]:
+        """What was dropped, in the order in which rules apply; bad input only where there was some."""
+        counts = self._tally.refused.counts
+        refused = [{"rule": rule, "parameters": {}, **asdict(counts[rule])} for rule in REFUSALS if rule in counts]
+        rules = [{**rule, **asdict(count)} for rule, count in zip(self._rules, self._tally.dropped, strict=True)]
+        return [*refused, *rules]
+
+    def _described(self, splits: Mapping[str, Any]) -> dict[str, Any]:
+        damaged = {"damaged": self._tally.refused.damaged} if self._tally.refused.damaged else {}
+        return {
+            "source": dict(self._description),
+            "read": asdict(self._tally.read),
+            "splits": dict(splits),
+            "dropped": self._dropped(),
+            **damaged,
+        }

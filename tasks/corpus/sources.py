@@ -1,0 +1,298 @@
+"""What a source of documents is, and how its rows come in batches of even size.
+
+D documents.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config import FrozenModel
+from common.errors import UserError, suggestion
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TEXT = "text"
+BATCH_BYTES = 4 << 20
+ROW_BYTES = 16
+"""What a document takes beside its text, so that a batch of empty ones is one too."""
+DOCUMENT_LIMIT_BYTES = 64 << 20
+"""No document may be longer: a few of them are in memory at once."""
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Refusal = Literal["malformed", "not_utf8", "no_text", "too_long", "unreadable"]
+REFUSALS: tuple[Refusal, ...] = ("malformed", "not_utf8", "no_text", "too_long", "unreadable")
+"""Rules under which bad input is dropped: a line that is no JSON object or a value that does not fit its column; text
+that is no UTF-8; a row whose text is missing, null or no string; a document over the limit; what damage to a file
+took."""
+
+
+@dataclass
+class Count:
+    """How many documents, and how many bytes of text they have."""
+
+    documents: int = 0
+    bytes: int = 0
+
+    def add(self, documents: int, size: int) -> None:
+        """Counts some more."""
+        self.documents += documents
+        self.bytes += size
+
+
+@dataclass
+class Refused:
+    """Bad input that was dropped while reading, by rule."""
+
+    counts: dict[Refusal, Count] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
+    """What is wrong with each damaged file, a line each."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all that was dropped."""
+        return sum(count.bytes for count in self.counts.values())
+
+    def merge(self, other: "Refused") -> None:
+        """Takes in what `other` has."""
+        for rule, count in other.counts.items():
+            self.counts.setdefault(rule, Count()).add(count.documents, count.bytes)
+        self.damaged += other.damaged
+
+
+class Reading:
+    """How a source is to be read, and what becomes of its bad rows."""
+
+    def __init__(
+        self,
+        others: tuple[str, ...] = (),
+        skip: bool = False,
+        folder: Path | None = None,
+        previous: Mapping[str, Any] | None = None,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.others = others
+        """Columns beside the text's."""
+        self.skip = skip
+        """Whether bad rows are dropped and counted; else they are errors."""
+        self.folder = folder
+        """A folder for what a library keeps while it reads."""
+        self.previous = previous or {}
+        """The description under which an earlier start read, where this one goes on from it."""
+        self.tell = tell
+        """Takes a sentence for people."""
+        self._refused = Refused()
+        self._told: set[Refusal] = set()
+
+    def refuse(self, rule: Refusal, place: str, problem: str, size: int, documents: int = 1) -> None:
+        """Drops and counts bad input of `size` bytes at a place. Raises UserError where it is not to be dropped."""
+        if not self.skip:
+            raise UserError(f"{place}: {problem}; mend it, or drop and count such input with on_error: skip")
+        if rule not in self._told:
+            self.tell(f"{place}: {problem}; such input is dropped and counted as {rule}")
+            self._told.add(rule)
+        self._refused.counts.setdefault(rule, Count()).add(documents, size)
+
+    def lose(self, place: str, problem: str, documents: int) -> None:
+        """Drops and counts what a damaged file has lost. Raises UserError where it is not to be dropped."""
+        self.refuse("unreadable", place, problem, 0, documents)
+        self.tell(f"{place}: {problem}")
+        self._refused.damaged.append(f"{place}: {problem}")
+
+    def taken(self) -> Refused:
+        """What was refused since this was asked last."""
+        refused, self._refused = self._refused, Refused()
+        return refused
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that follow each other in the source."""
+
+    table: "pa.Table"
+    """`text` and the other columns that were asked for, in one chunk."""
+    split: Split | None
+    """The split that the source itself puts them into."""
+    refused: Refused
+    """What was dropped between the batch before and the end of this one."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source that is being read."""
+
+    description: Mapping[str, Any]
+    """What is read, as JSON: `name`, and what it resolved to."""
+    tables: "Iterator[tuple[Split | None, pa.Table]]"
+    """Its rows in order, in tables of at most some MB, each with the split that the source itself puts it into. The
+    column `text` has strings without nulls, valid in UTF-8; bad rows have gone to the Reading."""
+
+
+class SourceConfig(FrozenModel):
+    """The base of every source. A new one is added to the union in tasks.documents."""
+
+    @property
+    def own_columns(self) -> tuple[str, ...]:
+        """Columns beside the text that always come, and are kept."""
+        return ()
+
+    def resolved(self) -> Self:
+        """The source with the digest of what it points at; asked when a recipe is loaded.
+
+        Raises UserError where it points at nothing, or not at what the digest says.
+        """
+        return self
+
+    @abstractmethod
+    def open(self, reading: Reading) -> Opened:
+        """Begins to read. Raises UserError for bad input, at once or while the tables are taken."""
+
+
+class ExternalSource(SourceConfig):
+    """A source outside Cairn, which may change."""
+
+    digest: str | None = None
+    """SHA-256 over the names and bytes of its files; Cairn fills it in where they are on this machine, and refuses
+    files that are not what it says."""
+
+
+External = TypeVar("External", bound=ExternalSource)
+
+
+def with_digest(source: External, digest: str, what: str) -> External:
+    """A source with the digest of its content. Raises UserError where it has another one already."""
+    written = source.digest
+    if written is not None and written != digest:
+        raise UserError(
+            f"{what} is not what its digest {written[:12]} says ({digest[:12]}): it has changed; run again, and take "
+            "the digest out of the recipe where it was written there"
+        )
+    return source.model_copy(update={"digest": digest})
+
+
+def check_column(name: str, known: Iterable[str], place: str) -> None:
+    """Raises UserError for a column that is not there."""
+    names = list(known)
+    if name not in names:
+        raise UserError(f"{place} has no column '{name}'{suggestion(name, names)}")
+
+
+def accepted(table: "pa.Table", reading: Reading, place: Callable[[int], str]) -> "pa.Table":
+    """The rows of a table whose text is one: neither null nor too long, and valid UTF-8, as the other strings are.
+
+    `place` says where a row is from; the bad ones go to `reading`.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    text_D = table[TEXT].combine_chunks()
+    size_D = np.asarray(pc.binary_length(text_D).fill_null(0))
+    good_D = np.ones(len(text_D), bool)
+
+    def refuse(rows: Iterable[int], rule: Refusal, problem: str) -> None:
+        for row in rows:
+            if good_D[row]:
+                good_D[row] = False
+                reading.refuse(rule, place(row), problem, int(size_D[row]))
+
+    if text_D.null_count:
+        refuse(np.flatnonzero(text_D.is_null()).tolist(), "no_text", "the text is null")
+    refuse(np.flatnonzero(size_D > DOCUMENT_LIMIT_BYTES).tolist(), "too_long", too_long())
+    for name in table.column_names:
+        if pa.types.is_string(table.schema.field(name).type):
+            refuse(_not_utf8(table[name]), "not_utf8", f"the column '{name}' is no valid UTF-8")
+    return table if good_D.all() else table.filter(pa.array(good_D))
+
+
+def too_long() -> str:
+    """What is said of a document over the limit."""
+    return f"the document is longer than {DOCUMENT_LIMIT_BYTES >> 20} MiB, more than is kept in memory; divide it"
+
+
+def _not_utf8(column: "pa.ChunkedArray") -> Iterator[int]:
+    """The rows of a column of strings that are no valid UTF-8."""
+    import pyarrow as pa
+
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        for row, value in enumerate(column.cast(pa.binary()).to_pylist()):
+            try:
+                (value or b"").decode()
+            except UnicodeDecodeError:
+                yield row
+
+
+def batches(tables: "Iterable[tuple[Split | None, pa.Table]]", reading: Reading) -> Generator[Batch, None, None]:
+    """The rows in batches of about BATCH_BYTES, at bounds that depend on the rows alone.
+
+    Raises UserError for a table whose columns do not fit those of the first one.
+    """
+    import pyarrow as pa
+
+    waiting: list[pa.Table] = []
+    schema = pa.schema([(TEXT, pa.string())])
+    size, split, refused = 0, None, Refused()
+
+    def batch() -> Batch:
+        nonlocal size, refused
+        table = pa.concat_tables(waiting).combine_chunks() if waiting else schema.empty_table()
+        full = Batch(table, split, refused)
+        waiting.clear()
+        size, refused = 0, Refused()
+        return full
+
+    first = True
+    for own_split, table in tables:
+        if own_split != split and waiting:
+            yield batch()
+        schema, split, first = table.schema if first else schema, own_split, False
+        refused.merge(reading.taken())
+        for part, part_size in _parts(_as(table, schema)):
+            waiting.append(part)
+            size += part_size
+            if size >= BATCH_BYTES:
+                yield batch()
+    refused.merge(reading.taken())
+    if waiting or refused.counts:
+        yield batch()
+
+
+def text_sizes(table: "pa.Table") -> NDArray[np.int64]:
+    """The bytes of each document."""
+    import pyarrow.compute as pc
+
+    return np.asarray(pc.binary_length(table[TEXT])).astype(np.int64)
+
+
+def _parts(table: "pa.Table") -> "Iterator[tuple[pa.Table, int]]":
+    """A table cut into pieces of at most BATCH_BYTES, or of one document, each with its size."""
+    end_D = np.cumsum(text_sizes(table) + ROW_BYTES)
+    row, passed = 0, 0
+    while row < table.num_rows:
+        stop = max(row + 1, int(np.searchsorted(end_D, passed + BATCH_BYTES, "right")))
+        yield table.slice(row, stop - row), int(end_D[stop - 1]) - passed
+        row, passed = stop, int(end_D[stop - 1])
+
+
+def _as(table: "pa.Table", schema: "pa.Schema") -> "pa.Table":
+    import pyarrow as pa
+
+    if table.schema.equals(schema):
+        return table.replace_schema_metadata(None)
+    try:
+        return table.select(schema.names).cast(schema)
+    except (KeyError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"the source's columns do not fit those that it began with: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """What a library says of bad input, in a line."""
+    return " ".join(str(error).split())[:300]
