@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ class VerifiedFiles:
 
     def __init__(self, index: Path) -> None:
         self._index = index
+        self._lock = threading.Lock()
 
     def problems(self, folder: Path, files: Mapping[str, FileEntry]) -> Iterator[tuple[str, str]]:
         """Checks files against their entries; yields the name and what is wrong with each that fails."""
@@ -37,8 +39,11 @@ class VerifiedFiles:
                 yield name, "missing"
         if seen != known:
             # Only an optimisation: a home that cannot be written costs hashing, not work.
-            with contextlib.suppress(OSError):
-                write_atomically(index, json.dumps(seen).encode())
+            with self._lock, contextlib.suppress(OSError):
+                # Another thread may have hashed other files of the same folder meanwhile.
+                others = {name: mark for name, mark in _load(index).items() if name not in files}
+                own = {name: seen[name] for name in files if name in seen}
+                write_atomically(index, json.dumps({**others, **own}).encode())
 
 
 def _load(index: Path) -> dict[str, str]:

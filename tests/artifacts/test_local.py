@@ -4,8 +4,10 @@ import contextlib
 import os
 import random
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,26 @@ def test_a_file_is_hashed_at_its_first_use_only(
     os.utime(path, ns=times)
     with pytest.raises(UserError, match="damaged"):
         local_store.fetch(record)
+
+
+def test_threads_that_hash_files_of_one_artifact_at_once_all_remember_them(
+    local_store: Store, maker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"file-{number}" for number in range(4)]
+    record = maker(local_store)("one", {name: name.encode() for name in names})
+    hashed: list[str] = []
+    together = threading.Barrier(len(names))
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        together.wait(30)
+        return sha256_file(path)
+
+    monkeypatch.setattr("artifacts.verified.sha256_file", counted)
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: local_store.fetch(record, [name]), names))
+    local_store.fetch(record)
+    assert sorted(hashed) == names
 
 
 def test_an_index_of_hashed_files_that_is_damaged_costs_hashing_only(local_store: Store, maker: Any) -> None:
