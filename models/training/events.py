@@ -1,6 +1,7 @@
 """What the loop tells while it runs, and what it ends with."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from models.training.state import RunState, ValidationRecord
 
@@ -48,6 +49,8 @@ class Validation:
     exact_match: float | None
     """Fraction of rows that were generated exactly; None where none were."""
     samples: tuple[Sample, ...]
+    by_source: Mapping[str, float] = field(default_factory=dict)
+    """The loss on each source by its name, where there are several."""
 
 
 @dataclass(frozen=True)

@@ -256,9 +256,13 @@ class _Loop:
         if measured is None:
             self._interrupt()
             return
-        record = ValidationRecord(step=step, loss=measured.loss, exact_match=measured.exact_match)
+        record = ValidationRecord(
+            step=step, loss=measured.loss, exact_match=measured.exact_match, by_source=measured.by_source
+        )
         self.state = self.state.model_copy(update={"validations": (*self.state.validations, record)})
-        event = Validation(step, measured.loss, measured.exact_match, measured.samples)
+        event = Validation(
+            step, measured.loss, measured.exact_match, measured.samples, self.validator.by_name(measured.by_source)
+        )
         if self.metrics is not None:
             self.metrics.validation(event)
         self.report(event)

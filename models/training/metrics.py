@@ -13,7 +13,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,6 +33,7 @@ _TRAINING = (
     "skipped",
 )
 _VALIDATION = ("step", "loss", "exact_match")
+_LOSS_OF = "loss/"
 _DRAW_SECONDS = 60.0
 _FLUSH_SECONDS = 1.0
 
@@ -40,13 +41,20 @@ _FLUSH_SECONDS = 1.0
 class Metrics:
     """Writes `training.csv`, `validation.csv`, `samples.jsonl`, `tensorboard/` and `loss.png` below a folder."""
 
-    def __init__(self, folder: Path, title: str = "", config: Mapping[str, Any] | None = None) -> None:
-        """`title` stands above the loss curve and names the run in Weights & Biases, which is given `config`."""
+    def __init__(
+        self,
+        folder: Path,
+        title: str = "",
+        config: Mapping[str, Any] | None = None,
+        validated: Sequence[str] = (),
+    ) -> None:
+        """`title` stands above the loss curve and names the run in Weights & Biases, which is given `config`;
+        `validated`: the names of the sources that have a validation loss of their own."""
         self._folder = folder
         self._title = title
         self._config = dict(config or {})
         self._training = _CsvFile(folder / "training.csv", _TRAINING)
-        self._validation = _CsvFile(folder / "validation.csv", _VALIDATION)
+        self._validation = _CsvFile(folder / "validation.csv", (*_VALIDATION, *(_LOSS_OF + name for name in validated)))
         self._samples = _LinesFile(folder / "samples.jsonl", lambda line: int(json.loads(line)["step"]))
         self._tensorboard: _TensorBoard | None = None
         self._wandb: Any = None
@@ -74,6 +82,7 @@ class Metrics:
     def validation(self, event: Validation) -> None:
         """One row of a validation, its samples, and the loss curve from time to time."""
         values = {name: getattr(event, name) for name in _VALIDATION}
+        values |= {_LOSS_OF + name: loss for name, loss in event.by_source.items()}
         self._validation.append(values)
         for sample in event.samples:
             self._samples.append_line(json.dumps({"step": event.step, **vars(sample)}, ensure_ascii=False))

@@ -18,6 +18,8 @@ class ValidationRecord(FrozenModel):
     step: int
     loss: float
     exact_match: float | None = None
+    by_source: tuple[float, ...] = ()
+    """The loss on each source, in their order, where there are several."""
 
 
 class RunState(FrozenModel):

@@ -3,7 +3,7 @@
 B rows, T positions.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,8 @@ class Measured(NamedTuple):
     loss: float
     exact_match: float | None
     samples: tuple[Sample, ...]
+    by_source: tuple[float, ...] = ()
+    """The loss on each source, where there are several."""
 
 
 class _Task(NamedTuple):
@@ -36,8 +38,16 @@ class _Task(NamedTuple):
     """Whether the whole row counts as a target, so that nothing in it is the answer to anything."""
 
 
+class _Stopped(Exception):
+    """The loop is to stop."""
+
+
 class Validator:
-    """Measures an engine's weights on the first rows of the validation split."""
+    """Measures an engine's weights on the first rows of each source's validation split.
+
+    Losses and exact matches of several sources are averaged by the shares that were asked for, which is what they
+    would be on a mixture of them, whatever the sizes of the validation splits.
+    """
 
     def __init__(
         self,
@@ -50,6 +60,7 @@ class Validator:
         """`rows_at_once`: rows that go through the model together. `decode`: from token ids to text."""
         self._engine = engine
         self._batches = batches
+        self._sources = batches.sources
         self._config = config
         self._rows_at_once = rows_at_once
         self._decode = decode or (lambda tokens: " ".join(map(str, tokens)))
@@ -60,34 +71,60 @@ class Validator:
         Exact match compares what the model writes greedily after a row's last token before its counted targets with
         these, up to the last of them or to the model's last position; rows in which nothing counts are left out.
         """
+        losses: dict[int, float] = {}
+        matches: dict[int, float] = {}
+        try:
+            for source in range(len(self._sources)):
+                losses[source] = self._loss(source, stopping)
+                matches |= self._exact_match(source, stopping)
+        except _Stopped:
+            return None
+        return Measured(
+            self._average(losses),
+            self._average(matches) if matches else None,
+            self._samples() if not stopping() else (),
+            tuple(losses.values()) if len(losses) > 1 else (),
+        )
+
+    def by_name(self, losses: Sequence[float]) -> dict[str, float]:
+        """Losses on the sources by their names; nothing where there are none."""
+        return {source.name: loss for source, loss in zip(self._sources, losses, strict=False)}
+
+    def _loss(self, source: int, stopping: Callable[[], bool]) -> float:
         total, counted = 0.0, 0
-        for batch in self._parts(self._config.rows or self._batches.sources[0].rows):
-            if stopping():
-                return None
+        for batch in self._parts(source, self._config.rows, stopping):
             loss, targets = self._engine.loss(batch)
             total, counted = total + loss, counted + targets
+        return total / counted if counted else float("nan")
+
+    def _exact_match(self, source: int, stopping: Callable[[], bool]) -> dict[int, float]:
+        """The share of a source's rows that are written exactly; nothing where none is to be written."""
         matches: list[bool] = []
-        for batch in self._parts(self._config.exact_match_rows):
-            if stopping():
-                return None
+        for batch in self._parts(source, self._config.exact_match_rows, stopping):
             tasks = self._tasks(batch)
             written = self._write(tasks)
             matches += [task.answer == tokens for task, tokens in zip(tasks, written, strict=True)]
-        return Measured(
-            total / counted if counted else float("nan"),
-            sum(matches) / len(matches) if matches else None,
-            self._samples() if not stopping() else (),
-        )
+        return {source: sum(matches) / len(matches)} if matches else {}
 
-    def _parts(self, rows: int) -> Iterator[Batch]:
-        for first in range(0, rows, self._rows_at_once):
-            yield self._batches.rows(first, min(self._rows_at_once, rows - first))
+    def _average(self, values: Mapping[int, float]) -> float:
+        """The mean of some sources' values by their shares."""
+        total = sum(self._sources[source].share for source in values)
+        return sum(value * (self._sources[source].share / total) for source, value in values.items())
+
+    def _parts(self, source: int, rows: int | None, stopping: Callable[[], bool]) -> Iterator[Batch]:
+        all_rows = self._sources[source].rows
+        count = all_rows if rows is None else min(rows, all_rows)
+        for first in range(0, count, self._rows_at_once):
+            if stopping():
+                raise _Stopped
+            yield self._batches.source_rows(source, first, min(self._rows_at_once, count - first))
 
     def _samples(self) -> tuple[Sample, ...]:
-        if not self._config.samples:
-            return ()
-        batch = self._batches.rows(0, self._config.samples)
-        tasks = [_shown(task) for task in self._tasks(batch)]
+        """Continuations of the first rows of the sources in turn."""
+        tasks: list[_Task] = []
+        for number in range(self._config.samples):
+            row, source = divmod(number, len(self._sources))
+            tasks += [_shown(task) for task in self._tasks(self._batches.source_rows(source, row, 1))]
         written = self._write(tasks)
         return tuple(
             Sample(self._decode(task.prompt), self._decode(tokens), None if task.whole else self._decode(task.answer))
@@ -110,11 +147,14 @@ class Validator:
 def _tasks(batch: Batch, longest: int) -> Iterator[_Task]:
     """Each row with a counted target as a prompt up to its first, and an answer up to its last or to the position
     `longest`, the last that a model writes."""
-    for tokens_T, targets_T, counted_T in zip(*batch[:3], strict=True):
+    for row, (tokens_T, targets_T, counted_T) in enumerate(zip(*batch[:3], strict=True)):
         places: NDArray[np.int64] = np.flatnonzero(counted_T)
         if not places.size:
             continue
         first, end = int(places[0]), min(int(places[-1]), longest - 2) + 1
+        # What a document begins with is no target under a mask, but it is no prompt for that.
+        if batch.documents_BT is not None and np.diff(batch.documents_BT[row, : first + 1]).all():
+            first = 0
         if first < end:
             yield _Task(tokens_T[: first + 1].tolist(), targets_T[first:end].tolist(), first == 0)
 
