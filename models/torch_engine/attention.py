@@ -1,10 +1,11 @@
 """Causal self-attention with grouped queries, rotary positions and a key-value cache.
 
-B rows, T new positions of a row, C capacity of a cache, N packed positions, D hidden_size, H heads,
-G key-value heads, K head_dim, S query_size + 2·key_value_size, L layers, X = B · H.
+B rows, T new positions of a row, C capacity of a cache, N packed positions, P those of one group, D hidden_size,
+H heads, G key-value heads, J = H + 2·G, K head_dim, S = J · K, L layers, X = B · H.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,17 @@ from models.torch_engine.layers import Linear
 
 _SHORT = 48
 """Positions up to which plain products beat PyTorch's fused attention on a CPU."""
+
+
+class Group(NamedTuple):
+    """Rows of text that attention reads side by side, each on its own and padded to the longest."""
+
+    size: tuple[int, int]
+    """(B, T)."""
+    positions: int
+    """How many of the B·T are there: P."""
+    places_P: Tensor | None
+    """int64; row · T + position of each, or None where all B·T are there, in order."""
 
 
 class Rotation(NamedTuple):
@@ -100,28 +112,29 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.key_value_size, width, bias=bias)
         self.o_proj = Linear(width, config.query_size, bias=bias)
 
-    def mix(
-        self,
-        x_ND: Tensor,
-        size: tuple[int, int],
-        places_N: Tensor | None,
-        rotation: Rotation | None,
-        cache: LayerCache | None,
-    ) -> Tensor:
-        """What the heads read, before the output projection: (N, query_size)."""
+    def mix(self, x_ND: Tensor, groups: Sequence[Group], rotation: Rotation | None, cache: LayerCache | None) -> Tensor:
+        """What the heads read, before the output projection: (N, query_size). A cache takes a single group."""
         heads_NJK = self._projected(x_ND).view(len(x_ND), self.heads + 2 * self.groups, self.head_dim)
         if rotation is not None:
             turning = self.heads + self.groups
             heads_NJK = torch.cat((rotated(heads_NJK[:, :turning], rotation), heads_NJK[:, turning:]), dim=1)
-        rows, length = size
-        if places_N is not None:
-            padded = heads_NJK.new_zeros((rows * length, *heads_NJK.shape[1:]))
-            heads_NJK = padded.index_copy(0, places_N, heads_NJK)
-        heads_BJTK = heads_NJK.view(*size, *heads_NJK.shape[1:]).transpose(1, 2)
+        if len(groups) == 1:
+            return self._mixed(heads_NJK, groups[0], cache)
+        assert cache is None
+        parts = torch.split(heads_NJK, [group.positions for group in groups])
+        return torch.cat([self._mixed(part, group, None) for part, group in zip(parts, groups, strict=True)])
+
+    def _mixed(self, heads_PJK: Tensor, group: Group, cache: LayerCache | None) -> Tensor:
+        """What the heads of one group read: (P, query_size)."""
+        (rows, length), places_P = group.size, group.places_P
+        if places_P is not None:
+            padded = heads_PJK.new_zeros((rows * length, *heads_PJK.shape[1:]))
+            heads_PJK = padded.index_copy(0, places_P, heads_PJK)
+        heads_BJTK = heads_PJK.view(rows, length, *heads_PJK.shape[1:]).transpose(1, 2)
         q_BHTK, k_BGTK, v_BGTK = torch.split(heads_BJTK, [self.heads, self.groups, self.groups], dim=1)
         mixed_BHTK = self._attend(q_BHTK, k_BGTK, v_BGTK, cache)
-        mixed_ND = mixed_BHTK.transpose(1, 2).reshape(rows * length, self.heads * self.head_dim)
-        return mixed_ND if places_N is None else mixed_ND.index_select(0, places_N)
+        mixed_PD = mixed_BHTK.transpose(1, 2).reshape(rows * length, self.heads * self.head_dim)
+        return mixed_PD if places_P is None else mixed_PD.index_select(0, places_P)
 
     def _projected(self, x_ND: Tensor) -> Tensor:
         """Queries, keys and values side by side, (N, S): one product instead of three."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from models.config import ModelConfig
 from models.engine import Batch, EngineName
-from models.torch_engine.attention import Cache
+from models.torch_engine.attention import Cache, Group
 from models.torch_engine.model import Rows, Transformer
-from models.torch_engine.packing import check_tokens, on_device, whole
+from models.torch_engine.packing import arranged, check_tokens, contexts, on_device, whole
 
 
 class TorchInference:
@@ -27,14 +27,20 @@ class TorchInference:
 
     @torch.inference_mode()
     def logits(self, tokens_BT: NDArray[np.int32]) -> NDArray[np.float32]:
-        return self._on_host(self._all_logits(tokens_BT))
+        self._check(tokens_BT)
+        return self._on_host(self._read(whole(tokens_BT, self._place), None).view(*tokens_BT.shape, -1))
 
     @torch.inference_mode()
     def log_probabilities(self, batch: Batch) -> NDArray[np.float32]:
-        logits_BTV = self._all_logits(batch.tokens_BT).float()
-        targets_BT1 = on_device(batch.targets_BT.astype(np.int64), self._place).unsqueeze(-1)
-        chosen_BT = logits_BTV.gather(-1, targets_BT1).squeeze(-1) - logits_BTV.logsumexp(-1)
-        return self._on_host(chosen_BT)
+        self._check(batch.tokens_BT)
+        found = contexts(np.ones(batch.tokens_BT.shape, np.bool_), batch.documents_BT)
+        rows, places_N = arranged(batch.tokens_BT, found, batch.documents_BT is not None, self._place)
+        logits_NV = self._read(rows, None).float()
+        targets_N1 = on_device(batch.targets_BT.reshape(-1)[places_N].astype(np.int64), self._place).unsqueeze(-1)
+        chosen_N = logits_NV.gather(-1, targets_N1).squeeze(-1) - logits_NV.logsumexp(-1)
+        chosen_BT = np.empty(batch.tokens_BT.shape, np.float32)
+        chosen_BT.reshape(-1)[places_N] = self._on_host(chosen_N)
+        return chosen_BT
 
     @torch.inference_mode()
     def prefill(
@@ -63,7 +69,8 @@ class TorchInference:
         if cache.host_lengths_B.max(initial=0) >= cache.keys.shape[3]:
             raise ValueError(f"the cache is full: {cache.keys.shape[3]} positions are taken")
         self._check(tokens_B[:, None])
-        rows = Rows(on_device(tokens_B, self._place), cache.lengths_B, (len(tokens_B), 1), None, None)
+        group = Group((len(tokens_B), 1), len(tokens_B), None)
+        rows = Rows(on_device(tokens_B, self._place), cache.lengths_B, (group,), None)
         logits_BV = self._read(rows, cache)
         grown = cache._replace(lengths_B=cache.lengths_B + 1, host_lengths_B=cache.host_lengths_B + 1)
         return grown, self._on_host(logits_BV)
@@ -81,10 +88,6 @@ class TorchInference:
 
     def _check(self, tokens_BT: NDArray[np.int32]) -> None:
         check_tokens(tokens_BT, self.config.vocab_size, self.config.max_position_embeddings)
-
-    def _all_logits(self, tokens_BT: NDArray[np.int32]) -> Tensor:
-        self._check(tokens_BT)
-        return self._read(whole(tokens_BT, self._place), None).view(*tokens_BT.shape, -1)
 
     def _read(self, rows: Rows, cache: Cache | None) -> Tensor:
         self._model.eval()

@@ -51,8 +51,7 @@ class Lanes:
         """Adds the gradients of `loss_of`, a sum over rows, to those of the model; gives the loss."""
 
         def run(lane: Transformer, rows_R: slice) -> Tensor:
-            part = Batch(batch.tokens_BT[rows_R], batch.targets_BT[rows_R], batch.loss_mask_BT[rows_R])
-            loss = loss_of(lane, part)
+            loss = loss_of(lane, batch.part(rows_R))
             torch.autograd.backward(loss)
             return loss.detach()
 

@@ -3,10 +3,11 @@
 Rows of text are packed before they enter: only real positions are computed on, and padding exists in attention
 alone. Shape suffixes:
 
-B rows, T positions, N packed positions, M positions that are read out (all N, or those whose target counts),
-D hidden_size, S query_size + 2·key_value_size, H heads, G key-value heads, K head_dim, V vocab_size.
+N packed positions, M positions that are read out (all N, or those whose target counts), D hidden_size,
+S query_size, K head_dim, V vocab_size.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,22 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.config import ModelConfig
-from models.torch_engine.attention import Attention, Cache, LayerCache, Rotation, rotation_table
+from models.torch_engine.attention import Attention, Cache, Group, LayerCache, Rotation, rotation_table
 from models.torch_engine.layers import Dense, Gated, Linear, Norm
 from models.torch_engine.mixture import Mixture
 
 
 class Rows(NamedTuple):
-    """Where packed positions stand in their rows of text, on the model's device."""
+    """Packed positions, on the model's device, and the groups of rows that they stand in."""
 
     tokens_N: Tensor
     """int32 or int64."""
     positions_N: Tensor
     """int64; place in its row."""
-    size: tuple[int, int]
-    """(B, T)."""
-    places_N: Tensor | None
-    """int64; row · T + position of each packed position, or None where all B·T are there, in order."""
+    groups: Sequence[Group]
+    """Their positions follow one another in N, and within each those of its rows."""
     read_M: Tensor | None
     """int64; the packed positions whose hidden states are wanted, or None for all."""
 
@@ -66,7 +65,7 @@ class Block(nn.Module):
         read_M: Tensor | None,
     ) -> Tensor:
         """The residual stream after the block, at `read_M` alone where given."""
-        mixed_NS = self.attention.mix(self.input_norm(x_ND).to(compute), rows.size, rows.places_N, rotation, cache)
+        mixed_NS = self.attention.mix(self.input_norm(x_ND).to(compute), rows.groups, rotation, cache)
         if read_M is not None:
             x_ND, mixed_NS = x_ND.index_select(0, read_M), mixed_NS.index_select(0, read_M)
         x_ND = x_ND + self._dropped(self.attention.o_proj(mixed_NS))

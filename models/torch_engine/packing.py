@@ -1,6 +1,6 @@
 """From a batch on the host to packed positions on the device.
 
-B rows, T positions, N packed positions, M read positions.
+B rows, T positions, C contexts, N packed positions, P those of one group, M read positions.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.engine import Batch
+from models.torch_engine.attention import Group
 from models.torch_engine.model import Rows
+
+Counts = NDArray[np.int64]
+
+_GROUP_COSTS = {"cpu": 20_000, "cuda": 4_000_000}
+"""Pairs of positions that attention could read in the time that a group of its own takes."""
+
+
+class Contexts(NamedTuple):
+    """The stretches of a batch that attention stays inside: its rows, or the documents in them."""
+
+    starts_C: Counts
+    """row · T + position of the first token of each."""
+    lengths_C: Counts
+    """Positions up to each one's last counted target: attention is causal, so later ones touch no loss."""
 
 
 class Packed(NamedTuple):
@@ -36,47 +51,93 @@ def check_tokens(tokens_BT: NDArray[np.int32], vocab_size: int, longest: int) ->
         raise ValueError(f"tokens from {tokens_BT.min()} to {tokens_BT.max()} for a vocabulary of {vocab_size}")
 
 
-def real_positions(loss_mask_BT: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The positions up to each row's last counted target: attention is causal, so later ones touch no loss."""
-    real_BT: NDArray[np.bool_] = np.logical_or.accumulate(loss_mask_BT[:, ::-1], axis=1)[:, ::-1]
-    return real_BT
+def contexts(counted_BT: NDArray[np.bool_], documents_BT: NDArray[np.int32] | None) -> Contexts:
+    """The contexts of a batch in the order of its positions, those that count no target included (of length 0).
+
+    Raises ValueError where the numbers of documents fall within a row.
+    """
+    begins_BT = np.zeros(counted_BT.shape, np.bool_)
+    begins_BT[:, :1] = True
+    if documents_BT is not None:
+        if documents_BT.shape != counted_BT.shape or (documents_BT[:, 1:] < documents_BT[:, :-1]).any():
+            raise ValueError(f"documents of shape {documents_BT.shape}: numbers that rise along each row were expected")
+        begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    starts_C = np.flatnonzero(begins_BT)
+    past_counted = np.where(counted_BT.reshape(-1), np.arange(1, counted_BT.size + 1), 0)
+    ends_C = np.maximum.reduceat(past_counted, starts_C) if starts_C.size else starts_C
+    return Contexts(starts_C, np.maximum(ends_C - starts_C, 0))
 
 
 def real_count(batch: Batch) -> int:
     """How many positions `packed` keeps."""
-    return int(real_positions(batch.loss_mask_BT).sum())
+    return int(contexts(batch.loss_mask_BT, batch.documents_BT).lengths_C.sum())
 
 
 def packed(batch: Batch, vocab_size: int, longest: int, device: torch.device) -> Packed:
-    """A batch's real positions, and its counted targets."""
+    """A batch's real positions, and its counted targets.
+
+    Raises ValueError for tokens, targets or documents that are not as they have to be.
+    """
     check_tokens(batch.tokens_BT, vocab_size, longest)
-    real_BT = real_positions(batch.loss_mask_BT)
-    # Columns that no row needs are cut off, so that attention does not pad to them either.
-    columns = int(real_BT.any(axis=0).sum())
-    real_BT, mask_BT = real_BT[:, :columns], batch.loss_mask_BT[:, :columns]
-    targets_M = batch.targets_BT[:, :columns][mask_BT].astype(np.int64)
+    found = contexts(batch.loss_mask_BT, batch.documents_BT)
+    rows, places_N = arranged(batch.tokens_BT, found, batch.documents_BT is not None, device)
+    counted_N = batch.loss_mask_BT.reshape(-1)[places_N]
+    targets_M = batch.targets_BT.reshape(-1)[places_N][counted_N].astype(np.int64)
     if targets_M.size and not 0 <= int(targets_M.min()) <= int(targets_M.max()) < vocab_size:
         raise ValueError(f"targets from {targets_M.min()} to {targets_M.max()} for a vocabulary of {vocab_size}")
-    places_N = np.flatnonzero(real_BT)
-    counted_N = mask_BT.reshape(-1)[places_N]
+    read_M = None if counted_N.all() else on_device(np.flatnonzero(counted_N), device)
+    return Packed(rows._replace(read_M=read_M), on_device(targets_M, device))
+
+
+def arranged(
+    tokens_BT: NDArray[np.int32], found: Contexts, by_length: bool, device: torch.device
+) -> tuple[Rows, Counts]:
+    """The positions of contexts, all to be read, and the place of each in the batch, row · T + position, on the host.
+
+    One group holds all contexts in their order, or `by_length` each group such as are about equally long: documents
+    of a stream may be a thousand tokens or one.
+    """
+    starts_C, lengths_C = found
+    sizes = [starts_C.size]
+    if by_length:
+        # The longest first; those of no length take no part.
+        order = np.argsort(-lengths_C, kind="stable")[: np.count_nonzero(lengths_C)]
+        starts_C, lengths_C = starts_C[order], lengths_C[order]
+        sizes = _group_sizes(lengths_C, _GROUP_COSTS[device.type])
+    positions_N = np.arange(lengths_C.sum()) - np.repeat(np.cumsum(lengths_C) - lengths_C, lengths_C)
+    places_N = np.repeat(starts_C, lengths_C) + positions_N
     rows = Rows(
-        tokens_N=on_device(batch.tokens_BT[:, :columns].reshape(-1)[places_N], device),
-        positions_N=on_device(places_N % max(columns, 1), device),
-        size=real_BT.shape,
-        places_N=None if places_N.size == real_BT.size else on_device(places_N, device),
-        read_M=None if counted_N.all() else on_device(np.flatnonzero(counted_N), device),
+        tokens_N=on_device(tokens_BT.reshape(-1)[places_N], device),
+        positions_N=on_device(positions_N, device),
+        groups=tuple(_group(part_C, device) for part_C in np.split(lengths_C, np.cumsum(sizes)[:-1])),
+        read_M=None,
     )
-    return Packed(rows, on_device(targets_M, device))
+    return rows, places_N
+
+
+def _group_sizes(lengths_C: Counts, group_cost: int) -> list[int]:
+    """How many contexts each group takes of those that fall in length: as many as waste no more than a group costs."""
+    sizes, longest, wasted = [0], int(lengths_C.max(initial=0)), 0
+    for length in lengths_C.tolist():
+        wasted += longest**2 - length**2
+        if wasted > group_cost:
+            sizes.append(0)
+            longest, wasted = length, 0
+        sizes[-1] += 1
+    return sizes
+
+
+def _group(lengths_B: Counts, device: torch.device) -> Group:
+    longest, positions = int(lengths_B.max(initial=0)), int(lengths_B.sum())
+    if positions == lengths_B.size * longest:
+        return Group((lengths_B.size, longest), positions, None)
+    # What the rows before leave empty is skipped.
+    empty_B = np.arange(lengths_B.size) * longest - (np.cumsum(lengths_B) - lengths_B)
+    places_P = np.arange(positions) + np.repeat(empty_B, lengths_B)
+    return Group((lengths_B.size, longest), positions, on_device(places_P, device))
 
 
 def whole(tokens_BT: NDArray[np.int32], device: torch.device) -> Rows:
-    """Every position of every row."""
+    """Every position of every row, in order."""
     rows, length = tokens_BT.shape
-    positions_BT = np.broadcast_to(np.arange(length), tokens_BT.shape)
-    return Rows(
-        on_device(tokens_BT.reshape(-1), device),
-        on_device(positions_BT.reshape(-1), device),
-        (rows, length),
-        None,
-        None,
-    )
+    return arranged(tokens_BT, Contexts(np.arange(rows) * length, np.full(rows, length)), False, device)[0]

@@ -115,7 +115,7 @@ class TorchTraining:
         self._model.train()
         for parameter in self._parameters.values():
             parameter.grad = None
-        positions = sum(real_count(batch) for batch in micro_batches) * self._config.num_hidden_layers
+        positions = sum(map(real_count, micro_batches)) * self._config.num_hidden_layers if self._balanced else 0
         counts_E = self._assignments(micro_batches, dropout_key) if len(micro_batches) > 1 else None
         total = torch.zeros((), device=self._place)
         for number, batch in enumerate(micro_batches):

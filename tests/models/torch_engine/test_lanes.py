@@ -57,6 +57,19 @@ def test_gradients_and_losses_are_those_of_one_thread(count: int) -> None:
 
 
 @pytest.mark.usefixtures("threads")
+def test_lanes_keep_documents_apart() -> None:
+    batch, shapes = rows(7), weights.canonical_shapes(tiny("gpt2"))
+    apart = batch._replace(documents_BT=np.arange(56, dtype=np.int32).reshape(7, 8) // 3)
+    several, one = engine(lanes=True), engine(lanes=False)
+    found, expected, whole = (
+        weights.gather(made.gradients([given], 0), shapes)
+        for made, given in ((several, apart), (one, apart), (one, batch))
+    )
+    assert_same(found, expected, atol=1e-6)
+    assert not np.allclose(whole["transformer.wpe.weight"], expected["transformer.wpe.weight"], atol=1e-3)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_same_steps_give_the_same_bits(precision: str) -> None:
     exported = []

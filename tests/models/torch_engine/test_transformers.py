@@ -13,7 +13,6 @@ from models.engine import Batch, training_engine
 from models.generation import generate
 from models.optimizer import OptimizerConfig
 from models.sampling import SamplingConfig
-from models.torch_engine.packing import real_positions
 from models.torch_engine.train import TorchTraining
 from tests.models.tiny import Arrays, batch, pieces, tiny
 
@@ -123,8 +122,10 @@ def test_exported_weights_open_in_the_class(name: str, changes: dict[str, object
 
 def their_gradients(model: Any, rows: Batch, folder: Path) -> tuple[float, Arrays]:
     """Loss without its balance part, and gradients by canonical name, of the class itself."""
-    real, mask = real_positions(rows.loss_mask_BT), torch.tensor(rows.loss_mask_BT)
-    out = model(torch.tensor(rows.tokens_BT).long(), attention_mask=torch.tensor(real.astype(np.int64)))
+    mask = torch.tensor(rows.loss_mask_BT)
+    # Real positions are those up to a row's last target.
+    real = np.logical_or.accumulate(rows.loss_mask_BT[:, ::-1], axis=1)[:, ::-1].astype(np.int64)
+    out = model(torch.tensor(rows.tokens_BT).long(), attention_mask=torch.tensor(real))
     loss = torch.nn.functional.cross_entropy(out.logits[mask], torch.tensor(rows.targets_BT).long()[mask])
     total = loss
     if model.config.model_type == "mixtral":
