@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from common.errors import UserError
 from tasks.corpus.sources import DOCUMENT_LIMIT_BYTES, TEXT, Reading, accepted, check_column, one_line, too_long
+from tasks.corpus.streams import BLOCK_BYTES, BOM, ERRORS, DamagedFile, Decompressed, Readable, damage, line_blocks
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,19 +25,7 @@ ENDINGS: dict[str, Format] = {
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TABLE_BYTES = 1 << 20
 ROWS_AT_ONCE = 256
-BLOCK_BYTES = 1 << 20
-LINE_LIMIT_BYTES = 2 * DOCUMENT_LIMIT_BYTES
-"""Escapes make a line of JSON longer than its text."""
 _TYPES = {str: "text", float: "a number", bool: "true or false"}
-_BOM = b"\xef\xbb\xbf"
-
-
-class Readable(Protocol):
-    """A file of bytes."""
-
-    def read(self, size: int, /) -> bytes:
-        """The next bytes, none at the end."""
-        ...
 
 
 class Kind(NamedTuple):
@@ -87,7 +76,7 @@ class Columns:
         return None
 
     def table(self, rows: list[dict[str, Any]]) -> "pa.Table":
-        """JSON objects as a table; a column without a value so far is one of text."""
+        """JSON objects as a table; a column without a value in the first of them is one of text."""
         import pyarrow as pa
 
         arrow = {str: pa.string(), float: pa.float64(), bool: pa.bool_()}
@@ -206,8 +195,9 @@ def as_text(table: "pa.Table", columns: Columns, name: str) -> "pa.Table":
 def json_tables(file: Readable, name: str, columns: Columns, reading: Reading) -> "Iterator[pa.Table]":
     """The rows of JSON Lines: each line an object; blank ones hold none.
 
-    Numbers of the other columns are read as float64, and their types are those of their first values. Raises
-    UserError for a line that is no object or has no text, unless those are skipped.
+    Numbers of the other columns are read as float64. A column's type is that of its first value in the first block of
+    BLOCK_BYTES that has rows, and text where there is none. Raises UserError for a line that is no object or has no
+    text, unless those are skipped.
     """
     # By lines: pyarrow's reader crashed on a line `null`, and names no lines.
     import orjson
@@ -293,104 +283,4 @@ def _whole(file: Readable, name: str, reading: Reading) -> bytes | None:
     if size > DOCUMENT_LIMIT_BYTES:
         reading.refuse("too_long", name, too_long(), size)
         return None
-    return b"".join(parts).removeprefix(_BOM)
-
-
-def line_blocks(file: Readable, name: str, reading: Reading) -> Iterator[tuple[int, bytes]]:
-    """Whole lines in blocks of about BLOCK_BYTES without the last newline, each with its first line's number.
-
-    A line over the limit goes to `reading`, and so does the line in which a damaged file ends.
-    """
-    number, size, start = 1, 0, True
-    parts: list[bytes] = []
-    while True:
-        try:
-            data = file.read(BLOCK_BYTES)
-        except DamagedFile as error:
-            reading.lose(f"{name} line {number}", str(error), 1)
-            return
-        if start:
-            data, start = data.removeprefix(_BOM), False
-        head, newline, tail = data.rpartition(b"\n")
-        if data and not newline:
-            size += len(tail)
-            parts = [*parts, tail] if size <= LINE_LIMIT_BYTES else []
-            continue
-        block = b"".join([*parts, head])
-        if size > LINE_LIMIT_BYTES:
-            first, more, block = head.partition(b"\n")
-            reading.refuse("too_long", f"{name} line {number}", too_long(), size + len(first))
-            number += 1
-            if not more:
-                parts, size = [tail], len(tail)
-                if data:
-                    continue
-                return
-        if block:
-            yield number, block
-        if not data:
-            return
-        number += block.count(b"\n") + 1
-        parts, size = [tail], len(tail)
-
-
-class DamagedFile(Exception):
-    """A compressed file ends too early or holds what is not of its format."""
-
-
-ERRORS = (ValueError, OSError)
-"""What pyarrow raises for damaged files; its own errors are these or derive from them."""
-
-
-def damage(error: Exception) -> str:
-    """What pyarrow found wrong with a file. Raises `error` again where the file is not to blame, as for a connection
-    that broke."""
-    if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
-        raise error
-    return one_line(error)
-
-
-class Decompressed:
-    """Reads a compressed file up to the last byte that can be had before any damage."""
-
-    def __init__(self, opened: Callable[[], Any], compression: str) -> None:
-        self._opened = opened
-        self._compression = compression
-        self._passed = 0
-        self._bytewise = False
-        self._stream = self._from_start()
-
-    def _from_start(self) -> Any:
-        import pyarrow as pa
-
-        return pa.CompressedInputStream(pa.PythonFile(self._opened(), "r"), self._compression)
-
-    def read(self, size: int) -> bytes:
-        """The next bytes, none at the end. Raises DamagedFile where the file is damaged."""
-        if not self._bytewise:
-            try:
-                data = bytes(self._stream.read(size))
-            except ERRORS as error:
-                damage(error)
-                # A read that meets the damage gives nothing; single bytes give all that is before it.
-                self._bytewise = True
-                self._stream.close()
-                self._stream = self._from_start()
-                left = self._passed
-                while left:
-                    left -= len(self._stream.read(min(left, BLOCK_BYTES)))
-            else:
-                self._passed += len(data)
-                return data
-        found = bytearray()
-        try:
-            while len(found) < size and (byte := self._stream.read(1)):
-                found += byte
-        except ERRORS as error:
-            if not found:
-                raise DamagedFile(f"the {self._compression} file is damaged or cut off ({damage(error)})") from error
-        return bytes(found)
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._stream.close()
+    return b"".join(parts).removeprefix(BOM)
