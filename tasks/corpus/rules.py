@@ -3,14 +3,16 @@
 D documents.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from common.config import FrozenModel
 from common.errors import UserError, suggestion
+from tasks.corpus.quality import C4, Symbols
+from tasks.corpus.repetition import Repetition
 from tasks.corpus.text import Texts
 
 
@@ -28,19 +30,25 @@ class Length(FrozenModel):
     max_words: int | None = Field(default=None, ge=0)
     """Words that it has at most; Gopher allows 100,000."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for what in ("characters", "words"):
+            low, high = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"min_{what} {low} exceeds max_{what} {high}: no document would stay")
+        return self
+
     def passes(self, texts: Texts) -> NDArray[np.bool_]:
         """Whether each document stays."""
-        import pyarrow.compute as pc
-
-        characters_D = pc.utf8_length(texts.table["text"]).to_numpy()
-        words_D = np.array([len(text.split()) for text in texts.table["text"].to_pylist()], np.int64)
         stays_D = np.ones(len(texts), np.bool_)
-        for values_D, low, high in (
-            (characters_D, self.min_characters, self.max_characters),
-            (words_D, self.min_words, self.max_words),
-        ):
-            stays_D &= (values_D >= low) if low is not None else True
-            stays_D &= (values_D <= high) if high is not None else True
+        if self.min_characters is not None:
+            stays_D &= texts.characters_D >= self.min_characters
+        if self.max_characters is not None:
+            stays_D &= texts.characters_D <= self.max_characters
+        if self.min_words is not None:
+            stays_D &= texts.words.count_D >= self.min_words
+        if self.max_words is not None:
+            stays_D &= texts.words.count_D <= self.max_words
         return stays_D
 
 
@@ -50,16 +58,26 @@ class Column(FrozenModel):
     rule: Literal["column"] = "column"
     """The rule's name."""
     column: str
-    """The column, as FineWeb-Edu's `score` or `language`; a null in it fails."""
+    """The column, as FineWeb-Edu's `score` (which it keeps from 2.5 on), `int_score` (3), `language_score` (0.65) or
+    `language`; a null in it fails, and so does NaN."""
     minimum: float | None = None
     """The least number that may stay."""
     maximum: float | None = None
     """The greatest number that may stay."""
-    one_of: tuple[str | int | bool, ...] | None = None
+    one_of: tuple[str | int | float | bool, ...] | None = None
     """The values that may stay."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.minimum is None and self.maximum is None and self.one_of is None:
+            raise ValueError("minimum, maximum or one_of: one of them at least is wanted")
+        return self
+
     def passes(self, texts: Texts) -> NDArray[np.bool_]:
-        """Whether each document stays. Raises UserError where the source has no such column."""
+        """Whether each document stays.
+
+        Raises UserError where there is no such column, or its values cannot be compared with the bounds.
+        """
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -67,14 +85,22 @@ class Column(FrozenModel):
         if self.column not in names:
             raise UserError(f"rule column: the source has no column '{self.column}'{suggestion(self.column, names)}")
         values = texts.table[self.column]
-        stays_D = pc.is_valid(values).to_numpy()
-        if self.minimum is not None:
-            stays_D &= pc.fill_null(pc.greater_equal(values, self.minimum), False).to_numpy()
-        if self.maximum is not None:
-            stays_D &= pc.fill_null(pc.less_equal(values, self.maximum), False).to_numpy()
-        if self.one_of is not None:
-            stays_D &= pc.is_in(values, value_set=pa.array(self.one_of, values.type)).to_numpy()
-        return np.asarray(stays_D)
+        if pa.types.is_dictionary(values.type):
+            values = values.cast(values.type.value_type)
+        stays_D = np.ones(len(texts), np.bool_)
+        try:
+            if self.minimum is not None:
+                stays_D &= pc.fill_null(pc.greater_equal(values, self.minimum), False).to_numpy()
+            if self.maximum is not None:
+                stays_D &= pc.fill_null(pc.less_equal(values, self.maximum), False).to_numpy()
+            if self.one_of is not None:
+                stays_D &= pc.is_in(values, value_set=pa.array(self.one_of, values.type)).to_numpy()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            raise UserError(
+                f"rule column: the values of '{self.column}' are of type {values.type}, which cannot be compared with "
+                f"what is asked for ({' '.join(str(error).split())})"
+            ) from error
+        return stays_D
 
 
 class Regex(FrozenModel):
@@ -107,5 +133,5 @@ class Regex(FrozenModel):
         return found_D if self.keep == "matching" else ~found_D
 
 
-Rule = Annotated[Length | Column | Regex, Field(discriminator="rule")]
+Rule = Annotated[Length | Column | Symbols | C4 | Repetition | Regex, Field(discriminator="rule")]
 """Any rule; `rule` in its config says which."""
