@@ -59,6 +59,8 @@ class Shards:
 
     def append(self, split: str, table: "pa.Table") -> None:
         """Adds documents to a split; a shard is full when the next document would exceed the limit."""
+        if not table.num_rows:
+            return
         here = self._splits.setdefault(split, _Split())
         end_D = np.cumsum(text_sizes(table))
         row, passed = 0, 0
@@ -124,7 +126,8 @@ class Shards:
         self._segments = state["segments"]
         known: set[str] = set()
         for split, described in state["splits"].items():
-            here = self._splits[split] = _Split(described["shards"], segments=described["segments"])
+            shards = [dict(shard) for shard in described["shards"]]
+            here = self._splits[split] = _Split(shards, segments=list(described["segments"]))
             for shard in here.shards:
                 if not _has_size(self._folder / shard["name"], shard["size"]):
                     raise ValueError(f"{shard['name']} is gone")

@@ -255,9 +255,16 @@ def batches(tables: "Iterable[tuple[Split | None, pa.Table]]", reading: Reading)
             yield batch()
         schema, split, first = table.schema if first else schema, own_split, False
         refused.merge(reading.taken())
-        for part, part_size in _parts(_as(table, schema)):
-            waiting.append(part)
-            size += part_size
+        table = _as(table, schema)
+        end_D = np.cumsum(text_sizes(table) + ROW_BYTES)
+        row, passed = 0, 0
+        while row < table.num_rows:
+            # The row that fills the batch is its last.
+            last = int(np.searchsorted(end_D, passed + BATCH_BYTES - size))
+            stop = min(last + 1, table.num_rows)
+            waiting.append(table.slice(row, stop - row))
+            size += int(end_D[stop - 1]) - passed
+            row, passed = stop, int(end_D[stop - 1])
             if size >= BATCH_BYTES:
                 yield batch()
     refused.merge(reading.taken())
@@ -270,16 +277,6 @@ def text_sizes(table: "pa.Table") -> NDArray[np.int64]:
     import pyarrow.compute as pc
 
     return np.asarray(pc.binary_length(table[TEXT])).astype(np.int64)
-
-
-def _parts(table: "pa.Table") -> "Iterator[tuple[pa.Table, int]]":
-    """A table cut into pieces of at most BATCH_BYTES, or of one document, each with its size."""
-    end_D = np.cumsum(text_sizes(table) + ROW_BYTES)
-    row, passed = 0, 0
-    while row < table.num_rows:
-        stop = max(row + 1, int(np.searchsorted(end_D, passed + BATCH_BYTES, "right")))
-        yield table.slice(row, stop - row), int(end_D[stop - 1]) - passed
-        row, passed = stop, int(end_D[stop - 1])
 
 
 def _as(table: "pa.Table", schema: "pa.Schema") -> "pa.Table":

@@ -43,8 +43,9 @@ class Fractions(FrozenModel):
         split_D = np.full(len(hash_D), TRAIN, np.int8)
         # 2**64 times a float is exact, and the whole numbers below it are the hashes.
         split_D[hash_D < np.uint64(int(self.validation * 2**64))] = VALIDATION
-        if self.test:
-            split_D[hash_D >= np.uint64(2**64 - int(self.test * 2**64))] = TEST
+        highest = int(self.test * 2**64)
+        if highest:
+            split_D[hash_D >= np.uint64(2**64 - highest)] = TEST
         return split_D
 
 
