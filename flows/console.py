@@ -1,9 +1,11 @@
 """What a person sees of a run: a line per stage, a progress bar while one trains, and the result at the end."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -85,6 +87,39 @@ def plan_table(steps: list[Step]) -> Table:
             Text(step.verdict, style=colours[step.verdict]),
             Text(step.reason),
         )
+    return table
+
+
+def blend_table(records: Mapping[str, Record]) -> Table | None:
+    """What the stages of a run were trained on: of each source what was asked for and what came out; None where
+    nothing was trained."""
+    blends: dict[str, Any] = {stage: record.metrics.get("blend") for stage, record in records.items()}
+    if not any(blends.values()):
+        return None
+    table = Table(title="What was trained on", title_justify="left", header_style="dim", box=SIMPLE_HEAD)
+    table.add_column("stage", overflow="fold")
+    table.add_column("source", overflow="fold")
+    for column in ("asked", "drawn", "tokens", "epochs", "cut\ndocuments", "dropped\ntokens"):
+        table.add_column(column, justify="right", no_wrap=True)
+    used_up: list[str] = []
+    for stage, blend in blends.items():
+        for number, row in enumerate(blend or []):
+            table.add_row(
+                "" if number else Text(stage),
+                Text(row["source"]),
+                f"{row['share_asked']:.1%}",
+                "—" if row["share"] is None else f"{row['share']:.1%}",
+                f"{row['tokens']:,}",
+                f"{row['epochs']:,.2f}",
+                f"{row['cut_documents']:,}",
+                f"{row['dropped_tokens']:,}",
+            )
+            if row["used_up_at_step"] is not None:
+                used_up.append(f"{stage}: the budget of {row['source']} was used up at step {row['used_up_at_step']:,}")
+        if blend and len(blend) > 1:
+            table.add_row("", "all", "", "", f"{sum(row['tokens'] for row in blend):,}", style="dim")
+    table.caption = Text("\n".join(used_up))
+    table.caption_justify = "left"
     return table
 
 

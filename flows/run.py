@@ -18,7 +18,7 @@ from artifacts.lineage import to_text, tree
 from artifacts.record import Record
 from artifacts.store import DamagedObject, Store
 from common.errors import StageInterrupted, UserError
-from flows.console import ConsoleView, evaluation_tables
+from flows.console import ConsoleView, blend_table, evaluation_tables
 from flows.pipeline import LOSS_CURVE, RunResult, pipeline_flow
 from flows.recipe import Recipe
 from flows.server import prefect_server, wait_until_stored
@@ -114,6 +114,9 @@ def _folders(recipe: Recipe, published: Path) -> dict[str, Path]:
 
 
 def _show_result(recipe: Recipe, records: dict[str, Record], store: Store, published: Path, console: Console) -> None:
+    trained = blend_table({entry.name: records[entry.name] for entry in recipe.stages})
+    if trained is not None:
+        console.print(trained)
     for entry in recipe.stages:
         if entry.definition.output == Kind.EVALUATION:
             console.print(evaluation_tables(records[entry.name]))

@@ -61,7 +61,8 @@ def event_line(event: Event) -> str | None:
         return progress_line(event)
     if event["event"] == "Validation":
         exact = "" if event["exact_match"] is None else f", exact match {event['exact_match']:.2%}"
-        return f"step {event['step']:,}: validation loss {event['loss']:.4f}{exact}"
+        each = ", ".join(f"{source} {loss:.4f}" for source, loss in event["by_source"].items())
+        return f"step {event['step']:,}: validation loss {event['loss']:.4f}{f' ({each})' if each else ''}{exact}"
     if event["event"] == "Log":
         return str(event["message"])
     if event["event"] == "Note":

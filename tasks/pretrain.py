@@ -20,7 +20,7 @@ class Config(TrainingStageConfig):
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes a model artifact: config.json, model.safetensors, optimizer.safetensors and the tokenizer."""
     start = Start(initial_weights(config.model, config.training.seed))
-    return run_training(config, config.model, start, inputs["tokens"], context)
+    return run_training(config, config.model, start, inputs, context)
 
 
 def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
@@ -34,6 +34,8 @@ STAGE = Stage(
     version=1,
     config=Config,
     inputs={"tokens": Kind.TOKENS},
+    many={"tokens": "blend"},
+    lazy={"tokens": ".safetensors"},
     output=Kind.MODEL,
     run=run,
     model_of=model_of,

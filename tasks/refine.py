@@ -31,7 +31,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
                 f"{config.training.optimizer.name}, which starts anew"
             )
         )
-    return run_training(config, model.config, Start(model.weights, moments), inputs["tokens"], context)
+    return run_training(config, model.config, Start(model.weights, moments), inputs, context)
 
 
 def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
@@ -45,6 +45,8 @@ STAGE = Stage(
     version=1,
     config=Config,
     inputs={"model": Kind.MODEL, "tokens": Kind.TOKENS},
+    many={"tokens": "blend"},
+    lazy={"tokens": ".safetensors"},
     output=Kind.MODEL,
     run=run,
     model_of=model_of,

@@ -1,11 +1,11 @@
 """What `pretrain` and `refine` share: a model trained on token shards, from fresh weights or from an artifact's."""
 
 import json
-from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from common.config import FrozenModel
 from common.errors import UserError
@@ -15,11 +15,11 @@ from models.tokenizer import Tokenizer
 from models.training.batches import Batches, Source
 from models.training.checkpoint import Checkpoints
 from models.training.config import Portion, TrainingConfig
-from models.training.events import TrainingResult
+from models.training.events import Note, TrainingResult
 from models.training.loop import Start, train
 from models.training.metrics import Metrics as TrainingLogs
-from models.training.shards import ShardCounts, open_shard
 from models.weights import parameter_count
+from tasks.blend import TokensInput, blend_rows, tokens_inputs
 from tasks.checkpoint import ModelFolder, check_vocabulary, whole, write_model
 from tasks.stage import Context, Metrics
 from tasks.tokens import copy_tokenizer
@@ -34,6 +34,9 @@ class TrainingStageConfig(FrozenModel):
     """What it computes in; weights and moments are float32 always."""
     training: TrainingConfig
     """The run."""
+    blend: tuple[Portion, ...] = ()
+    """How much is drawn of each of several tokens, written where they are named: `tokens: {books: 0.5, web: {weight:
+    0.5, budget: 1000000}}`; empty for equal shares."""
 
 
 def check_positions(training: TrainingConfig, model: ModelConfig) -> None:
@@ -46,32 +49,36 @@ def check_positions(training: TrainingConfig, model: ModelConfig) -> None:
 
 
 def run_training(
-    config: TrainingStageConfig, model: ModelConfig, start: Start, tokens: Path, context: Context
+    config: TrainingStageConfig, model: ModelConfig, start: Start, inputs: Mapping[str, Path], context: Context
 ) -> Metrics:
     """Trains and writes a model artifact with optimizer state and tokenizer; gives what the record says of it.
 
-    Raises UserError where the tokens do not fit the model, and what the loop raises.
+    Raises UserError where the tokens do not fit the model, each other, or what is asked of them, and what the loop
+    raises.
     """
     check_positions(config.training, model)
-    tokenizer = Tokenizer(tokens / "tokenizer")
+    tokens = tokens_inputs(inputs, config.blend, context)
+    tokenizer = Tokenizer(tokens[0].folder / "tokenizer")
     check_vocabulary(len(tokenizer), model)
-    engine = training_engine(config.engine, model, config.training.optimizer, config.precision)
-    validated = config.training.validation is not None
-    batches = _batches(config.training, model, tokens, "train", tokenizer.pad_id)
     filesystem, folder = context.scratch
-    result = train(
-        engine,
-        model,
-        batches,
-        _batches(config.training, model, tokens, "validation", tokenizer.pad_id) if validated else None,
-        config.training,
-        Checkpoints(filesystem, folder, context.runtime.checkpoints),
-        start,
-        report=context.report,
-        metrics=TrainingLogs(context.logs, title=context.name, config=config.model_dump(mode="json")),
-        should_stop=context.should_stop,
-        decode=tokenizer.decode,
-    )
+    with _data(config.training, model, tokens, tokenizer.pad_id) as data:
+        for note in data.notes:
+            context.report(Note(note))
+        engine = training_engine(config.engine, model, config.training.optimizer, config.precision)
+        result = train(
+            engine,
+            model,
+            data.batches,
+            data.validation,
+            config.training,
+            Checkpoints(filesystem, folder, context.runtime.checkpoints),
+            start,
+            report=context.report,
+            metrics=TrainingLogs(context.logs, context.name, config.model_dump(mode="json"), data.validated),
+            should_stop=context.should_stop,
+            decode=tokenizer.decode,
+        )
+        blend = blend_rows(tokens, data.batches, result.state.step)
     trained = ModelFolder(
         config=model,
         weights=whole(engine.export("weights"), model),
@@ -79,39 +86,80 @@ def run_training(
         trained_with=config.training.optimizer,
     )
     write_model(context.output, trained)
-    copy_tokenizer(tokens / "tokenizer", context.output)
-    return _metrics(model, result, batches, engine.device)
+    copy_tokenizer(tokens[0].folder / "tokenizer", context.output)
+    return {**_metrics(model, result, engine.device, data), "blend": blend}
 
 
-def _batches(config: TrainingConfig, model: ModelConfig, tokens: Path, split: str, pad_id: int) -> Batches:
-    shards = sorted(tokens.glob(f"{split}-*.safetensors"))
-    if not shards:
-        raise UserError(f"the tokens have no {split} split")
+class _Data(NamedTuple):
+    """What a run reads."""
+
+    batches: Batches
+    validation: Batches | None
+    validated: list[str]
+    """The sources that have a validation loss of their own: where there are several."""
+    notes: list[str]
+    """What is said of them."""
+
+
+@contextmanager
+def _data(config: TrainingConfig, model: ModelConfig, tokens: Sequence[TokensInput], pad_id: int) -> Iterator[_Data]:
+    """What a run reads; its shards are fetched no longer after the block.
+
+    Raises UserError where splits are missing or too small, and where the budgets do not last.
+    """
+    for one in tokens:
+        if "train" not in one.splits:
+            raise UserError(f"the tokens '{one.name}' have no train split")
+    with ExitStack() as stack:
+        batches = stack.enter_context(_batches(config, model, [one.splits["train"] for one in tokens], pad_id))
+        batches.require(config.steps)
+        if config.validation is None:
+            yield _Data(batches, None, [], [])
+            return
+        sources, notes = _validation_sources(tokens)
+        validation = stack.enter_context(_batches(config, model, sources, pad_id))
+        validated = [source.name for source in sources] if len(sources) > 1 else []
+        yield _Data(batches, validation, validated, notes)
+
+
+def _batches(config: TrainingConfig, model: ModelConfig, sources: Sequence[Source], pad_id: int) -> Batches:
     return Batches(
-        [_source(shards)],
+        sources,
         seed=config.seed,
         sequence_length=config.sequence_length,
         packing=config.packing,
         batch_size=config.batch_size,
+        document_masking=config.document_masking,
         pad_id=pad_id,
         vocab_size=model.vocab_size,
-        shuffled=split == "train",
+        shuffled=sources[0].split == "train",
     )
 
 
-def _source(paths: list[Path]) -> Source:
-    counts: list[ShardCounts] = []
-    lengths: Counter[int] = Counter()
-    for path in paths:
-        file = open_shard(path)
-        counts.append(ShardCounts(path.name, file.token_count, file.document_count))
-        found, number = np.unique(np.diff(file.map().document_ends_D, prepend=np.uint64(0)), return_counts=True)
-        lengths.update(dict(zip(found.tolist(), number.tolist(), strict=True)))
-    return Source("the tokens", counts, sorted(lengths.items()), paths[0].parent.joinpath, Portion())
+def _validation_sources(tokens: Sequence[TokensInput]) -> tuple[list[Source], list[str]]:
+    """What is validated on, without budgets, and notes of what cannot be.
+
+    A source of a blend may be too small to give some of it away; what is measured is then said to be of the others.
+    """
+    found = [
+        replace(one.splits["validation"], portion=Portion(weight=one.portion.weight))
+        for one in tokens
+        if "validation" in one.splits
+    ]
+    if not found:
+        raise UserError(
+            "the tokens have no validation split: make one of the documents, or set training.validation: null"
+        )
+    missing = [one.name for one in tokens if "validation" not in one.splits]
+    return found, [f"'{name}' has no validation split: validation losses are of the other tokens" for name in missing]
 
 
-def _metrics(model: ModelConfig, result: TrainingResult, batches: Batches, device: str) -> dict[str, Any]:
-    source = batches.sources[0]
+def _metrics(model: ModelConfig, result: TrainingResult, device: str, data: _Data) -> dict[str, Any]:
+    state = json.loads(result.state.model_dump_json())
+    best = None if result.best is None else json.loads(result.best.model_dump_json())
+    for record in [*state["validations"], *([best] if best else [])]:
+        record["by_source"] = dict(zip(data.validated, record["by_source"], strict=True))
+    other = [f"went on from a checkpoint of engine '{result.other_engine}'"] if result.other_engine else []
     return {
         "summary": _summary(model, result),
         "parameters": parameter_count(model),
@@ -121,14 +169,11 @@ def _metrics(model: ModelConfig, result: TrainingResult, batches: Batches, devic
         "loss": result.loss,
         "tokens": result.tokens,
         "flops": result.flops,
-        "epochs": result.state.step * batches.batch_size / source.rows,
-        "cut_documents": source.cut_documents,
-        "dropped_tokens": source.dropped_tokens,
         "training_seconds": result.state.seconds,
-        "validation": json.loads(result.state.model_dump_json())["validations"],
-        "best_validation": None if result.best is None else json.loads(result.best.model_dump_json()),
+        "validation": state["validations"],
+        "best_validation": best,
         "device": device,
-        "notes": [f"went on from a checkpoint of engine '{result.other_engine}'"] if result.other_engine else [],
+        "notes": [*other, *data.notes],
     }
 
 

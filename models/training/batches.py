@@ -47,6 +47,8 @@ class Drawn(NamedTuple):
     """Tokens that it read, padding not counted."""
     epochs: float
     """How often it went through the source."""
+    used_up_at: int | None
+    """The step in which its budget was reached; None where it was not."""
 
 
 class _Rows(NamedTuple):
@@ -167,10 +169,15 @@ class Batches:
 
         With packing "documents" and an epoch that is not whole, the documents of that epoch are looked at.
         """
-        rows = self._blend.drawn(steps * self.batch_size)
+        rows = steps * self.batch_size
         return [
-            Drawn(count, source.tokens_of(count), count / source.rows)
-            for source, count in zip(self._sources, rows, strict=True)
+            Drawn(
+                count,
+                source.tokens_of(count),
+                count / source.rows,
+                -(-end // self.batch_size) if end is not None and end <= rows else None,
+            )
+            for source, count, end in zip(self._sources, self._blend.drawn(rows), self._blend.used_up, strict=True)
         ]
 
     def batch(self, step: int) -> Batch:

@@ -95,6 +95,8 @@ class Blend:
         self._phases: list[_Phase] = []
         self.total: int | None = 0
         """Rows that there are; None for any number."""
+        self.used_up: list[int | None] = [None] * len(weights)
+        """Rows up to and with the last one of each source; None where it has no limit, or is never at it."""
         before = [0] * len(weights)
         active = list(range(len(weights)))
         while active:
@@ -111,8 +113,10 @@ class Blend:
             rows = min(bounds)
             for source, drawn in zip(active, phase.mixture.drawn(rows), strict=True):
                 before[source] += drawn
-            active = [source for source in active if before[source] != limits[source]]
             self.total += rows
+            for source in [source for source in active if before[source] == limits[source]]:
+                self.used_up[source] = self.total
+            active = [source for source in active if self.used_up[source] is None]
 
     def split(self, first: int, count: int) -> Iterator[Draw]:
         """The sources of the `count` rows from `first` on. Raises IndexError past the last row."""

@@ -30,6 +30,8 @@ class Source:
 
     name: str
     """What it is called in errors and tables."""
+    split: str
+    """The split of the documents, for errors."""
     shards: Sequence[ShardCounts]
     """Its shards, in order."""
     lengths: Sequence[tuple[int, int]]
@@ -119,7 +121,10 @@ class OpenSource:
         self.dropped_tokens = tokens - held
         self.rows = sum(per_shard)
         if not self.rows:
-            raise UserError(f"{self.name} has not enough tokens for one row of {width} tokens")
+            raise UserError(
+                f"the {source.split} split of {self.name} has not enough tokens for one row of {width}: "
+                f"it has {tokens:,} in {len(per_shard)} shards"
+            )
         self.row_tokens = Fraction(max(1, self.tokens), self.rows)
         """Tokens of a row, on average."""
         # Shares are of tokens: a source of short documents has more rows of its share than one of long ones.

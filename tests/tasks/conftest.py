@@ -18,7 +18,9 @@ def run_stage(tmp_path: Path) -> RunStage:
     """Runs a stage by its name on a config and input folders; gives its output folder and metrics."""
     runs = iter(range(1000))
 
-    def run(name: str, config: Mapping[str, Any], **inputs: Path) -> tuple[Path, Metrics]:
+    def run(
+        name: str, config: Mapping[str, Any], labels: Mapping[str, str] | None = None, **inputs: Path
+    ) -> tuple[Path, Metrics]:
         stage = stage_named(name)
         place = tmp_path / f"{next(runs)}-{name}"
         context = Context(
@@ -30,6 +32,8 @@ def run_stage(tmp_path: Path) -> RunStage:
             runtime=Runtime(),
             report=lambda event: None,
             lineage="- documents `0123456789ab`",
+            labels=labels or {},
+            fetch=lambda input_name, file_name: inputs[input_name] / file_name,
         )
         context.output.mkdir(parents=True)
         context.logs.mkdir()

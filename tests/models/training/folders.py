@@ -24,7 +24,7 @@ def folder_source(folder: Path, name: str = "tokens", files: Iterable[Path] = ()
         counts.append(ShardCounts(path.name, file.token_count, file.document_count))
         found, number = np.unique(np.diff(file.map().document_ends_D, prepend=np.uint64(0)), return_counts=True)
         lengths.update(dict(zip(found.tolist(), number.tolist(), strict=True)))
-    return Source(name, counts, sorted(lengths.items()), folder.joinpath, Portion(**portion))
+    return Source(name, "train", counts, sorted(lengths.items()), folder.joinpath, Portion(**portion))
 
 
 @contextmanager

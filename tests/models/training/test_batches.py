@@ -226,6 +226,9 @@ def test_a_budget_is_kept_and_the_others_go_on() -> None:
         sources = folder_source(first, "first", budget=43, weight=3), folder_source(second, "second")
         found = batches(*sources, size=2)
         assert [source.tokens for source in found.drawn(200)] == [40, 1560]
+        # Three of four rows are of the first, which has ten.
+        assert [source.used_up_at for source in found.drawn(200)] == [7, None]
+        assert [source.used_up_at for source in found.drawn(6)] == [None, None]
         assert (found.rows(13, 50).tokens_BT[:, 0] >= 1000).all()
         twice = batches(folder_source(first, "first", epochs=1.5, weight=3), sources[1], size=2)
         assert [source.rows for source in twice.drawn(200)] == [36, 364]

@@ -81,6 +81,13 @@ def test_rows_come_from_where_they_come_one_by_one(sources: list[tuple[Fraction,
         drawn = [sum(source == number for source, _ in expected[:end]) for number in range(len(sources))]
         assert blend.drawn(end) == drawn
     assert [found[row] for row in range(rows)] == expected
+    for number, most in enumerate(limits):
+        last = blend.used_up[number]
+        if last is not None and last <= rows:
+            assert most is not None
+            assert expected[last - 1] == (number, most - 1)
+        elif most is not None:
+            assert sum(source == number for source, _ in expected) < most
     if not endless:
         with pytest.raises(IndexError):
             list(blend.split(rows - 1, 2))

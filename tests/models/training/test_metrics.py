@@ -48,6 +48,24 @@ def test_rows_past_the_step_that_a_run_goes_on_from_are_dropped(tmp_path: Path) 
     assert (tmp_path / "samples.jsonl").read_text().count('"expected": "2"') == 3
 
 
+def test_losses_of_the_sources_of_a_blend_have_columns_of_their_own(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed, steps in ((0, (10, 20)), (10, (20, 30))):
+        metrics = Metrics(tmp_path, validated=["books", "web"])
+        metrics.resume(resumed)
+        for step in steps:
+            metrics.validation(Validation(step, 2.0, None, (), {"books": 1.0 / step, "web": 3.0}))
+        metrics.close()
+    columns = read_csv(tmp_path / "validation.csv")
+    assert columns["step"] == [10, 20, 30]
+    assert columns["loss/books"] == [1 / 10, 1 / 20, 1 / 30]
+    assert columns["loss/web"] == [3.0] * 3
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [scalar.value for scalar in events.Scalars("validation/loss/web")] == [3.0] * 3
+
+
 def test_tensorboard_sees_every_step_once(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
