@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from common.errors import UserError
-from tasks.corpus.sources import SPLITS, TEXT, Opened, Reading, SourceConfig, Split, check_column
+from tasks.corpus.sources import SPLITS, TEXT, FileStart, Opened, Reading, Rows, SourceConfig, Split, check_column
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,13 +96,14 @@ class ArithmeticSource(SourceConfig):
         """Begins to make problems. Raises UserError where more unique ones are asked for than there are."""
         for column in reading.others:
             check_column(column, self.own_columns, "source arithmetic")
-        return Opened({"name": self.kind, "kind": self.kind}, self._tables())
+        return Opened({"name": self.kind, "kind": self.kind}, self._parts(reading.first_file))
 
-    def _tables(self) -> "Iterator[tuple[Split | None, pa.Table]]":
-        for split in SPLITS:
+    def _parts(self, first_split: int) -> Iterator[Rows | FileStart]:
+        for number, split in enumerate(SPLITS[first_split:], first_split):
+            yield FileStart(number)
             problems = generate(self, split)
             for first in range(0, len(problems.answers_N), PROBLEMS_AT_ONCE):
-                yield split, table(self, problems.take(np.s_[first : first + PROBLEMS_AT_ONCE]))
+                yield Rows(table(self, problems.take(np.s_[first : first + PROBLEMS_AT_ONCE])), split)
 
 
 class Problems(NamedTuple):

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.corpus.batching import Batch
 from tasks.corpus.config import Config
 from tasks.corpus.contamination import Contamination
 from tasks.corpus.duplicates import Fingerprints, fingerprints
-from tasks.corpus.sources import TEXT, Batch, text_sizes
+from tasks.corpus.sources import TEXT, text_sizes
 from tasks.corpus.splitting import Fractions, text_hashes
 from tasks.corpus.text import Texts
 
@@ -55,6 +56,9 @@ class Examiner:
     def examine(self, batch: Batch) -> Examined:
         """Applies the rules, and finds the hashes that splits and duplicates go by."""
         config = self._config
+        if not batch.table.num_rows:
+            # It has come for what was refused, maybe before any column was known.
+            return Examined(batch, np.empty(0, np.int64), np.empty(0, np.int16), batch.table, None, None)
         texts = Texts(batch.table)
         rule_D = np.full(len(texts), KEPT, np.int16)
         for number, rule in enumerate(config.rules):

@@ -4,15 +4,12 @@ import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 from common.errors import UserError
 from tasks.corpus.digests import files_digest
 from tasks.corpus.formats import Columns, Format, file_tables, kind_of
-from tasks.corpus.sources import TEXT, ExternalSource, Opened, Reading, Split, with_digest
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from tasks.corpus.sources import TEXT, ExternalSource, FileStart, Opened, Reading, Rows, with_digest
 
 
 class FilesSource(ExternalSource):
@@ -85,14 +82,15 @@ class FilesSource(ExternalSource):
         files = self.files()
         name = self.name or Path(self.paths[0]).name
         description = {"name": name, "kind": self.kind, "files": len(files), "digest": self.digest}
-        return Opened(description, self._tables(files, reading))
+        return Opened(description, self._parts(files, reading))
 
-    def _tables(self, files: dict[str, Path], reading: Reading) -> "Iterator[tuple[Split | None, pa.Table]]":
-        columns = Columns(self.column, reading.others)
-        for name, path in files.items():
-            kind = kind_of(name)._replace(format=self.format or kind_of(name).format)
-            for table in file_tables(str(path), name, kind, columns, reading, self.document_per == "line"):
-                yield None, table
+    def _parts(self, files: dict[str, Path], reading: Reading) -> Iterator[Rows | FileStart]:
+        columns = Columns(self.column, reading)
+        for number, (name, path) in enumerate(files.items()):
+            if number >= reading.first_file:
+                yield FileStart(number)
+                kind = kind_of(name)._replace(format=self.format or kind_of(name).format)
+                yield from map(Rows, file_tables(str(path), name, kind, columns, reading, self.document_per == "line"))
 
 
 def names_below(folder: Path) -> Iterator[str]:

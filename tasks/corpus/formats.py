@@ -57,10 +57,14 @@ def line_place(name: str, lines: list[int]) -> Callable[[int], str]:
 class Columns:
     """The columns that are read: the text's and others, of which JSON tells the types by their first values."""
 
-    def __init__(self, text: str, others: tuple[str, ...]) -> None:
+    def __init__(self, text: str, reading: Reading) -> None:
         self.text = text
-        self.others = tuple(other for other in others if other != TEXT)
-        self._types: dict[str, type] = {}
+        self.others = tuple(other for other in reading.others if other != TEXT)
+        known = {str(arrow): kind for kind, arrow in self._arrow_types().items()}
+        schema = reading.schema
+        # What an earlier start found in files that are not read again.
+        types = {name: str(schema.field(name).type) for name in self.others} if schema is not None else {}
+        self._types = {name: known[arrow] for name, arrow in types.items() if arrow in known}
 
     def misfit(self, row: dict[str, Any]) -> str | None:
         """What is wrong with another column of a JSON object: it is of another type than the first value was."""
@@ -79,7 +83,7 @@ class Columns:
         """JSON objects as a table; a column without a value in the first of them is one of text."""
         import pyarrow as pa
 
-        arrow = {str: pa.string(), float: pa.float64(), bool: pa.bool_()}
+        arrow = self._arrow_types()
         arrays = {TEXT: pa.array([row[self.text] for row in rows], pa.string())}
         for other in self.others:
             kind = self._types.setdefault(other, str)
@@ -87,6 +91,12 @@ class Columns:
             floats = [None if value is None else float(value) for value in values] if kind is float else values
             arrays[other] = pa.array(floats, arrow[kind])
         return pa.table(arrays)
+
+    @staticmethod
+    def _arrow_types() -> dict[type, Any]:
+        import pyarrow as pa
+
+        return {str: pa.string(), float: pa.float64(), bool: pa.bool_()}
 
 
 def file_tables(

@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub as a source, below `CAIRN_HUB` or streamed from the network."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -13,20 +14,22 @@ from tasks.corpus.sources import (
     SPLITS,
     TEXT,
     ExternalSource,
+    FileStart,
     Opened,
     Reading,
-    Split,
+    Rows,
     accepted,
     check_column,
     one_line,
     with_digest,
 )
-from tasks.hub import local_copy, not_found
+from tasks.hub import HUB_VARIABLE, hub_folder, local_copy, not_found
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 ROWS_AT_ONCE = 64
+Reader = Callable[[], "Iterator[pa.Table]"]
 
 
 class HubSource(ExternalSource):
@@ -66,23 +69,23 @@ class HubSource(ExternalSource):
         if folder is not None:
             files = {name: folder / name for name in sorted(names_below(folder))}
             return with_digest(self, files_digest(files), f"data set '{self.id}' in {folder}")
-        if self.digest is not None:
-            raise not_found("dataset", self.id, "it was not asked, for the source has the digest of a local copy")
-        if self.obtain is not None:
-            raise not_found("dataset", self.id, f"it was not asked, for the data are not there. {self.obtain}")
+        if self.digest is not None or self.obtain is not None:
+            where = f"below {HUB_VARIABLE}={hub_folder()}" if hub_folder() else f"here: {HUB_VARIABLE} is not set"
+            raise UserError(f"data set '{self.id}' is not {where}. {self.obtain or 'Its digest is that of a copy.'}")
         return self
 
     def open(self, reading: Reading) -> Opened:
-        """Begins to read. Raises UserError for bad input, at once or while the tables are taken."""
+        """Begins to read. Raises UserError for bad input, at once or while the rows are taken."""
         folder = local_copy("dataset", self.id)
         revision = None if folder else reading.previous.get("revision") or self._commit()
-        builder = self._builder(str(folder or self.id), revision, reading.folder)
-        for split in self.splits:
-            if split not in builder.config.data_files:
+        builder = self._builder(folder, revision, reading)
+        files = {split: [str(file) for file in builder.config.data_files.get(split, ())] for split in self.splits}
+        for split, named in files.items():
+            if not named:
                 problem = f"data set '{self.id}' has no split '{split}'"
                 raise UserError(problem + suggestion(split, map(str, builder.config.data_files)))
         if revision is not None and revision != self.revision:
-            reading.tell(f"{self.id} is read at its newest commit; to read the same for ever: revision: {revision}")
+            reading.tell(f"{self.id} is read at its commit of now; to read the same for ever: revision: {revision}")
         description = {
             "name": self.id,
             "kind": self.kind,
@@ -91,7 +94,7 @@ class HubSource(ExternalSource):
             "revision": revision,
             "digest": self.digest,
         }
-        return Opened(description, self._all_tables(builder, reading))
+        return Opened(description, self._parts(builder, files, reading))
 
     def _commit(self) -> str:
         """The commit that is read from the network. Raises UserError where the hub has no such data set."""
@@ -102,38 +105,39 @@ class HubSource(ExternalSource):
         except Exception as error:  # the network has as many errors as libraries
             raise not_found("dataset", self.id, one_line(error)) from error
 
-    def _builder(self, place: str, revision: str | None, folder: Path | None) -> Any:
+    def _builder(self, folder: Path | None, revision: str | None, reading: Reading) -> Any:
         """What `datasets` knows of the data set: its splits and their files. Raises UserError where it knows none."""
         import datasets
 
+        # Neither place can be taken for the other: a folder's path is absolute.
+        place = str(folder) if folder else f"hf://datasets/{self.id}"
+        cache = str(reading.folder / "datasets") if reading.folder else None
         try:
-            return datasets.load_dataset_builder(
-                place if revision is None else f"hf://datasets/{self.id}",
-                self.config,
-                revision=revision,
-                cache_dir=None if folder is None else str(folder / "datasets"),
-            )
+            return datasets.load_dataset_builder(place, self.config, revision=revision, cache_dir=cache)
         except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
             raise UserError(f"data set '{self.id}' cannot be read from {place}: {one_line(error)}") from error
 
-    def _all_tables(self, builder: Any, reading: Reading) -> "Iterator[tuple[Split | None, pa.Table]]":
-        for split in self.splits:
+    def _parts(self, builder: Any, files: Mapping[str, list[str]], reading: Reading) -> Iterator[Rows | FileStart]:
+        """Every split, file by file. Parquet and JSON Lines are read here, which tells where a bad row is and takes
+        little memory for long rows; other formats are streamed by `datasets`, as one file."""
+        columns = Columns(self.column, reading)
+        number = 0
+        for split, named in files.items():
             own_split = next((known for known in SPLITS if known == split), None)
-            tables = self._tables(builder, split, reading)
-            for table in self._joined(tables, split, reading) if self.rows == "lines" else tables:
-                yield own_split, table
+            readers = [partial(self._file, file, columns, reading) for file in named]
+            if not all(_is_read_here(file) for file in named):
+                readers = [partial(self._streamed, builder, split, columns, reading)]
+            if self.rows == "lines":
+                readers = [partial(self._joined, readers, split, reading)]
+            for reader in readers:
+                if number >= reading.first_file:
+                    yield FileStart(number)
+                    yield from (Rows(table, own_split) for table in reader())
+                number += 1
 
-    def _tables(self, builder: Any, split: str, reading: Reading) -> "Iterator[pa.Table]":
-        """The rows of a split. Parquet and JSON Lines are read here, which tells where a bad row is and takes little
-        memory for long rows; for other formats `datasets` streams."""
-        files = [str(file) for file in builder.config.data_files[split]]
-        columns = Columns(self.column, reading.others)
-        if all(kind_of(file).format in ("parquet", "jsonl") and not file.lower().endswith(".json") for file in files):
-            for file in files:
-                name = f"{self.id}/{_inside(file, self.id)}"
-                yield from file_tables(file, name, kind_of(file), columns, reading)
-        else:
-            yield from self._streamed(builder, split, columns, reading)
+    def _file(self, file: str, columns: Columns, reading: Reading) -> "Iterator[pa.Table]":
+        inside = file.partition(f"/{self.id}")[2].partition("/")[2]
+        return file_tables(file, f"{self.id}/{inside}", kind_of(file), columns, reading)
 
     def _streamed(self, builder: Any, split: str, columns: Columns, reading: Reading) -> "Iterator[pa.Table]":
         import datasets
@@ -152,7 +156,7 @@ class HubSource(ExternalSource):
             yield accepted(as_text(table, columns, name), reading, row_place(name, row))
             row += table.num_rows
 
-    def _joined(self, tables: "Iterator[pa.Table]", split: str, reading: Reading) -> "Iterator[pa.Table]":
+    def _joined(self, readers: "Iterable[Reader]", split: str, reading: Reading) -> "Iterator[pa.Table]":
         """The rows as the lines of one document; those that bring their line's end keep it."""
         import pyarrow as pa
 
@@ -160,17 +164,16 @@ class HubSource(ExternalSource):
             raise UserError(f"data set '{self.id}': rows that are joined keep no column '{reading.others[0]}'")
         lines: list[str] = []
         size = 0
-        for table in tables:
-            size += table.nbytes
-            if size > DOCUMENT_LIMIT_BYTES:
-                raise UserError(
-                    f"data set '{self.id}': the split '{split}' is too long to be one document; take rows: documents"
-                )
-            lines += (row if row.endswith("\n") else row + "\n" for row in table[TEXT].to_pylist())
+        for reader in readers:
+            for table in reader():
+                size += table.nbytes
+                if size > DOCUMENT_LIMIT_BYTES:
+                    raise UserError(f"data set '{self.id}': the split '{split}' is too long to be one document")
+                lines += (row if row.endswith("\n") else row + "\n" for row in table[TEXT].to_pylist())
         if lines:
             yield pa.table({TEXT: pa.array(["".join(lines)], pa.string())})
 
 
-def _inside(file: str, hub_id: str) -> str:
-    """The path of a file inside its data set, from its path or URL."""
-    return file.partition(f"/{hub_id}")[2].partition("/")[2]
+def _is_read_here(file: str) -> bool:
+    # What ends in .json may be one array.
+    return kind_of(file).format in ("parquet", "jsonl") and not file.lower().endswith(".json")

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from common.errors import StageInterrupted, UserError
 from common.files import canonical_json, write_atomically
 from models.training.events import Note
+from tasks.corpus.batching import Batcher
 from tasks.corpus.config import Config
 from tasks.corpus.duplicates import DuplicateIndex
 from tasks.corpus.examining import KEPT, Examined, Examiner
 from tasks.corpus.shards import Shards
-from tasks.corpus.sources import REFUSALS, SPLITS, Count, Opened, Reading, Refused, batches
+from tasks.corpus.sources import REFUSALS, SPLITS, Count, Opened, Reading, Refused
 from tasks.stage import Context
 
 COMMIT_BYTES = 128 << 20
@@ -39,6 +40,10 @@ class Tally:
     """By rule, by benchmark, as equal and as near duplicates."""
     batches: int = 0
     """Batches of the source that are done with."""
+    file: int = 0
+    """The number of a file that a batch begins with, from which the source can be read on."""
+    file_batch: int = 0
+    """That batch's number."""
     read: Count = field(default_factory=Count)
     kept: Count = field(default_factory=Count)
     refused: Refused = field(default_factory=Refused)
@@ -49,11 +54,13 @@ class Tally:
         """The tally that `asdict` gave."""
         refused = state["refused"]
         return cls(
-            [Count(**count) for count in state["dropped"]],
-            state["batches"],
-            Count(**state["read"]),
-            Count(**state["kept"]),
-            Refused({rule: Count(**count) for rule, count in refused["counts"].items()}, refused["damaged"]),
+            dropped=[Count(**count) for count in state["dropped"]],
+            batches=state["batches"],
+            file=state["file"],
+            file_batch=state["file_batch"],
+            read=Count(**state["read"]),
+            kept=Count(**state["kept"]),
+            refused=Refused({rule: Count(**count) for rule, count in refused["counts"].items()}, refused["damaged"]),
         )
 
 
@@ -69,6 +76,7 @@ class Pipeline:
         self._tally = Tally([Count() for _ in self._rules])
         self._description: Mapping[str, Any] = {}
         self._shards: Shards
+        self._reading: Reading
         self._index: DuplicateIndex | None = None
         self._saved_bytes = 0
         self._started = self._told = time.monotonic()
@@ -84,16 +92,18 @@ class Pipeline:
             # Before the pool waits for what it does: nobody wants the batches that were not begun.
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
             previous = self._prepare(pool, stack)
-            reading = Reading(
-                self._config.read_columns,
-                self._config.on_error == "skip",
-                self._folder,
-                previous,
-                lambda text: self._context.report(Note(text)),
+            self._reading = Reading(
+                others=self._config.read_columns,
+                skip=self._config.on_error == "skip",
+                folder=self._folder,
+                previous=previous.get("source"),
+                first_file=self._tally.file,
+                schema=_schema(previous),
+                tell=lambda text: self._context.report(Note(text)),
             )
-            opened = self._config.source.open(reading)
+            opened = self._config.source.open(self._reading)
             self._description = opened.description
-            self._work(opened, reading, pool, workers)
+            self._work(opened, pool, workers)
             self._check()
             splits = self._shards.publish(self._context.output)
         return self._described(splits)
@@ -117,7 +127,7 @@ class Pipeline:
         return rules
 
     def _prepare(self, pool: ThreadPoolExecutor, stack: ExitStack) -> Mapping[str, Any]:
-        """Takes up what an earlier start left, if anything; gives the description of the source that it read."""
+        """Takes up what an earlier start left, if anything; gives the state that it saved last."""
         try:
             state = self._open(pool)
             if state is not None:
@@ -135,7 +145,7 @@ class Pipeline:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._open(pool)
         stack.callback(self._close)
-        return state["source"] if state else {}
+        return state or {}
 
     def _open(self, pool: ThreadPoolExecutor) -> Any:
         """Opens the shards and the index; gives the state that was saved last, or None."""
@@ -157,7 +167,14 @@ class Pipeline:
     def _save(self) -> None:
         """Makes durable what was done so far, so that another start goes on from here."""
         shards = self._shards.state()
-        state = canonical_json({"source": self._description, "tally": asdict(self._tally), "shards": shards})
+        schema = self._reading.schema
+        described = {
+            "source": self._description,
+            "schema": None if schema is None else schema.serialize().to_pybytes().hex(),
+            "tally": asdict(self._tally),
+            "shards": shards,
+        }
+        state = canonical_json(described)
         if self._index is not None:
             self._index.commit(state)
         else:
@@ -165,12 +182,12 @@ class Pipeline:
         self._shards.forget(shards)
         self._saved_bytes = self._tally.read.bytes
 
-    def _work(self, opened: Opened, reading: Reading, pool: ThreadPoolExecutor, workers: int) -> None:
+    def _work(self, opened: Opened, pool: ThreadPoolExecutor, workers: int) -> None:
         """Reads the source to its end, or until enough is kept."""
         pending: deque[Future[Examined]] = deque()
         done = self._tally.batches
-        with closing(batches(opened.tables, reading)) as source:
-            for number, batch in enumerate(source):
+        with closing(Batcher(self._reading).batches(opened.parts)) as source:
+            for number, batch in enumerate(source, self._tally.file_batch):
                 if number < done:
                     self._stop_if_told(save=False)
                     continue
@@ -200,6 +217,8 @@ class Pipeline:
         for count in examined.batch.refused.counts.values():
             self._tally.read.add(count.documents, count.bytes)
         self._append(examined, kept_S & (rows_S < end))
+        if examined.batch.file is not None:
+            self._tally.file, self._tally.file_batch = examined.batch.file, self._tally.batches
         self._tally.batches += 1
         self._tell()
         self._stop_if_told(save=True)
@@ -290,3 +309,11 @@ class Pipeline:
             "dropped": self._dropped(),
             **damaged,
         }
+
+
+def _schema(state: Mapping[str, Any]) -> Any:
+    """The columns that the source began with, where they are known."""
+    import pyarrow as pa
+
+    saved = state.get("schema")
+    return None if saved is None else pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(saved)))

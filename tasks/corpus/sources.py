@@ -4,10 +4,10 @@ D documents.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TEXT = "text"
-BATCH_BYTES = 4 << 20
-ROW_BYTES = 16
-"""What a document takes beside its text, so that a batch of empty ones is one too."""
 DOCUMENT_LIMIT_BYTES = 64 << 20
 """No document may be longer: a few of them are in memory at once."""
 
@@ -76,6 +73,8 @@ class Reading:
         skip: bool = False,
         folder: Path | None = None,
         previous: Mapping[str, Any] | None = None,
+        first_file: int = 0,
+        schema: "pa.Schema | None" = None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.others = others
@@ -86,6 +85,10 @@ class Reading:
         """A folder for what a library keeps while it reads."""
         self.previous = previous or {}
         """The description under which an earlier start read, where this one goes on from it."""
+        self.first_file = first_file
+        """The number of the file that is read first; those before it are done with."""
+        self.schema = schema
+        """The columns that the source began with, once that is known."""
         self.tell = tell
         """Takes a sentence for people."""
         self._refused = Refused()
@@ -102,8 +105,9 @@ class Reading:
 
     def lose(self, place: str, problem: str, documents: int) -> None:
         """Drops and counts what a damaged file has lost. Raises UserError where it is not to be dropped."""
+        if "unreadable" in self._told:
+            self.tell(f"{place}: {problem}")
         self.refuse("unreadable", place, problem, 0, documents)
-        self.tell(f"{place}: {problem}")
         self._refused.damaged.append(f"{place}: {problem}")
 
     def taken(self) -> Refused:
@@ -112,16 +116,21 @@ class Reading:
         return refused
 
 
-@dataclass(frozen=True)
-class Batch:
+class Rows(NamedTuple):
     """Rows that follow each other in the source."""
 
     table: "pa.Table"
-    """`text` and the other columns that were asked for, in one chunk."""
-    split: Split | None
+    """Some MB at most: `text`, strings without nulls and valid in UTF-8, and the other columns that were asked for. Bad
+    rows are none of them; they have gone to the Reading."""
+    split: Split | None = None
     """The split that the source itself puts them into."""
-    refused: Refused
-    """What was dropped between the batch before and the end of this one."""
+
+
+class FileStart(NamedTuple):
+    """Here a file of the source begins, or another part from which it can be read on."""
+
+    number: int
+    """How many are before it."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +139,8 @@ class Opened:
 
     description: Mapping[str, Any]
     """What is read, as JSON: `name`, and what it resolved to."""
-    tables: "Iterator[tuple[Split | None, pa.Table]]"
-    """Its rows in order, in tables of at most some MB, each with the split that the source itself puts it into. The
-    column `text` has strings without nulls, valid in UTF-8; bad rows have gone to the Reading."""
+    parts: "Iterator[Rows | FileStart]"
+    """Its rows in order, from the first file that the Reading wants."""
 
 
 class SourceConfig(FrozenModel):
@@ -230,64 +238,11 @@ def _not_utf8(column: "pa.ChunkedArray") -> Iterator[int]:
                 yield row
 
 
-def batches(tables: "Iterable[tuple[Split | None, pa.Table]]", reading: Reading) -> Generator[Batch, None, None]:
-    """The rows in batches of about BATCH_BYTES, at bounds that depend on the rows alone.
-
-    Raises UserError for a table whose columns do not fit those of the first one.
-    """
-    import pyarrow as pa
-
-    waiting: list[pa.Table] = []
-    schema = pa.schema([(TEXT, pa.string())])
-    size, split, refused = 0, None, Refused()
-
-    def batch() -> Batch:
-        nonlocal size, refused
-        table = pa.concat_tables(waiting).combine_chunks() if waiting else schema.empty_table()
-        full = Batch(table, split, refused)
-        waiting.clear()
-        size, refused = 0, Refused()
-        return full
-
-    first = True
-    for own_split, table in tables:
-        if own_split != split and waiting:
-            yield batch()
-        schema, split, first = table.schema if first else schema, own_split, False
-        refused.merge(reading.taken())
-        table = _as(table, schema)
-        end_D = np.cumsum(text_sizes(table) + ROW_BYTES)
-        row, passed = 0, 0
-        while row < table.num_rows:
-            # The row that fills the batch is its last.
-            last = int(np.searchsorted(end_D, passed + BATCH_BYTES - size))
-            stop = min(last + 1, table.num_rows)
-            waiting.append(table.slice(row, stop - row))
-            size += int(end_D[stop - 1]) - passed
-            row, passed = stop, int(end_D[stop - 1])
-            if size >= BATCH_BYTES:
-                yield batch()
-    refused.merge(reading.taken())
-    if waiting or refused.counts:
-        yield batch()
-
-
 def text_sizes(table: "pa.Table") -> NDArray[np.int64]:
     """The bytes of each document."""
     import pyarrow.compute as pc
 
     return np.asarray(pc.binary_length(table[TEXT])).astype(np.int64)
-
-
-def _as(table: "pa.Table", schema: "pa.Schema") -> "pa.Table":
-    import pyarrow as pa
-
-    if table.schema.equals(schema):
-        return table.replace_schema_metadata(None)
-    try:
-        return table.select(schema.names).cast(schema)
-    except (KeyError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"the source's columns do not fit those that it began with: {one_line(error)}") from error
 
 
 def one_line(error: Exception) -> str:

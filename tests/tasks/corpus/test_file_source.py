@@ -8,6 +8,7 @@ import pytest
 
 from common.errors import UserError
 from tasks.corpus.file_source import FilesSource
+from tasks.corpus.sources import FileStart, Rows
 from tests.tasks.corpus.conftest import Told, json_lines, parquet_bytes, texts, write
 
 
@@ -16,7 +17,7 @@ def source(*paths: Path | str, **keys: Any) -> FilesSource:
 
 
 def read(files: FilesSource, told: Told | None = None) -> list[str]:
-    return texts(table for _, table in files.open(told or Told()).tables)
+    return texts(part.table for part in files.open(told or Told()).parts if isinstance(part, Rows))
 
 
 def lines(*texts: str) -> bytes:
@@ -73,9 +74,11 @@ def test_a_file_without_a_known_ending_is_read_as_its_format_says(tmp_path: Path
 
 def test_other_columns_and_another_text_column_are_read(tmp_path: Path) -> None:
     write(tmp_path, "a.parquet", parquet_bytes({"content": ["a"], "text": ["not it"], "url": ["u"]}))
-    (split_and_table,) = source(tmp_path, column="content").open(Told("url")).tables
-    assert split_and_table[0] is None
-    assert split_and_table[1].to_pylist() == [{"text": "a", "url": "u"}]
+    start, rows = source(tmp_path, column="content").open(Told("url")).parts
+    assert start == FileStart(0)
+    assert isinstance(rows, Rows)
+    assert rows.split is None
+    assert rows.table.to_pylist() == [{"text": "a", "url": "u"}]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ WORDS = [f"document {number} " + "word " * (number % 40) + "é€😀"[number % 
 
 
 def read(path: Path, told: Told, column: str = "text", per_line: bool = False) -> list[pa.Table]:
-    return list(file_tables(str(path), path.name, kind_of(path.name), Columns(column, told.others), told, per_line))
+    return list(file_tables(str(path), path.name, kind_of(path.name), Columns(column, told), told, per_line))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_an_interrupted_connection_is_no_damage(tmp_path: Path) -> None:
 
     file = Broken(parquet_bytes({"text": WORDS}, compression="none"))
     with pytest.raises(ConnectionResetError):
-        list(formats.parquet_tables(file, "a.parquet", Columns("text", ()), Told(skip=True)))
+        list(formats.parquet_tables(file, "a.parquet", Columns("text", Told()), Told(skip=True)))
 
 
 # Lines of JSON.
@@ -257,7 +257,7 @@ def test_json_lines_are_read_as_pythons_reader_does(lines: list[bytes], block: i
     told = Told(*(("score", "other") if block is None else ()), skip=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "BLOCK_BYTES", block or streams.BLOCK_BYTES)
-        tables = list(formats.json_tables(io.BytesIO(data), "a.jsonl", Columns("text", told.others), told))
+        tables = list(formats.json_tables(io.BytesIO(data), "a.jsonl", Columns("text", told), told))
     rows, counts = reference(data, told.others)
     assert [row for table in tables for row in table.to_pylist()] == rows
     assert told.counts() == counts

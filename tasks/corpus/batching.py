@@ -1,0 +1,103 @@
+"""Rows of a source in batches of even size, at bounds that depend on the rows alone."""
+
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.errors import UserError
+from tasks.corpus.sources import TEXT, FileStart, Reading, Refused, Rows, Split, one_line, text_sizes
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_BYTES = 4 << 20
+ROW_BYTES = 16
+"""What a document takes beside its text, so that a batch of empty ones is one too."""
+ANCHOR_BYTES = 1 << 20
+"""A file begins a batch of its own where the one before has so much already: small files share batches."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that follow each other in the source."""
+
+    table: "pa.Table"
+    """`text` and the other columns that were asked for, in one chunk."""
+    split: Split | None
+    """The split that the source itself puts them into."""
+    refused: Refused
+    """What was dropped between the batch before and the end of this one."""
+    file: int | None
+    """The number of the file that it begins with, so that reading can go on there; null where it begins inside one."""
+
+
+class Batcher:
+    """Gathers rows into batches."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self._waiting: list[pa.Table] = []
+        self._size = 0
+        self._split: Split | None = None
+        self._refused = Refused()
+        self._file: int | None = None
+
+    def batches(self, parts: "Iterable[Rows | FileStart]") -> Generator[Batch, None, None]:
+        """The rows in batches of about BATCH_BYTES.
+
+        Raises UserError for a table whose columns do not fit those of the first one.
+        """
+        for part in parts:
+            self._refused.merge(self._reading.taken())
+            if isinstance(part, FileStart):
+                if self._size >= ANCHOR_BYTES or self._refused.counts:
+                    yield self._batch()
+                if not self._waiting:
+                    self._file = part.number
+                continue
+            if part.split != self._split and self._waiting:
+                yield self._batch()
+            self._split = part.split
+            yield from self._added(self._fitted(part.table))
+        self._refused.merge(self._reading.taken())
+        if self._waiting or self._refused.counts:
+            yield self._batch()
+
+    def _added(self, table: "pa.Table") -> Generator[Batch, None, None]:
+        """Takes in rows; gives the batches that they fill."""
+        end_D = np.cumsum(text_sizes(table) + ROW_BYTES)
+        row, passed = 0, 0
+        while row < table.num_rows:
+            # The row that fills the batch is its last.
+            last = int(np.searchsorted(end_D, passed + BATCH_BYTES - self._size))
+            stop = min(last + 1, table.num_rows)
+            self._waiting.append(table.slice(row, stop - row))
+            self._size += int(end_D[stop - 1]) - passed
+            row, passed = stop, int(end_D[stop - 1])
+            if self._size >= BATCH_BYTES:
+                yield self._batch()
+
+    def _batch(self) -> Batch:
+        import pyarrow as pa
+
+        schema = self._reading.schema or pa.schema([(TEXT, pa.string())])
+        table = pa.concat_tables(self._waiting).combine_chunks() if self._waiting else schema.empty_table()
+        batch = Batch(table, self._split, self._refused, self._file)
+        self._waiting, self._size, self._refused, self._file = [], 0, Refused(), None
+        return batch
+
+    def _fitted(self, table: "pa.Table") -> "pa.Table":
+        """The table with the columns that the source began with."""
+        import pyarrow as pa
+
+        if self._reading.schema is None:
+            self._reading.schema = table.schema.remove_metadata()
+        schema = self._reading.schema
+        if table.schema.equals(schema):
+            return table.replace_schema_metadata(None)
+        try:
+            return table.select(schema.names).cast(schema)
+        except (KeyError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise UserError(f"the source's columns do not fit those that it began with: {one_line(error)}") from error
