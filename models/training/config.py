@@ -47,7 +47,7 @@ class Portion(FrozenModel):
     """Share of the tokens, relative to the other sources' weights."""
     budget: int | None = Field(default=None, gt=0)
     """Tokens at most that are drawn from it over the whole run, after which the others share its place; null for any
-    number."""
+    number. Counted in whole rows; one document to a row counts as the mean of the source's."""
     epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Times at most that it is gone through, in the same way; null for any number."""
 
@@ -75,7 +75,8 @@ class TrainingConfig(FrozenModel):
     packing: Literal["stream", "documents"] = "stream"
     """Rows cut from the stream of tokens, or one document to a row, padded."""
     document_masking: bool = False
-    """Whether attention stays inside a document and positions restart with each, in rows cut from the stream."""
+    """Whether attention stays inside a document and positions restart with each, in rows cut from the stream. What a
+    document begins with is then no target, so generation needs a <bos> or a prompt."""
     optimizer: OptimizerConfig
     """The optimizer and its peak rates."""
     schedule: ScheduleConfig = ScheduleConfig()

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,10 +38,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         print(f"{'packing':<11}{'sequence':>9}{'batch':>7}{'batch by batch':>22}{'in blocks':>18}   Mtokens/s")
-        shapes: list[tuple[Packing, int, int]] = [("stream", 1024, 32), ("stream", 13, 256), ("documents", 13, 256)]
-        for packing, length, size in shapes:
-            single, blocks = speed(Path(name), packing, length, size, arguments.seconds)
-            print(f"{packing:<11}{length:>9}{size:>7}{single:>22}{blocks:>18}")
+        for shape in SHAPES:
+            single, blocks = speed(Path(name), shape, arguments.seconds)
+            print(f"{shape.name:<11}{shape.length:>9}{shape.size:>7}{single:>22}{blocks:>18}")
         print(f"\n{'shard':>10}{'before':>10}{'opened':>10}{'500 batches':>13}   RssAnon, MB")
         for megabytes in arguments.sizes:
             shard = sparse_shard(Path(name) / f"{megabytes}.safetensors", megabytes * 1_000_000)
@@ -50,29 +50,65 @@ def main() -> None:
             print(f"{megabytes:>7} MB{before:>10.1f}{opened:>10.1f}{after:>13.1f}")
 
 
-def speed(folder: Path, packing: Packing, length: int, size: int, seconds: float) -> tuple[str, str]:
+class Shape(NamedTuple):
+    """What rows look like."""
+
+    name: str
+    packing: Packing
+    length: int
+    size: int
+    """Rows of a batch."""
+    documents: int
+    """Mean length of the documents."""
+    sources: int = 1
+    masking: bool = False
+
+
+SHAPES = (
+    Shape("stream", "stream", 1024, 32, 10),
+    Shape("stream", "stream", 13, 256, 10),
+    Shape("documents", "documents", 13, 256, 10),
+    Shape("masked", "stream", 1024, 32, 600, masking=True),
+    Shape("4 sources", "stream", 1024, 32, 600, sources=4),
+)
+
+
+def speed(folder: Path, shape: Shape, seconds: float) -> tuple[str, str]:
     """Tokens per second batch by batch, and in blocks."""
-    shards = folder / f"{packing}-{length}"
-    numbers = np.random.default_rng(0)
-    for number in range(8):
-        ends = np.cumsum(numbers.integers(6, 15, 300_000))
-        tokens = numbers.integers(0, 18, int(ends[-1])).astype(np.uint16)
-        write_shard(shards / f"train-{number:05d}.safetensors", tokens, ends)
+    sources = [folder_source(_shards(folder, shape, number), weight=1 + number) for number in range(shape.sources)]
     batches = Batches(
-        [folder_source(shards)], seed=0, sequence_length=length, packing=packing, batch_size=size, vocab_size=18
+        sources,
+        seed=0,
+        sequence_length=shape.length,
+        packing=shape.packing,
+        batch_size=shape.size,
+        vocab_size=18,
+        document_masking=shape.masking,
     )
-    together = max(1, _BLOCK_TOKENS // (length * size)) * size
+    together = max(1, _BLOCK_TOKENS // (shape.length * shape.size)) * shape.size
     found = []
-    for rows in (size, together):
+    for rows in (shape.size, together):
         batches.rows(0, rows)
         count, begin, processor = 0, time.perf_counter(), time.process_time()
         while time.perf_counter() - begin < seconds:
             batches.rows(count * rows, rows)
             count += 1
-        millions = count * rows * length / 1e6
+        millions = count * rows * shape.length / 1e6
         busy, passed = time.process_time() - processor, time.perf_counter() - begin
         found.append(f"{millions / busy:.1f} ({millions / passed:.1f})")
     return found[0], found[1]
+
+
+def _shards(folder: Path, shape: Shape, number: int) -> Path:
+    shards = folder / f"{shape.name}-{shape.length}-{number}"
+    numbers = np.random.default_rng(number)
+    for shard in range(8):
+        ends = np.cumsum(
+            numbers.integers(shape.documents // 2 + 1, shape.documents * 3 // 2, 3_000_000 // shape.documents)
+        )
+        tokens = numbers.integers(0, 18, int(ends[-1])).astype(np.uint16)
+        write_shard(shards / f"train-{shard:05d}.safetensors", tokens, ends)
+    return shards
 
 
 def sparse_shard(path: Path, size: int) -> Path:

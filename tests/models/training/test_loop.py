@@ -23,6 +23,7 @@ from models.training.loop import Interrupted, Start, fingerprint, train
 from models.training.metrics import Metrics, read_csv
 from models.training.signals import StopSignals
 from tests.models.training.bigrams import MODEL, BigramEngine, batches_for, start, write_chain
+from tests.models.training.folders import batches, folder_source
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -159,6 +160,44 @@ def test_another_engine_goes_on_when_asked(tmp_path: Path, caplog: pytest.LogCap
     whole = Run(tmp_path / "whole", config())
     whole.go()
     assert run.arrays() == whole.arrays()
+
+
+def test_a_run_on_a_blend_goes_on_as_if_it_never_had_stopped(tmp_path: Path) -> None:
+    settings = config(packing="stream", document_masking=True)
+    chains = [write_chain(tmp_path / name, seed=seed) for seed, name in enumerate(("books", "web"))]
+    engine = BigramEngine(settings.optimizer)
+
+    def go(place: str, stop_after: int | None = None) -> tuple[TrainingResult, list[Event]]:
+        events: list[Event] = []
+        engine.steps_taken.clear()
+        sources = [folder_source(chains[0], "books", weight=3.0, budget=350), folder_source(chains[1], "web")]
+        result = train(
+            engine,
+            MODEL,
+            batches(*sources, length=7, size=4, document_masking=True),
+            batches(*(folder_source(chain, chain.name) for chain in chains), length=7, size=4, shuffled=False),
+            settings,
+            Checkpoints(LocalFileSystem(), str(tmp_path / place), CheckpointConfig()),
+            start(),
+            report=events.append,
+            should_stop=lambda: stop_after is not None and len(engine.steps_taken) >= stop_after,
+        )
+        return result, events
+
+    def arrays() -> dict[str, bytes]:
+        return {piece.name: np.asarray(piece.array).tobytes() for piece in engine.export("weights")}
+
+    expected, events = go("whole")
+    weights = arrays()
+    for stop_after in (3, 9, 11):
+        with pytest.raises(Interrupted):
+            go("parts", stop_after)
+    result, _ = go("parts")
+    assert arrays() == weights
+    assert result.state.validations == expected.state.validations
+    told = [event for event in events if isinstance(event, Validation)]
+    assert [tuple(event.by_source) for event in told] == [("books", "web")] * 3
+    assert [tuple(event.by_source.values()) for event in told] == [one.by_source for one in result.state.validations]
 
 
 def test_another_engines_checkpoint_is_not_used_unasked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
