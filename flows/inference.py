@@ -73,13 +73,13 @@ def continue_prompts(store: Store, ref: str, prompts: list[str], settings: dict[
     model = read_model(folder)
     tokenizer = tokenizer_of(folder, model.config)
     engine = inference_engine("torch", model.config, "float32", whole_pieces(model.weights))
-    encoded = [tokenizer.encode("<bos>" + prompt) for prompt in prompts]
+    encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     longest = model.config.max_position_embeddings
     for text, ids in zip(prompts, encoded, strict=True):
         if len(ids) > longest:
             raise UserError(f"the prompt {text[:40]!r} has {len(ids)} tokens; the model takes {longest}")
     answers = generate(engine, encoded, sampling, stop_ids=[tokenizer.eos_id])
-    return [tokenizer.decode(answer) for answer in answers]
+    return [tokenizer.decode_after(ids, answer) for ids, answer in zip(encoded, answers, strict=True)]
 
 
 def evaluate_ref(store: Store, ref: str, split: str) -> Record:

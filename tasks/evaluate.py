@@ -50,13 +50,13 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     model = read_model(inputs["model"])
     tokenizer = tokenizer_of(inputs["model"], model.config)
     engine = inference_engine(config.engine, model.config, config.precision, whole_pieces(model.weights))
-    encoded = [encoding.ids for encoding in tokenizer.encode_batch(["<bos>" + prompt for prompt in prompts])]
+    parts = tokenizer.encode_parts(prompts, targets)
+    encoded = [[tokenizer.bos_id, *prompt] for prompt, _ in parts]
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
     answers = generate(engine, encoded, sampling, stop_ids=[tokenizer.eos_id], batch_size=config.batch_size)
     # Tokens, not text: decoding leaves special tokens out, and an answer that did not end is not the answer.
-    wanted = [encoding.ids for encoding in tokenizer.encode_batch([target + "<eos>" for target in targets])]
-    correct = [answer == target for answer, target in zip(answers, wanted, strict=True)]
-    predictions = [tokenizer.decode(answer) for answer in answers]
+    correct = [answer == [*target, tokenizer.eos_id] for answer, (_, target) in zip(answers, parts, strict=True)]
+    predictions = [tokenizer.decode_after(prompt, answer) for prompt, answer in zip(encoded, answers, strict=True)]
     columns: dict[str, list[Any]] = {
         "prompt": prompts,
         "target": targets,

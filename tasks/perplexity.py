@@ -183,8 +183,8 @@ def _samples(config: Config, engine: InferenceEngine, tokenizer: Tokenizer, firs
             )
     answers = generate(engine, encoded, config.sampling, [tokenizer.eos_id], config.batch_size)
     return [
-        {"prompt": prompt, "continuation": tokenizer.decode(answer)}
-        for prompt, answer in zip(config.prompts, answers, strict=True)
+        {"prompt": prompt, "continuation": tokenizer.decode_after(ids, answer)}
+        for prompt, ids, answer in zip(config.prompts, encoded, answers, strict=True)
     ]
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from common.config import FrozenModel
 from models.hub import hub_config
-from models.tokenizer import TOKENIZER_FILES, Tokenizer
+from models.tokenizer import tokenizer_files
 from models.weights import parameter_count, write_arrays
 from tasks.checkpoint import WEIGHTS, ModelFolder, read_model, tokenizer_of
 from tasks.evaluate import RESULTS
@@ -40,10 +40,10 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     _write_json(context.output / "config.json", description)
     _write_json(context.output / "generation_config.json", {**ids, "do_sample": False})
     write_arrays(context.output / WEIGHTS, model.weights, {"format": "pt"})
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(inputs["model"] / "tokenizer" / name, context.output / name)
+    for path in tokenizer_files(inputs["model"] / "tokenizer"):
+        shutil.copyfile(path, context.output / path.name)
     results = json.loads((inputs["evaluation"] / RESULTS).read_bytes()) if "evaluation" in inputs else None
-    card = _card(config, model, tokenizer, results, context.lineage)
+    card = _card(config, model, results, context.lineage)
     (context.output / "README.md").write_text(card, encoding="utf-8")
     parameters = parameter_count(model.config)
     metrics: Metrics = {"summary": f"{model.config.architecture}, {parameters:,} parameters", "parameters": parameters}
@@ -57,9 +57,7 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _card(
-    config: Config, model: ModelFolder, tokenizer: Tokenizer, results: dict[str, Any] | None, lineage: str
-) -> str:
+def _card(config: Config, model: ModelFolder, results: dict[str, Any] | None, lineage: str) -> str:
     shape = model.config
     sections = [
         f"---\nlicense: {json.dumps(config.license)}\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
@@ -108,12 +106,13 @@ def _usage(prompt: str) -> str:
     return f"""## Use
 
 ```python
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-ids = tokenizer({json.dumps("<bos>" + prompt)}, return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=16)[0]))
+ids = [tokenizer.bos_token_id, *tokenizer.encode({prompt!r}, add_special_tokens=False)]
+print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=16)[0]))
 ```"""
 
 

@@ -32,7 +32,7 @@ def test_every_row_of_the_split_is_scored_by_tokens(run_stage: RunStage, tmp_pat
     _, measured = run_stage("evaluate", settings, model=model, documents=truth)
     engine = inference_engine("torch", config, "float32", whole_pieces(initial_weights(config, 3)))
     tokenizer = Tokenizer(model / "tokenizer")
-    encoded = [tokenizer.encode("<bos>" + prompt) for prompt in prompts]
+    encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     answers = generate(engine, encoded, SamplingConfig(max_new_tokens=5), [tokenizer.eos_id])
     ended = [answer[-1] == tokenizer.eos_id and min(answer[:-1], default=3) > 2 for answer in answers]
     assert 0 < sum(ended) < 200

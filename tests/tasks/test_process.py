@@ -84,8 +84,9 @@ def test_what_the_user_can_mend_arrives_as_such(process: EngineProcess) -> None:
 
 def test_damage_arrives_as_such(process: EngineProcess) -> None:
     made = process.do(documents(), ignore).record
+    vocabulary = {"kind": "characters", "characters": "0123456789+-*/="}
     tokenizer = Work(
-        name="characters", stage="tokenizer", config={"kind": "characters"}, inputs={}, store=Store.open().url
+        name="characters", stage="tokenizer", config={"vocabulary": vocabulary}, inputs={}, store=Store.open().url
     )
     inputs = {
         name: InputReference(digest=record.output, key=record.key)

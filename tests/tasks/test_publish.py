@@ -1,4 +1,6 @@
 import json
+import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,16 @@ from models.config import ModelConfig
 from models.engine import inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
-from models.tokenizer import Tokenizer, write_characters_tokenizer
+from models.tokenizer import Tokenizer, write_tokenizer
 from models.weights import initial_weights, whole_pieces
 from tasks.checkpoint import ModelFolder, write_model
-from tasks.tokenizer import ARITHMETIC_CHARACTERS
+from tasks.vocabulary.config import ROLES, Characters
+from tasks.vocabulary.written import characters_tokenizer
 from tests.tasks.conftest import RunStage
+from tests.tasks.vocabulary.texts import english, write_documents
 
+ARITHMETIC = Characters(kind="characters", characters="0123456789+-*/=")
 SHAPE = {
-    "vocab_size": 18,
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
@@ -44,12 +48,19 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
 }
 
 
-def model_folder(folder: Path, architecture: dict[str, object]) -> tuple[Path, ModelConfig]:
-    config = ModelConfig.model_validate({**SHAPE, **architecture})
+def model_folder(
+    folder: Path, architecture: dict[str, object], tokenizer: Path | None = None
+) -> tuple[Path, ModelConfig]:
+    """A model that knows nothing, with a tokenizer: that of arithmetic, or the one in a folder."""
     folder.mkdir()
+    if tokenizer is None:
+        (folder / "tokenizer").mkdir()
+        write_tokenizer(folder / "tokenizer", characters_tokenizer(ARITHMETIC), ROLES)
+    else:
+        shutil.copytree(tokenizer, folder / "tokenizer")
+    vocab_size = len(Tokenizer(folder / "tokenizer"))
+    config = ModelConfig.model_validate({"vocab_size": vocab_size, **SHAPE, **architecture})
     write_model(folder, ModelFolder(config, dict(initial_weights(config, 3)), None, None))
-    (folder / "tokenizer").mkdir()
-    write_characters_tokenizer(folder / "tokenizer", ARITHMETIC_CHARACTERS)
     return folder, config
 
 
@@ -60,7 +71,7 @@ def test_transformers_opens_it_and_agrees(run_stage: RunStage, tmp_path: Path, n
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ours = inference_engine("torch", config, "float32", whole_pieces(initial_weights(config, 3)))
-    ids = tokenizer("<bos>12+34=", return_tensors="pt").input_ids
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode("12+34=", add_special_tokens=False)]])
     with torch.no_grad():
         theirs_BTV = model(ids).logits.numpy()
     np.testing.assert_allclose(ours.logits(ids.numpy().astype(np.int32)), theirs_BTV, atol=1e-5, rtol=0)
@@ -68,6 +79,50 @@ def test_transformers_opens_it_and_agrees(run_stage: RunStage, tmp_path: Path, n
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=6)
     expected = generate(ours, [ids[0].tolist()], sampling, stop_ids=[tokenizer.eos_token_id])[0]
     assert generated == expected
+
+
+PROMPT = "“odd” 'quoted' \\ 👍\nab"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "vocabulary"),
+    [
+        ("gpt2", {"kind": "bytes"}),
+        ("llama", {"kind": "sentencepiece_unigram", "vocab_size": 400}),
+        ("mixtral", {"kind": "bpe", "vocab_size": 400, "special_tokens": ["<|user|>"]}),
+        ("llama", {"kind": "byte_bpe", "vocab_size": 400}),
+    ],
+)
+def test_the_code_on_the_card_runs(
+    run_stage: RunStage,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    architecture: str,
+    vocabulary: dict[str, Any],
+) -> None:
+    documents = write_documents(tmp_path / "documents", [english(60)])
+    made, _ = run_stage("tokenizer", {"vocabulary": vocabulary}, documents=documents)
+    shape = {**ARCHITECTURES[architecture], "max_position_embeddings": 64}
+    source, config = model_folder(tmp_path / "model", shape, made)
+    measured = {"measure": "perplexity", "split": "test", "tokens": 9, "window": 8, "stride": 4, "bits_per_byte": 2.0}
+    samples = [{"prompt": PROMPT, "continuation": ""}]
+    results = {**measured, "token_perplexity": 2.0, "word_perplexity": None, "samples": samples}
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results.json").write_text(json.dumps(results))
+    folder, _ = run_stage("publish", {"title": "A model"}, model=source, evaluation=tmp_path / "evaluation")
+    assert {path.name for path in made.iterdir()} < {path.name for path in folder.iterdir()}
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    script = tmp_path / "snippet.py"
+    script.write_text(code.replace('"path/to/this/folder"', repr(str(folder))))
+    ran = runpy.run_path(str(script))
+    tokenizer = Tokenizer(made)
+    assert ran["ids"] == [tokenizer.bos_id, *tokenizer.encode(PROMPT)]
+    engine = inference_engine("torch", config, "float32", whole_pieces(initial_weights(config, 3)))
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=16)
+    answer = generate(engine, [ran["ids"]], sampling, stop_ids=[tokenizer.eos_id])[0]
+    shown = ran["tokenizer"].decode([*ran["ids"], *answer])
+    assert capsys.readouterr().out == shown + "\n"
+    assert tokenizer.decode(ran["ids"]) == PROMPT
 
 
 def test_the_card_says_what_was_measured_and_where_it_came_from(run_stage: RunStage, tmp_path: Path) -> None:
