@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from common.errors import UserError
 from tasks.corpus.digests import files_digest
-from tasks.corpus.formats import Columns, Format, file_tables, kind_of
+from tasks.corpus.formats import Columns, Format, file_tables, kind_of, learn_types
 from tasks.corpus.sources import TEXT, ExternalSource, FileStart, Opened, Reading, Rows, with_digest
 
 
@@ -86,11 +86,14 @@ class FilesSource(ExternalSource):
 
     def _parts(self, files: dict[str, Path], reading: Reading) -> Iterator[Rows | FileStart]:
         columns = Columns(self.column, reading)
+        kinds = {name: kind_of(name)._replace(format=self.format or kind_of(name).format) for name in files}
+        if "jsonl" in {kind.format for kind in kinds.values()}:
+            learn_types(((str(path), kinds[name]) for name, path in files.items()), columns)
         for number, (name, path) in enumerate(files.items()):
             if number >= reading.first_file:
                 yield FileStart(number)
-                kind = kind_of(name)._replace(format=self.format or kind_of(name).format)
-                yield from map(Rows, file_tables(str(path), name, kind, columns, reading, self.document_per == "line"))
+                per_line = self.document_per == "line"
+                yield from map(Rows, file_tables(str(path), name, kinds[name], columns, reading, per_line))
 
 
 def names_below(folder: Path) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Files of text: Parquet, JSON Lines and plain text, read in order, in bounded memory, with a place for every row."""
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -25,6 +26,7 @@ ENDINGS: dict[str, Format] = {
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TABLE_BYTES = 1 << 20
 ROWS_AT_ONCE = 256
+LEARNED_BYTES = 64 << 20
 _TYPES = {str: "text", float: "a number", bool: "true or false"}
 
 
@@ -66,8 +68,13 @@ class Columns:
         types = {name: str(schema.field(name).type) for name in self.others} if schema is not None else {}
         self._types = {name: known[arrow] for name, arrow in types.items() if arrow in known}
 
+    @property
+    def known(self) -> bool:
+        """Whether the types of all columns are known."""
+        return len(self._types) == len(self.others)
+
     def misfit(self, row: dict[str, Any]) -> str | None:
-        """What is wrong with another column of a JSON object: it is of another type than the first value was."""
+        """What is wrong with another column of a JSON object: it is of another type than its first value was."""
         for other in self.others:
             value = row.get(other)
             if value is None:
@@ -80,7 +87,7 @@ class Columns:
         return None
 
     def table(self, rows: list[dict[str, Any]]) -> "pa.Table":
-        """JSON objects as a table; a column without a value in the first of them is one of text."""
+        """JSON objects as a table; a column without a value so far is one of text."""
         import pyarrow as pa
 
         arrow = self._arrow_types()
@@ -99,6 +106,42 @@ class Columns:
         return {str: pa.string(), float: pa.float64(), bool: pa.bool_()}
 
 
+def learn_types(files: Iterable[tuple[str, Kind]], columns: Columns) -> None:
+    """Finds out the types of other columns by their first values in files of JSON Lines, of which it reads as much as
+    that takes, and LEARNED_BYTES at most."""
+    import orjson
+
+    left = LEARNED_BYTES
+    for path, kind in files:
+        if columns.known or left <= 0:
+            return
+        with _stream(path, kind) as file:
+            for _, block in line_blocks(file, path, Reading(skip=True)):
+                for line in block.split(b"\n"):
+                    with suppress(orjson.JSONDecodeError):
+                        row = orjson.loads(line)
+                        if isinstance(row, dict):
+                            columns.misfit(row)
+                left -= len(block)
+                if columns.known or left <= 0:
+                    break
+
+
+def _stream(path: str, kind: Kind) -> AbstractContextManager[Any]:
+    """A file at a path or fsspec URL, decompressed."""
+    if kind.compression:
+        return closing(Decompressed(partial(_raw, path), kind.compression))
+    return closing(_raw(path))
+
+
+def _raw(path: str) -> Any:
+    if "://" not in path:
+        return Path(path).open("rb", buffering=0)
+    import fsspec
+
+    return fsspec.open(path).open()
+
+
 def file_tables(
     path: str, name: str, kind: Kind, columns: Columns, reading: Reading, per_line: bool = False
 ) -> "Iterator[pa.Table]":
@@ -106,20 +149,12 @@ def file_tables(
 
     `name` is what errors call it; `per_line` is for texts alone. Raises UserError for bad input that is not skipped.
     """
-
-    def opened() -> Any:
-        if "://" not in path:
-            return Path(path).open("rb", buffering=0)
-        import fsspec
-
-        return fsspec.open(path).open()
-
     if kind.format == "parquet":
         if kind.compression:
             raise UserError(f"{name}: Parquet is compressed inside; decompress the file")
-        yield from parquet_tables(path if "://" not in path else opened(), name, columns, reading)
+        yield from parquet_tables(path if "://" not in path else _raw(path), name, columns, reading)
         return
-    with closing(Decompressed(opened, kind.compression) if kind.compression else opened()) as file:
+    with _stream(path, kind) as file:
         if kind.format == "jsonl":
             yield from json_tables(file, name, columns, reading)
         elif columns.others:
@@ -205,9 +240,8 @@ def as_text(table: "pa.Table", columns: Columns, name: str) -> "pa.Table":
 def json_tables(file: Readable, name: str, columns: Columns, reading: Reading) -> "Iterator[pa.Table]":
     """The rows of JSON Lines: each line an object; blank ones hold none.
 
-    Numbers of the other columns are read as float64. A column's type is that of its first value in the first block of
-    BLOCK_BYTES that has rows, and text where there is none. Raises UserError for a line that is no object or has no
-    text, unless those are skipped.
+    Numbers of the other columns are read as float64. Raises UserError for a line that is no object or has no text, or
+    another column of another type than before, unless those are skipped.
     """
     # By lines: pyarrow's reader crashed on a line `null`, and names no lines.
     import orjson

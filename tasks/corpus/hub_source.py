@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from common.errors import UserError, suggestion
 from tasks.corpus.digests import files_digest
 from tasks.corpus.file_source import names_below
-from tasks.corpus.formats import Columns, as_text, file_tables, kind_of, row_place
+from tasks.corpus.formats import Columns, as_text, file_tables, kind_of, learn_types, row_place
 from tasks.corpus.sources import (
     DOCUMENT_LIMIT_BYTES,
     SPLITS,
@@ -121,6 +121,8 @@ class HubSource(ExternalSource):
         """Every split, file by file. Parquet and JSON Lines are read here, which tells where a bad row is and takes
         little memory for long rows; other formats are streamed by `datasets`, as one file."""
         columns = Columns(self.column, reading)
+        lines = ((file, kind_of(file)) for named in files.values() for file in named)
+        learn_types(((file, kind) for file, kind in lines if kind.format == "jsonl"), columns)
         number = 0
         for split, named in files.items():
             own_split = next((known for known in SPLITS if known == split), None)

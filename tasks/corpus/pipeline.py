@@ -136,7 +136,7 @@ class Pipeline:
                 self._saved_bytes = self._tally.read.bytes
                 text = f"going on after {self._tally.read.documents:,} documents that were read before"
                 self._context.report(Note(text))
-        except (ValueError, LookupError, OSError) as error:
+        except (ValueError, LookupError, OSError, EOFError) as error:
             self._context.report(Note(f"beginning anew: what an earlier start left is damaged ({error})"))
             self._tally = Tally([Count() for _ in self._rules])
             state = None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from tasks.corpus import formats, streams
-from tasks.corpus.formats import Columns, Kind, file_tables, kind_of
+from tasks.corpus.formats import Columns, Kind, file_tables, kind_of, learn_types
 from tasks.corpus.streams import DamagedFile, Decompressed, line_blocks
 from tests.tasks.corpus.conftest import Told, compressed, documents, json_lines, parquet_bytes, texts, write
 
@@ -196,32 +196,42 @@ def reference(data: bytes, others: tuple[str, ...]) -> tuple[list[dict[str, Any]
             raise ValueError(text)
         return float(text)
 
-    rows: list[dict[str, Any]] = []
-    counts: dict[str, int] = {}
-    types: dict[str, str] = {}
+    parsed: list[tuple[Any, str | None]] = []
     for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
         if not line.strip():
             continue
         try:
             row = json.loads(line.decode(), parse_constant=refuse_constant, parse_float=finite)
             json.dumps(row, ensure_ascii=False).encode()
-            rule = None if isinstance(row, dict) else "malformed"
+            parsed.append((row, None if isinstance(row, dict) else "malformed"))
         except UnicodeDecodeError:
-            rule = "not_utf8"
+            parsed.append((None, "not_utf8"))
         except ValueError:
-            rule = "malformed"
+            parsed.append((None, "malformed"))
+    rows: list[dict[str, Any]] = []
+    counts: dict[str, int] = {}
+    types: dict[str, str] = {}
+    for row, rule in parsed:
+        if rule is None:
+            _misfits(row, others, types)
+    for row, rule in parsed:
         if rule is None and not isinstance(row.get("text"), str):
             rule = "no_text"
-        for other in others if rule is None else ():
-            found = REFERENCE_TYPES.get(type(row.get(other)))
-            if row.get(other) is not None and (found is None or types.setdefault(other, found) != found):
-                rule = "malformed"
-                break
+        if rule is None and _misfits(row, others, types):
+            rule = "malformed"
         if rule is None:
             rows.append({name: row.get(name) for name in ("text", *others)})
         else:
             counts[rule] = counts.get(rule, 0) + 1
     return rows, counts
+
+
+def _misfits(row: dict[str, Any], others: tuple[str, ...], types: dict[str, str]) -> bool:
+    for other in others:
+        found = REFERENCE_TYPES.get(type(row.get(other)))
+        if row.get(other) is not None and (found is None or types.setdefault(other, found) != found):
+            return True
+    return False
 
 
 VALUES = st.recursive(
@@ -250,14 +260,19 @@ LINES = st.one_of(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(LINES, max_size=8), st.integers(1, 40) | st.none(), st.booleans())
-def test_json_lines_are_read_as_pythons_reader_does(lines: list[bytes], block: int | None, ends: bool) -> None:
+@given(lines=st.lists(LINES, max_size=8), block=st.integers(1, 40), ends=st.booleans())
+def test_json_lines_are_read_as_pythons_reader_does(
+    lines: list[bytes], block: int, ends: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     data = b"\n".join(lines) + (b"\n" if ends else b"")
-    # What type another column has is told by the first block that has rows.
-    told = Told(*(("score", "other") if block is None else ()), skip=True)
+    told = Told("score", "other", skip=True)
+    columns = Columns("text", told)
+    path = tmp_path_factory.getbasetemp() / "lines.jsonl"
+    path.write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "BLOCK_BYTES", block or streams.BLOCK_BYTES)
-        tables = list(formats.json_tables(io.BytesIO(data), "a.jsonl", Columns("text", told), told))
+        patch.setattr(streams, "BLOCK_BYTES", block)
+        learn_types([(str(path), kind_of(path.name))], columns)
+        tables = list(formats.json_tables(io.BytesIO(data), "a.jsonl", columns, told))
     rows, counts = reference(data, told.others)
     assert [row for table in tables for row in table.to_pylist()] == rows
     assert told.counts() == counts
@@ -312,6 +327,21 @@ def test_lines_come_whole_in_blocks_of_any_size(lines: list[bytes], block: int, 
     assert all(len(line) > limit for line in missing)
     assert all(len(line) <= limit + block for line in found.values())
     assert told.counts().get("too_long", 0) == len(missing)
+
+
+def test_the_type_of_a_column_is_that_of_its_first_value_in_any_file(tmp_path: Path) -> None:
+    first = write(tmp_path, "a.jsonl", json_lines([{"text": "a"}, {"text": "b", "score": None}]))
+    second = write(tmp_path, "b.jsonl.gz", json_lines([{"text": "c", "score": 1}]))
+    told = Told("score", "other")
+    columns = Columns("text", told)
+    learn_types([(str(path), kind_of(path.name)) for path in (first, second)], columns)
+    assert not columns.known
+    tables = [
+        table for path in (first, second) for table in file_tables(str(path), "", kind_of(path.name), columns, told)
+    ]
+    assert {table.schema.field("score").type for table in tables} == {pa.float64()}
+    assert {table.schema.field("other").type for table in tables} == {pa.string()}
+    assert [row["score"] for table in tables for row in table.to_pylist()] == [None, None, 1.0]
 
 
 def test_a_line_that_is_nested_too_deep_is_no_crash(tmp_path: Path) -> None:

@@ -61,9 +61,7 @@ def _splits(*names: str) -> str:
 
 
 def test_a_configuration_is_read_file_by_file(hub: Path) -> None:
-    assert rows(source("some/two", config="y")) == [
-        (None if False else "train", text) for text in ("y0a", "y0b", "y1a", "y1b")
-    ]
+    assert rows(source("some/two", config="y")) == [("train", text) for text in ("y0a", "y0b", "y1a", "y1b")]
     found = parts(source("some/two", config="y"))
     assert [part.number for part in found if isinstance(part, FileStart)] == [0, 1]
 
@@ -146,7 +144,7 @@ def test_the_digest_is_that_of_the_folder_wherever_it_is(
     monkeypatch.setenv("CAIRN_HUB", str(shutil.copytree(hub, tmp_path / "other")))
     assert resolved.resolved() == resolved
     write(tmp_path, "other/some/two/x/1.parquet", parquet_bytes({"text": ["new"], "score": [3]}))
-    with pytest.raises(UserError, match="data set 'some/two' in .*other/some/two is not what its digest"):
+    with pytest.raises(UserError, match=r"data set 'some/two' in .*other/some/two is not what its digest"):
         resolved.resolved()
 
 
