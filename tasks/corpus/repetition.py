@@ -77,7 +77,8 @@ class Repetition(FrozenModel):
                 stays_D &= lines.sum_D(again_L) / np.maximum(lines.count_D, 1) <= share
             if character_share is not None:
                 stays_D &= lines.sum_D(again_L * lines.characters_L) / characters_D <= character_share
-        for repeats in _repeats(texts.words, {bound.n for bound in self.top_ngrams + self.duplicate_ngrams}):
+        sizes = {bound.n for bound in self.top_ngrams + self.duplicate_ngrams}
+        for repeats in _repeats(texts.words, sizes, stays_D):
             for bound in self.top_ngrams:
                 if bound.n == repeats.size:
                     stays_D &= repeats.top_characters_D() / characters_D <= bound.share
@@ -166,8 +167,8 @@ class _Repeats:
         return total
 
 
-def _repeats(words: Words, sizes: set[int]) -> Iterator[_Repeats]:
-    """The repeated n-grams of each of some sizes, rising.
+def _repeats(words: Words, sizes: set[int], asked_D: NDArray[np.bool_]) -> Iterator[_Repeats]:
+    """The repeated n-grams of each of some sizes, rising, in the documents that are asked for by then.
 
     Those of a size begin where shorter ones are repeated too, so only the shortest are looked for in all the text.
     """
@@ -175,16 +176,22 @@ def _repeats(words: Words, sizes: set[int]) -> Iterator[_Repeats]:
         return
     hash_G, first_G = words.ngrams(min(sizes))
     for size in range(min(sizes), max(sizes) + 1):
+        document_G = words.document_W[first_G]
+        wanted_G = asked_D[document_G]
         if size > min(sizes):
-            last_G = first_G + size - 1
-            whole_G = last_G < words.first_D1[words.document_W[first_G] + 1]
-            hash_G, first_G = words.longer(hash_G[whole_G], first_G[whole_G], size), first_G[whole_G]
+            wanted_G &= first_G + size <= words.first_D1[document_G + 1]
+        if not wanted_G.all():
+            hash_G, first_G, document_G = hash_G[wanted_G], first_G[wanted_G], document_G[wanted_G]
+        if size > min(sizes):
+            hash_G = words.longer(hash_G, first_G, size)
         order, new = grouped(hash_G)
-        document = words.document_W[first_G[order]]
-        new[1:] |= document[1:] != document[:-1]
-        group_G, again_G = np.empty_like(order), np.empty_like(new)
-        group_G[order], again_G[order] = np.cumsum(new) - 1, ~new
-        repeated_G = np.bincount(group_G)[group_G] > 1
-        hash_G, first_G = hash_G[repeated_G], first_G[repeated_G]
+        # Those of another document are others.
+        alike = np.flatnonzero(~new)
+        new[alike] = document_G[order[alike]] != document_G[order[alike - 1]]
+        repeated = np.flatnonzero(~(new & np.append(new[1:], True)))
+        group, place, again = np.cumsum(new[repeated]) - 1, order[repeated], ~new[repeated]
+        in_text = np.argsort(place)
+        place = place[in_text]
+        hash_G, first_G = hash_G[place], first_G[place]
         if size in sizes:
-            yield _Repeats(words, size, first_G, group_G[repeated_G], again_G[repeated_G])
+            yield _Repeats(words, size, first_G, group[in_text], again[in_text])

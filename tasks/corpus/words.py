@@ -219,14 +219,17 @@ def grouped(keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.boo
     bits = np.uint64(max(1, (len(keys) - 1).bit_length()))
     places = (np.uint64(1) << bits) - np.uint64(1)
     # Keys and places in one number: NumPy sorts numbers faster than it finds the order of numbers.
-    packed = keys & ~places | np.arange(len(keys), dtype=np.uint64)
+    packed = keys & ~places
+    packed |= np.arange(len(keys), dtype=np.uint64)
     packed.sort()
-    order = (packed & places).astype(np.int64)
+    alike = (packed[1:] ^ packed[:-1]) <= places  # in the bits of the key that there was room for
+    packed &= places
+    order = packed.view(np.int64)
     found = keys[order]
     new = np.ones(len(keys), np.bool_)
-    new[1:] = found[1:] != found[:-1]
-    if ((packed[1:] ^ packed[:-1]) <= places)[new[1:]].any():  # other keys with the same high bits
+    np.not_equal(found[1:], found[:-1], out=new[1:])
+    if (alike & new[1:]).any():
         order = np.argsort(keys, kind="stable")
         found = keys[order]
-        new[1:] = found[1:] != found[:-1]
+        np.not_equal(found[1:], found[:-1], out=new[1:])
     return order, new

@@ -2,12 +2,11 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus.text import PIECE_BYTES, Texts
+from tasks.corpus.text import Texts
 from tasks.corpus.words import Lines, Words, grouped
 from tests.tasks.corpus import reference
 from tests.tasks.corpus.reference import TEXTS
@@ -145,13 +144,3 @@ def test_no_documents_have_no_words() -> None:
     texts = Texts.of([])
     assert len(texts) == len(texts.words) == len(texts.plain_words) == len(texts.lines) == len(texts.paragraphs) == 0
     assert texts.words.hash_W.tolist() == texts.lines.hash_L.tolist() == texts.lines.characters_L.tolist() == []
-
-
-def test_pieces_hold_every_document_once() -> None:
-    sizes = [PIECE_BYTES // 3, PIECE_BYTES // 2, PIECE_BYTES // 4, 3 * PIECE_BYTES, 0, PIECE_BYTES, 1, 0]
-    table = pa.table({"text": [str(place % 10) * size for place, size in enumerate(sizes)]})
-    pieces = list(Texts.pieces(table))
-    assert [len(piece) for piece in pieces] == [2, 1, 1, 2, 2]
-    assert pa.concat_tables([piece.table for piece in pieces]).equals(table)
-    assert pc.sum(pc.binary_length(table["text"])).as_py() == sum(int(piece.bytes_D.sum()) for piece in pieces)
-    assert list(Texts.pieces(table.slice(0, 0))) == []
