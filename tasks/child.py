@@ -78,6 +78,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _raise_interrupted(number: int, frame: object) -> None:
+    # Once is enough: a second one would come up in the middle of the ending.
+    for stopping in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stopping, signal.SIG_IGN)
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 

@@ -4,7 +4,8 @@ B windows read at once, T positions of a window.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
@@ -19,10 +20,13 @@ from models.engine import Batch, EngineName, InferenceEngine, Precision, inferen
 from models.generation import generate
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
+from models.training.events import Note
 from models.weights import whole_pieces
 from tasks.checkpoint import read_model, tokenizer_of
 from tasks.evaluate import RESULTS
 from tasks.stage import Context, Kind, Metrics, Stage
+
+REPORT_SECONDS = 10.0
 
 
 class Config(FrozenModel):
@@ -77,9 +81,19 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     engine = inference_engine(config.engine, model.config, config.precision, whole_pieces(model.weights))
     first = tokenizer.bos_id if config.start == "bos" else tokenizer.eos_id
     total, tokens, words, size = 0.0, 0, 0, 0
+    told = time.monotonic()
+
+    def watch(scored: int) -> None:
+        nonlocal told
+        if context.should_stop():
+            raise StageInterrupted("the perplexity was stopped")
+        if time.monotonic() - told > REPORT_SECONDS:
+            told = time.monotonic()
+            context.report(Note(f"{tokens + scored:,} tokens read"))
+
     for text in read_texts(inputs["documents"], config.split):
         ids = tokenizer.encode(text)
-        total += negative_log_likelihood(engine, [first, *ids], window, stride, config.batch_size, context)
+        total += negative_log_likelihood(engine, [first, *ids], window, stride, config.batch_size, watch)
         tokens, words, size = tokens + len(ids), words + len(text.split()), size + len(text.encode())
     if not tokens or not words:
         raise UserError(f"the documents have no text in their {config.split} split to measure perplexity on")
@@ -121,15 +135,19 @@ def negative_log_likelihood(
     window: int,
     stride: int,
     batch_size: int,
-    context: Context | None = None,
+    watch: Callable[[int], None] = lambda scored: None,
 ) -> float:
-    """The sum over all tokens but the first of −ln p(token | tokens before it in its window)."""
-    total = 0.0
+    """The sum over all tokens but the first of −ln p(token | tokens before it in its window).
+
+    `watch` is told after each batch how many have been scored.
+    """
+    total, scored = 0.0, 0
     parts = list(windows(tokens, window, stride))
     for begin in range(0, len(parts), batch_size):
-        if context is not None and context.should_stop():
-            raise StageInterrupted("the perplexity was stopped")
-        total -= _scored(engine, parts[begin : begin + batch_size])
+        batch = parts[begin : begin + batch_size]
+        total -= _scored(engine, batch)
+        scored += sum(part.scored for part in batch)
+        watch(scored)
     return total
 
 
