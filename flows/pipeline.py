@@ -24,10 +24,13 @@ from flows.recipe import Recipe, StageEntry, load_recipe
 from flows.stopping import Stopping
 from flows.view import View
 from tasks.dispatch import dispatch, stage_task
+from tasks.encoding.card import DATA_CARD, LENGTHS_PICTURE
 from tasks.process import EngineProcess
 from tasks.work import Outcome
 
 LOSS_CURVE = "loss.png"
+PICTURES = {LOSS_CURVE: ("loss", "Loss curve"), LENGTHS_PICTURE: ("lengths", "Document lengths")}
+"""Pictures among a stage's logs: how their artifacts' keys end, and what they show."""
 logger = logging.getLogger("cairn.flows")
 
 
@@ -119,10 +122,14 @@ def _show(recipe: Recipe, entry: StageEntry, store: Store, record: Record) -> No
     try:
         create_table_artifact(rows, key=key, description=record.summary)
         create_markdown_artifact(f"```\n{to_text(tree(store, record))}\n```", key=f"{key}-lineage")
-        picture = store.attachments(record.key).get(LOSS_CURVE)
-        if picture is not None and Path(picture).is_file():
-            encoded = base64.b64encode(Path(picture).read_bytes()).decode()
-            create_image_artifact(f"data:image/png;base64,{encoded}", key=f"{key}-loss", description="Loss curve")
+        attached = {name: Path(place) for name, place in store.attachments(record.key).items()}
+        for name, (ending, description) in PICTURES.items():
+            if name in attached and attached[name].is_file():
+                encoded = base64.b64encode(attached[name].read_bytes()).decode()
+                data = f"data:image/png;base64,{encoded}"
+                create_image_artifact(data, key=f"{key}-{ending}", description=description)
+        if DATA_CARD in attached and attached[DATA_CARD].is_file():
+            create_markdown_artifact(attached[DATA_CARD].read_text(encoding="utf-8"), key=f"{key}-card")
     except Exception as error:  # whatever the server answers, the artifact is in the store already
         logger.warning("stage '%s' is done, but the Prefect server did not take its artifacts: %s", entry.name, error)
 

@@ -1,30 +1,46 @@
 """Stage `tokens`: documents as shards of token ids, with the mask of what counts in the loss."""
 
+import json
+import os
 import shutil
-from array import array
-from collections.abc import Iterator, Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from pydantic import Field
 
+from artifacts.identity import check_file_name
 from common.config import FrozenModel
-from common.errors import StageInterrupted, UserError
+from common.errors import UserError
 from common.files import canonical_json
-from models.tokenizer import TOKENIZER_FILES, Tokenizer
-from models.training.shards import write_shard
-from tasks.documents import shard_name
+from models.tokenizer import Tokenizer, tokenizer_files
+from models.training.events import Note
+from tasks.encoding.card import write_card
+from tasks.encoding.choice import WORTH_IT_BYTES, Choice, choose, sampled_texts, the_reference
+from tasks.encoding.finished import FinishedUnits
+from tasks.encoding.pool import WORTH_A_PROCESS_BYTES, encode_in_processes
+from tasks.encoding.ray_pool import encode_over_ray
+from tasks.encoding.units import EncodedUnit, Encoders, Job, LossOn, Unit, encode_unit
+from tasks.encoding.worker import Order
+from tasks.encoding.writer import TokenShard
 from tasks.stage import Context, Kind, Metrics, Stage
 
-ROWS_AT_ONCE = 20_000
+Results = Generator[tuple[Unit, EncodedUnit], None, None]
+_REPORT_SECONDS = 10.0
 
 
 class Config(FrozenModel):
     """How documents become tokens."""
 
-    loss_on: Literal["text", "target"] = "text"
-    """Whether every token is trained on, or only those of the column `target` and the closing <eos>."""
+    loss_on: LossOn = "text"
+    """Whether every token is trained on, or only those of the column `target` and the <eos> after it."""
+    bos: bool = False
+    """Whether <bos> stands before each document. It is never trained on."""
+    eos: bool = True
+    """Whether <eos> stands after each document. It is trained on."""
     shard_tokens: int = Field(default=1 << 25, gt=0)
     """Tokens after which a shard is full; documents are never divided."""
 
@@ -32,117 +48,193 @@ class Config(FrozenModel):
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes `<split>-<n>.safetensors` (see models.training.shards), `tokens.json` and the tokenizer in `tokenizer/`.
 
-    Raises UserError for a character that the tokenizer does not know, and for documents without a target where
-    the loss is on targets.
+    Each shard of documents is encoded on its own and kept in the scratch, so that a stage which was killed goes on
+    after the last one. Raises UserError for documents that the tokenizer cannot encode, that have no target where the
+    loss is on targets, and for none at all.
     """
+    started = time.monotonic()
+    documents = _described(inputs["documents"])
+    units = _units(documents)
     tokenizer = Tokenizer(inputs["tokenizer"])
+    finished = FinishedUnits(context.scratch, context.local_scratch)
+    done = finished.find(units)
+    for name in finished.damaged:
+        context.report(Note(f"the finished shard of documents {name} was damaged, and is done again"))
+    left = [unit for unit in units if unit.key not in done]
+    choice = _choice(config, inputs, left)
+    job = Job(
+        library=choice.library,
+        loss_on=config.loss_on,
+        bos_id=tokenizer.bos_id if config.bos else None,
+        eos_id=tokenizer.eos_id if config.eos else None,
+        vocab_size=len(tokenizer),
+        shard_tokens=config.shard_tokens,
+    )
+    order = Order(job=job, documents=inputs["documents"], tokenizer=inputs["tokenizer"], output=finished.folder)
+    reused = len(done)
+    with closing(_encoded(left, order, context)) as encoded_units:
+        for unit, encoded in _reported(encoded_units, len(left), context):
+            finished.keep(unit, encoded)
+            done[unit.key] = encoded
+    in_order = [(unit, done[unit.key]) for unit in units]
+    shards = finished.put_together(in_order, context.output)
     copy_tokenizer(inputs["tokenizer"], context.output)
-    counts = {}
-    for split in sorted({path.name.rpartition("-")[0] for path in inputs["documents"].glob("*.parquet")}):
-        counts[split] = _write_split(config, tokenizer, split, inputs["documents"], context)
-    description = {"vocab_size": len(tokenizer), "pad_id": tokenizer.pad_id, "splits": counts}
-    (context.output / "tokens.json").write_bytes(canonical_json(description))
-    tokens = sum(split["tokens"] for split in counts.values())
-    return {"summary": f"{tokens:,} tokens", **description}
+    tokens = _tokens_description(job, tokenizer, str(documents["source"]["name"]), in_order, shards)
+    (context.output / "tokens.json").write_bytes(canonical_json(tokens))
+    write_card(context.logs, documents, tokens, context.output, context.name)
+    return _metrics(tokens, in_order, choice, reused, time.monotonic() - started)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Puts a tokenizer's files into `folder/tokenizer/`, so that an artifact can be used without the one before it."""
     (folder / "tokenizer").mkdir()
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(source / name, folder / "tokenizer" / name)
+    for path in tokenizer_files(source):
+        shutil.copyfile(path, folder / "tokenizer" / path.name)
 
 
-def _write_split(config: Config, tokenizer: Tokenizer, split: str, documents: Path, context: Context) -> dict[str, int]:
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    shard = _Shard(dtype, masked=config.loss_on == "target")
-    totals = {"shards": 0, "documents": 0, "tokens": 0, "counted_tokens": 0, "longest_document": 0}
-
-    def flush() -> None:
-        path = context.output / shard_name(split, totals["shards"], "safetensors")
-        write_shard(path, *shard.arrays())
-        totals["shards"] += 1
-
-    for columns in _batches(config, split, documents):
-        if context.should_stop():
-            raise StageInterrupted("the tokens were stopped")
-        boundaries = _boundaries(config, columns)
-        for encoding, boundary in zip(tokenizer.encode_batch(columns["text"]), boundaries, strict=True):
-            first = encoding.char_to_token(boundary) if boundary else 0
-            if first is None:
-                raise UserError(f"no token starts where the target of {encoding.tokens} does")
-            ids = encoding.ids
-            if shard.tokens and shard.tokens + len(ids) > config.shard_tokens:
-                flush()
-                shard = _Shard(dtype, masked=config.loss_on == "target")
-            shard.append(ids, first)
-            totals["documents"] += 1
-            totals["tokens"] += len(ids)
-            totals["counted_tokens"] += len(ids) - first
-            totals["longest_document"] = max(totals["longest_document"], len(ids))
-    if shard.tokens:
-        flush()
-    return totals
+def _described(folder: Path) -> dict[str, Any]:
+    """What `documents.json` says. Raises UserError where it is no description of documents."""
+    try:
+        description = json.loads((folder / "documents.json").read_bytes())
+        description["source"]["name"], description["read"]["documents"], description["dropped"]
+        for split in description["splits"].values():
+            for shard in split["shards"]:
+                check_file_name(shard["name"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / 'documents.json'} describes no documents ({error!r}); make them again") from error
+    return dict(description)
 
 
-def _batches(config: Config, split: str, documents: Path) -> Iterator[dict[str, list[str]]]:
-    # Imported here because it takes a third of a second, and planning needs only the configs.
-    import pyarrow.parquet as pq
-
-    wanted = ["text", "target"] if config.loss_on == "target" else ["text"]
-    for path in sorted(documents.glob(f"{split}-*.parquet")):
-        file = pq.ParquetFile(path)
-        missing = set(wanted) - set(file.schema_arrow.names)
-        if missing:
-            raise UserError(f"documents have no column {missing.pop()!r}, which loss_on: {config.loss_on} needs")
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=wanted):
-            yield batch.to_pydict()
-
-
-def _boundaries(config: Config, columns: Mapping[str, list[str]]) -> list[int]:
-    """The character of each text at which the loss starts."""
-    if config.loss_on == "text":
-        return [0] * len(columns["text"])
-    found = []
-    for text, target in zip(columns["text"], columns["target"], strict=True):
-        ending = target + "<eos>"
-        if not target or not text.endswith(ending) or text == ending:
-            raise UserError(f"document {text!r} does not end with its target {target!r} and <eos> after a prompt")
-        found.append(len(text) - len(ending))
-    return found
+def _units(documents: Mapping[str, Any]) -> list[Unit]:
+    """The shards of all splits, without those that hold nothing. Raises UserError where none is left."""
+    units = [
+        Unit(split=split, number=number, name=shard["name"], documents=shard["documents"], bytes=shard["bytes"])
+        for split, described in sorted(documents["splits"].items())
+        for number, shard in enumerate(described["shards"])
+        if shard["documents"]
+    ]
+    if not units:
+        raise UserError(f"the documents of {documents['source']['name']} are none: nothing passed its rules")
+    return units
 
 
-class _Shard:
-    """Tokens gathered for one file."""
+def _choice(config: Config, inputs: Mapping[str, Path], units: Sequence[Unit]) -> Choice:
+    """The library that encodes what is left to do."""
+    if config.loss_on == "target":
+        return the_reference("the place of each token in its text is needed, to see where the target begins")
+    if sum(unit.bytes for unit in units) < WORTH_IT_BYTES:
+        return the_reference("little text is left to encode")
+    return choose(inputs["tokenizer"], sampled_texts(inputs["documents"], units))
 
-    def __init__(self, dtype: Any, masked: bool) -> None:
-        self.dtype, self.masked = dtype, masked
-        self.tokens = 0
-        # Lists of Python's integers would take many times the memory.
-        self._ids = array("I")
-        self._ends = array("Q")
-        self._starts = array("Q")
 
-    def append(self, ids: list[int], first_counted: int) -> None:
-        self._ids.extend(ids)
-        self._starts.append(self.tokens + first_counted)
-        self.tokens += len(ids)
-        self._ends.append(self.tokens)
+def _encoded(units: Sequence[Unit], order: Order, context: Context) -> Results:
+    """The units as they are done: over Ray where the stage names a cluster, by processes where there is work for
+    several, and else in this one."""
+    if units and context.runtime.ray is not None:
+        yield from encode_over_ray(units, order, context.runtime.ray, context.should_stop)
+        return
+    cores = context.runtime.processes or _cores()
+    work = sum(unit.bytes for unit in units) // WORTH_A_PROCESS_BYTES
+    processes = min(cores, len(units), 1 + work)
+    if processes > 1:
+        yield from encode_in_processes(units, order, processes, context.should_stop)
+    elif units:
+        encoders = Encoders.load(order.job, order.tokenizer, parallel=cores > 1)
+        for unit in units:
+            source = str(order.documents / unit.name)
+            yield unit, encode_unit(unit, source, order.job, encoders, order.output, context.should_stop)
 
-    def arrays(self) -> tuple[Any, ...]:
-        ends = np.array(self._ends, np.uint64)
-        if not self.masked:
-            return np.array(self._ids, self.dtype), ends
-        # +1 where counting starts and −1 after each document: the running sum is 1 on the counted tokens.
-        edges = np.zeros(self.tokens + 1, np.int64)
-        np.add.at(edges, np.array(self._starts, np.int64), 1)
-        np.add.at(edges, np.array(self._ends, np.int64), -1)
-        return np.array(self._ids, self.dtype), ends, np.cumsum(edges)[:-1].astype(bool)
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _reported(encoded_units: Results, count: int, context: Context) -> Results:
+    """The same units, told about now and then."""
+    began = said = time.monotonic()
+    text_bytes = 0
+    for number, (unit, encoded) in enumerate(encoded_units, 1):
+        yield unit, encoded
+        text_bytes += encoded.bytes
+        if encoded.note is not None:
+            context.report(Note(encoded.note))
+        now = time.monotonic()
+        if now - said >= _REPORT_SECONDS and number < count:
+            said = now
+            rate = text_bytes / (now - began) / 1e6
+            context.report(Note(f"{number:,} of {count:,} shards of documents are encoded, {rate:,.1f} MB/s"))
+
+
+def _tokens_description(
+    job: Job,
+    tokenizer: Tokenizer,
+    source: str,
+    units: Sequence[tuple[Unit, EncodedUnit]],
+    shards: Mapping[str, Sequence[TokenShard]],
+) -> dict[str, Any]:
+    """What `tokens.json` holds."""
+    splits = {}
+    for split, of_split in shards.items():
+        encoded = [one for unit, one in units if unit.split == split]
+        lengths: Counter[int] = Counter()
+        for one in encoded:
+            lengths.update(dict(one.lengths))
+        splits[split] = {
+            "documents": sum(shard.documents for shard in of_split),
+            "tokens": sum(shard.tokens for shard in of_split),
+            "counted_tokens": sum(shard.counted_tokens for shard in of_split),
+            "bytes": sum(one.bytes for one in encoded),
+            "longest_document": max(lengths),
+            "lengths": sorted(lengths.items()),
+            "shards": [
+                shard.model_dump(include={"name", "tokens", "documents", "counted_tokens"}) for shard in of_split
+            ],
+        }
+    return {
+        "vocab_size": job.vocab_size,
+        "pad_id": tokenizer.pad_id,
+        "bos_id": job.bos_id,
+        "eos_id": job.eos_id,
+        "dtype": job.dtype,
+        "source": source,
+        "splits": splits,
+    }
+
+
+def _metrics(
+    tokens: Mapping[str, Any],
+    units: Sequence[tuple[Unit, EncodedUnit]],
+    choice: Choice,
+    reused: int,
+    seconds: float,
+) -> Metrics:
+    splits = {
+        split: {
+            **{key: one[key] for key in ("documents", "tokens", "counted_tokens", "bytes", "longest_document")},
+            "bytes_per_token": one["bytes"] / one["tokens"] if one["tokens"] else None,
+            "shards": len(one["shards"]),
+        }
+        for split, one in tokens["splits"].items()
+    }
+    counted, documents = (sum(one[key] for one in splits.values()) for key in ("tokens", "documents"))
+    return {
+        "summary": f"{counted:,} tokens in {documents:,} documents",
+        "tokens": counted,
+        "documents": documents,
+        "dtype": tokens["dtype"],
+        "splits": splits,
+        "encoder": choice.model_dump(),
+        "seconds": seconds,
+        "units": {"encoded": len(units) - reused, "found_finished": reused},
+        "notes": [encoded.note for _, encoded in units if encoded.note is not None],
+    }
 
 
 STAGE = Stage(
     name="tokens",
-    version=1,
+    version=2,
     config=Config,
     inputs={"documents": Kind.DOCUMENTS, "tokenizer": Kind.TOKENIZER},
     output=Kind.TOKENS,

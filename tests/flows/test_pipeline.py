@@ -60,14 +60,18 @@ def test_prefect_knows_every_stage(prefect_url: str, flow_run: UUID) -> None:
 def test_prefect_shows_what_was_made(prefect_url: str, flow_run: UUID) -> None:
     with client_of(prefect_url) as client:
         found = artifacts_of(client, flow_run)
-    pictures = {f"{RECIPE}-{stage}-loss" for stage in ("base", "refined")}
-    assert set(found) == {f"{RECIPE}-{stage}{kind}" for stage in STAGES for kind in ("", "-lineage")} | pictures
+    pictures = {f"{RECIPE}-base-loss", f"{RECIPE}-refined-loss", f"{RECIPE}-tokens-lengths"}
+    everywhere = {f"{RECIPE}-{stage}{kind}" for stage in STAGES for kind in ("", "-lineage")}
+    assert set(found) == everywhere | pictures | {f"{RECIPE}-tokens-card"}
     table = found[f"{RECIPE}-base"]
     assert table.type == "table"
     assert '"parameters"' in str(table.data)
     lineage = found[f"{RECIPE}-published-lineage"]
     assert lineage.type == "markdown"
     assert "tokenizer" in str(lineage.data)
+    card = found[f"{RECIPE}-tokens-card"]
+    assert card.type == "markdown"
+    assert str(card.data).startswith("# Data card of `tokens`: arithmetic")
     for name in pictures:
         assert found[name].type == "image"
         assert str(found[name].data).startswith("data:image/png;base64,iVBORw0KGgo")

@@ -1,0 +1,97 @@
+"""Token shards as they fill up: documents are gathered, and a file is written whenever one is full.
+
+N tokens, D documents.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from artifacts.identity import Digest
+from common.config import FrozenModel
+from models.training.tensor_file import write_stream
+from models.weights import Array
+
+
+class TokenShard(FrozenModel):
+    """A token shard's file, and what is in it."""
+
+    name: str
+    """Its file name where it was written."""
+    documents: int
+    tokens: int
+    counted_tokens: int
+    """Tokens that are trained on."""
+    sha256: Digest
+    size: int
+    """Bytes of the file."""
+
+
+class Writer:
+    """Writes documents into shards of `models.training.shards`, each whole or absent. Documents are never divided."""
+
+    def __init__(self, folder: Path, name: Callable[[int], str], capacity: int, masked: bool) -> None:
+        """`name` gives the file of each shard by its number; `capacity` is in tokens; `masked` is for a loss mask."""
+        self.shards: list[TokenShard] = []
+        self._folder, self._name, self._capacity, self._masked = folder, name, capacity, masked
+        self._clear()
+
+    def _clear(self) -> None:
+        self._tokens = 0
+        self._ids: list[NDArray[Any]] = []
+        self._lengths: list[NDArray[np.int64]] = []
+        self._uncounted: list[NDArray[np.int64]] = []
+
+    def add(self, ids_N: NDArray[Any], lengths_D: NDArray[np.int64], uncounted_D: NDArray[np.int64]) -> None:
+        """Adds documents: their ids (uint16 or uint32), the length of each, and how many tokens at the beginning of
+        each do not count. Raises OSError where a shard cannot be written."""
+        ends_D = np.cumsum(lengths_D)
+        first, start = 0, 0
+        while first < len(lengths_D):
+            room = self._capacity - self._tokens
+            last = int(np.searchsorted(ends_D, start + room, side="right"))
+            if last <= first and self._tokens:
+                self._write()
+                continue
+            last = max(last, first + 1)
+            end = int(ends_D[last - 1])
+            self._ids.append(ids_N[start:end])
+            self._lengths.append(lengths_D[first:last])
+            self._uncounted.append(uncounted_D[first:last])
+            self._tokens += end - start
+            first, start = last, end
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._lengths:
+            self._write()
+
+    def _write(self) -> None:
+        lengths_D, uncounted_D = np.concatenate(self._lengths), np.concatenate(self._uncounted)
+        arrays: dict[str, Array] = {
+            "tokens": np.concatenate(self._ids),
+            "document_ends": np.cumsum(lengths_D).astype(np.uint64),
+        }
+        if self._masked:
+            runs = np.column_stack([uncounted_D, lengths_D - uncounted_D]).reshape(-1)
+            arrays["loss_mask"] = np.repeat(np.tile(np.array([0, 1], np.uint8), len(lengths_D)), runs)
+        name = self._name(len(self.shards))
+        # Beside its name, because a file that stands under it may be linked to from elsewhere.
+        temporary = self._folder / f".{name}.tmp"
+        with temporary.open("wb") as file:
+            written = write_stream(file, arrays)
+        temporary.replace(self._folder / name)
+        self.shards.append(
+            TokenShard(
+                name=name,
+                documents=len(lengths_D),
+                tokens=self._tokens,
+                counted_tokens=self._tokens - int(uncounted_D.sum()),
+                sha256=written.sha256,
+                size=written.size,
+            )
+        )
+        self._clear()
