@@ -118,7 +118,7 @@ print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=16)[0]
 
 STAGE = Stage(
     name="publish",
-    version=1,
+    version=2,
     config=Config,
     inputs={"model": Kind.MODEL},
     optional_inputs={"evaluation": Kind.EVALUATION},

@@ -62,7 +62,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     vocabulary = config.vocabulary
     limit = vocabulary.training_bytes if isinstance(vocabulary, Trained) else SAMPLE_BYTES
     sample = Sample(sources, limit, context.should_stop)
-    _write(config, sample if sources else None, context.output)
+    notes = _write(config, sample if sources else None, context.output)
     size = len(Tokenizer(context.output))
     summary = f"{size:,} tokens in the vocabulary"
     metrics: Metrics = {"summary": summary, "kind": vocabulary.kind, "vocab_size": size}
@@ -70,14 +70,14 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         metrics["trained_on"] = [drawn._asdict() for drawn in sample.drawn]
     if sources and not isinstance(vocabulary, Characters):
         metrics |= _measured(context, Sample(sources, SAMPLE_BYTES, context.should_stop), summary)
-    return metrics
+    return {**metrics, "notes": [*notes, *metrics.get("notes", [])]}
 
 
-def _write(config: Config, sample: Sample | None, folder: Path) -> None:
+def _write(config: Config, sample: Sample | None, folder: Path) -> list[str]:
+    """Writes the tokenizer's files; gives what is to be known of it."""
     vocabulary = config.vocabulary
     if isinstance(vocabulary, Hub):
-        write_hub_tokenizer(files_of(vocabulary), folder, vocabulary.id, config.chat_template)
-        return
+        return write_hub_tokenizer(files_of(vocabulary), folder, vocabulary.id, config.chat_template)
     if isinstance(vocabulary, SentencePiece):
         model, converted = train(vocabulary, _needed(sample, vocabulary))
         (folder / SENTENCEPIECE_FILE).write_bytes(model)
@@ -91,6 +91,7 @@ def _write(config: Config, sample: Sample | None, folder: Path) -> None:
     else:
         backend = characters_tokenizer(vocabulary)
     write_tokenizer(folder, backend, ROLES, config.chat_template)
+    return []
 
 
 def _needed(sample: Sample | None, vocabulary: Trained) -> Sample:

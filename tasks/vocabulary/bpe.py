@@ -63,7 +63,7 @@ def bpe_tokenizer(config: BPE, sample: Sample) -> Tokenizer:
             f"vocabulary.vocab_size: {config.vocab_size} has no room for the {len(characters)} characters of the text "
             f"beside {config.reserved} special tokens and bytes; ask for more, or lower character_coverage"
         )
-    cuts = [_without(config.specials, rare), pre_tokenizers.Split(_words(config), "isolated")]
+    cuts = [_without(config.specials, rare), pre_tokenizers.Split(words(config), "isolated")]
     vocabulary, merges = _trained(config, sample.pieces(), cuts, characters, BYTE_TOKENS, llama_normalizer())
     backend = Tokenizer(Model(vocabulary, merges, byte_fallback=True, fuse_unk=True))
     # Nothing divides the text into words here: no tokens of different words can be joined, for no such pair of
@@ -74,7 +74,7 @@ def bpe_tokenizer(config: BPE, sample: Sample) -> Tokenizer:
     return backend
 
 
-def _words(config: BPE) -> tokenizers.Regex:
+def words(config: BPE) -> tokenizers.Regex:
     """Words such that two neighbouring characters alone say whether a word ends between them."""
     digits = r"\p{N}" if config.digits == "split" else rf"{SPACE}*\p{{N}}+"
     letters, others = rf"{SPACE}*[\p{{L}}\p{{M}}]+", rf"{SPACE}*[^{SPACE}\s\p{{L}}\p{{M}}\p{{N}}]+"

@@ -1,10 +1,12 @@
 """Tokenizers of the Hugging Face hub: below `CAIRN_HUB`, else from the network."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
 
 from common.errors import UserError
 from common.files import canonical_json, sha256_bytes, sha256_file
@@ -12,7 +14,6 @@ from models.tokenizer import (
     SENTENCEPIECE_FILE,
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
-    Roles,
     read_backend,
     read_roles,
     write_tokenizer,
@@ -20,58 +21,83 @@ from models.tokenizer import (
 from tasks.hub import local_copy, not_found
 from tasks.vocabulary.config import Hub
 from tasks.vocabulary.sentencepiece_conversion import convert, read_model
+from tasks.vocabulary.written import byte_characters
 
 SPECIAL_TOKENS_FILE, CHAT_TEMPLATE_FILE = "special_tokens_map.json", "chat_template.jinja"
 FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG, SPECIAL_TOKENS_FILE, CHAT_TEMPLATE_FILE, SENTENCEPIECE_FILE)
 """All that is read of a tokenizer; no code."""
-SECONDS = 20.0
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def resolved(config: Hub) -> Hub:
-    """The config with the digest of the tokenizer's files below `CAIRN_HUB`, or the commit on the network.
+    """The config with the digest of the tokenizer's files below `CAIRN_HUB`, or the commit on the network, from which
+    they are fetched at once: they are small, and then the run needs no network.
 
     Raises UserError where the tokenizer is in neither place, and where its files are not what the digest says.
     """
-    folder = local_copy("tokenizer", config.id)
+    folder = _local(config)
     if folder is not None:
-        digest = _digest(folder, config.id)
-        if config.digest not in (None, digest):
-            raise UserError(
-                f"vocabulary.digest: tokenizer '{config.id}' in {folder} is not what its digest says ({digest[:12]}): "
-                "it has changed; take the digest out of the recipe where it was written there"
-            )
-        return config.model_copy(update={"digest": digest})
-    if config.digest is not None:
-        raise not_found("tokenizer", config.id, "it was not asked, for the recipe has the digest of a local copy")
-    return config.model_copy(update={"revision": _commit(config.id, config.revision)})
+        return config.model_copy(update={"digest": _digest(folder, config.id)})
+    return config.model_copy(update={"revision": _downloaded(config.id, config.revision).name})
 
 
 def files_of(config: Hub) -> Path:
-    """A folder with the tokenizer's files. Raises UserError where they are nowhere to be had."""
-    folder = local_copy("tokenizer", config.id)
+    """A folder with the files of a tokenizer whose config is resolved.
+
+    Raises UserError where they are nowhere to be had, or have changed since.
+    """
+    # A commit without a digest is on the network, whatever lies below a worker's own CAIRN_HUB.
+    folder = None if config.revision and not config.digest else _local(config)
     return _downloaded(config.id, config.revision) if folder is None else folder
 
 
-def write_hub_tokenizer(source: Path, folder: Path, name: str, chat_template: str | None = None) -> None:
-    """Writes the tokenizer of a hub folder with its ids, its roles, and its chat template unless another is given.
+def _local(config: Hub) -> Path | None:
+    folder = local_copy("tokenizer", config.id)
+    if config.digest is None:
+        return folder
+    if folder is None:
+        raise not_found("tokenizer", config.id, "it was not asked, for the recipe has the digest of a local copy")
+    digest = _digest(folder, config.id)
+    if config.digest != digest:
+        raise UserError(
+            f"vocabulary.digest: tokenizer '{config.id}' in {folder} is not what its digest says ({digest[:12]}): it "
+            "has changed; run again, and take the digest out of the recipe where it was written there"
+        )
+    return folder
+
+
+def write_hub_tokenizer(source: Path, folder: Path, name: str, chat_template: str | None = None) -> list[str]:
+    """Writes the tokenizer of a hub folder with its ids, its roles, and its chat template unless another is given;
+    gives what is to be known of it.
 
     A `tokenizer.model` is converted where there is no `tokenizer.json`, and kept. Raises UserError where neither can
     be read, and where no token closes a text.
     """
     settings = _settings(source)
+    roles, notes = read_roles(settings), list[str]()
     if (source / TOKENIZER_FILE).is_file():
-        backend, roles = read_backend(source / TOKENIZER_FILE), None
+        backend = read_backend(source / TOKENIZER_FILE)
     elif (source / SENTENCEPIECE_FILE).is_file():
         model = source / SENTENCEPIECE_FILE
-        backend, roles = convert(read_model(model.read_bytes(), str(model)), str(model))
+        backend, own_roles, notes = convert(read_model(model.read_bytes(), str(model)), str(model))
+        roles = roles or own_roles
         shutil.copyfile(model, folder / SENTENCEPIECE_FILE)
     else:
         raise UserError(f"tokenizer '{name}' has neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE} in {source}")
-    roles = read_roles(settings) or roles
     if roles is None:
         raise UserError(f"tokenizer '{name}' names no eos_token; every tokenizer needs one")
-    write_tokenizer(folder, backend, Roles(*roles), chat_template or settings.get("chat_template"))
+    write_tokenizer(folder, backend, roles, chat_template or settings.get("chat_template"))
+    return [*notes, *_lacking(backend)]
+
+
+def _lacking(backend: Backend) -> list[str]:
+    """Says which bytes of UTF-8 a byte-level vocabulary has no tokens for: they are left out of a text."""
+    if not isinstance(backend.decoder, decoders.ByteLevel):
+        return []
+    known = backend.get_vocab()
+    never = {0xC0, 0xC1, *range(0xF5, 0x100)}
+    lacking = [byte for byte, name in enumerate(byte_characters()) if name not in known and byte not in never]
+    listed = " ".join(f"{byte:02X}" for byte in lacking)
+    return [f"the vocabulary has no tokens for the bytes {listed}, which are left out of texts"] if lacking else []
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -90,7 +116,10 @@ def _settings(folder: Path) -> dict[str, Any]:
         found |= {key: value for key, value in read.items() if value is not None}
     template = folder / CHAT_TEMPLATE_FILE
     if template.is_file():
-        found["chat_template"] = template.read_text(encoding="utf-8")
+        try:
+            found["chat_template"] = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{template} cannot be read ({error})") from error
     return found
 
 
@@ -101,40 +130,13 @@ def _digest(folder: Path, name: str) -> str:
     return sha256_bytes(canonical_json([[path.name, sha256_file(path)] for path in paths]))
 
 
-def _commit(name: str, revision: str | None) -> str:
-    """The commit that a revision is now. Raises UserError where the network does not say, and no cache has it."""
-    import huggingface_hub
-
-    if revision is not None and _COMMIT.fullmatch(revision) and _cached(name, revision):
-        return revision
-    try:
-        return str(huggingface_hub.HfApi().model_info(name, revision=revision, timeout=SECONDS).sha)
-    except Exception as error:  # the network has as many errors as libraries
-        cached = _cached(name, revision)
-        if cached is None:
-            raise not_found("tokenizer", name, _one_line(error)) from error
-        return cached.name
-
-
-def _cached(name: str, revision: str | None) -> Path | None:
-    """The folder in which `huggingface_hub` keeps a commit that was fetched before, named after the commit."""
-    import huggingface_hub
-
-    try:
-        folder = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=[*FILES], local_files_only=True
-        )
-    except Exception:  # it raises several for what it has not
-        return None
-    return Path(folder)
-
-
 def _downloaded(name: str, revision: str | None) -> Path:
+    """The folder in which `huggingface_hub` keeps the files at a commit, named after it; fetched unless it has them."""
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*FILES]))
-    except Exception as error:
+    except Exception as error:  # the network has as many errors as libraries
         raise not_found("tokenizer", name, _one_line(error)) from error
 
 

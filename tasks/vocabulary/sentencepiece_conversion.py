@@ -20,12 +20,20 @@ UNIGRAM_MODEL, BPE_MODEL = 1, 2
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 
 
+_GRAPHEMES = (
+    "the normalizer of this SentencePiece model rewrites characters, such as ½; where it rewrites the first of several "
+    "that make one, such as a digit with an accent or \\r\\n, the others are dropped, as transformers does it too"
+)
+
+
 class Converted(NamedTuple):
     """A SentencePiece model in other words."""
 
     backend: Tokenizer
     roles: Roles
     """Its special tokens; where it has no padding or nothing that stands before a text, what closes one does it."""
+    notes: list[str]
+    """Where ids may differ from SentencePiece's."""
 
 
 def read_model(content: bytes, name: str) -> Any:
@@ -67,7 +75,8 @@ def convert(model: Any, name: str) -> Converted:
     backend.decoder = llama_decoder(model.normalizer_spec.add_dummy_prefix)
     specials = [piece for piece, _, kind in pieces if kind in (UNKNOWN, CONTROL)]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
-    return Converted(backend, _roles(model, name))
+    notes = [_GRAPHEMES] if model.normalizer_spec.precompiled_charsmap else []
+    return Converted(backend, _roles(model, name), notes)
 
 
 def llama_normalizer() -> Any:

@@ -33,7 +33,8 @@ def arithmetic(run_stage: RunStage) -> Path:
 def test_the_vocabulary_of_arithmetic_is_exactly_the_18_tokens(run_stage: RunStage) -> None:
     folder, metrics = run_stage("tokenizer", ARITHMETIC)
     tokenizer = Tokenizer(folder)
-    assert metrics == {"summary": "18 tokens in the vocabulary", "kind": "characters", "vocab_size": 18}
+    summary = "18 tokens in the vocabulary"
+    assert metrics == {"summary": summary, "kind": "characters", "vocab_size": 18, "notes": []}
     assert [tokenizer.backend.id_to_token(index) for index in range(18)] == VOCABULARY
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
 

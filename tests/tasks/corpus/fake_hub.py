@@ -1,4 +1,4 @@
-"""A server that answers as the Hugging Face hub does, as far as reading a data set at a commit needs it.
+"""A server that answers as the Hugging Face hub does, as far as reading a data set or tokenizer at a commit needs it.
 
 What it serves is a folder of repositories laid out as on the hub; what was asked is remembered.
 """
@@ -14,8 +14,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMITS = ("1" * 40, "2" * 40)
 """Of every repository: an older commit and the newest, which is `main`."""
-_API = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+))?")
-_FILE = re.compile(r"/datasets/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+_API = re.compile(
+    r"/api/(?:datasets|models)/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+))?"
+)
+_FILE = re.compile(r"(?:/datasets)?/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 
 class FakeHub:
