@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,8 +18,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tasks.corpus import near as near_module
-from tasks.corpus.duplicates import DuplicateIndex, DuplicatesConfig, fingerprints
-from tasks.corpus.minhash import NearConfig, signatures
+from tasks.corpus.duplicates import DuplicateIndex, DuplicatesConfig, Fingerprints, fingerprints
+from tasks.corpus.minhash import NearConfig, Signatures, signatures
 from tasks.corpus.splitting import text_hashes
 from tasks.corpus.text import Texts
 from tests.tasks.corpus.test_minhash import shingles
@@ -105,17 +106,42 @@ def test_fingerprints_begin_with_the_hash_that_splits_go_by() -> None:
 def test_what_was_not_committed_is_forgotten(tmp_path: Path) -> None:
     index = DuplicateIndex(tmp_path / "index", BOTH)
     assert index.state() is None
-    first, second = [("one two three", True)], [("quite another text", True)]
+    first, second, third = ([(text, True)] for text in ("one two three", "quite another text", "and again something"))
     assert fates(index, first, BOTH) == ["kept"]
     index.commit(b"\x00\n1\xff")
     assert fates(index, second, BOTH) == ["kept"]
     index.close()
     index = DuplicateIndex(tmp_path / "index", BOTH)
     assert index.state() == b"\x00\n1\xff"
-    assert fates(index, [*first, *second, *second], BOTH) == ["exact", "kept", "exact"]
+    assert fates(index, third, BOTH) == ["kept"]
+    copies = [(text.upper(), True) for text, _ in (*first, *second, *third)]
+    assert fates(index, [*copies, *second, *first, *second], BOTH) == ["near", "kept", "near", "near", "exact", "near"]
     index.commit(b"")
     assert index.state() == b""
     index.close()
+
+
+def test_all_128_bits_and_the_very_threshold_count(tmp_path: Path) -> None:
+    config = DuplicatesConfig(near=NearConfig(permutations=10, threshold=0.7))
+    signature_DP = np.arange(10, dtype=np.uint16) + np.zeros((4, 1), np.uint16)
+    signature_DP[1, :3] += 100
+    signature_DP[2, :4] += 200
+    band_DB = np.array([[1], [1], [1], [2]], np.uint64)
+    digest_D2 = np.array([[7, 1], [7, 2], [7, 3], [7, 4]], np.uint64)
+    prints = Fingerprints(digest_D2, Signatures(np.ones(4, np.bool_), signature_DP, band_DB))
+    for name, cuts in (("whole", [0, 4]), ("one by one", [0, 1, 2, 3, 4])):
+        index = DuplicateIndex(tmp_path / name, config)
+        kept, near = [], []
+        for begin, end in pairwise(cuts):
+            candidates = np.zeros(4, np.bool_)
+            candidates[begin:end] = True
+            novel = index.novel(prints, candidates)
+            kept += novel.kept_D[begin:end].tolist()
+            near += novel.near_D[begin:end].tolist()
+            assert not novel.exact_D.any()
+        index.close()
+        assert near == [False, True, False, False]
+        assert kept == [True, False, True, True]
 
 
 def test_an_index_of_other_duplicates_or_a_damaged_one_is_refused(tmp_path: Path) -> None:

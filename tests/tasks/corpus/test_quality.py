@@ -1,6 +1,7 @@
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,6 +66,35 @@ def test_all_symbols_together(batch: list[str]) -> None:
     assert rule.passes(Texts.of(batch)).tolist() == [symbols(rule, text) for text in batch]
 
 
+def measured(bound: str, text: str) -> float:
+    """What a bound is compared with."""
+    words, lines = text.split(), reference.lines(text)
+    count, own_lines = max(1, len(words)), max(1, len(lines))
+    return {
+        "max_hashes": text.count("#") / count,
+        "max_ellipses": (text.count("...") + text.count("…")) / count,
+        "max_bullet_lines": sum(line.startswith(("•", "-")) for line in lines) / own_lines,
+        "max_ellipsis_lines": sum(line.endswith(("...", "…")) for line in lines) / own_lines,
+        "min_alphabetic_words": sum(any(character.isalpha() for character in word) for word in words) / count,
+        "min_mean_word_length": sum(map(len, words)) / count,
+        "max_mean_word_length": sum(map(len, words)) / count,
+    }[bound]
+
+
+@PATIENT
+@given(
+    TEXTS | st.lists(st.sampled_from([*"ab# ", "..", "...", "…", "\n", "7", "é"])).map("".join),
+    st.sampled_from(sorted({*_OFF} - {"min_stop_words"})),
+)
+def test_each_bound_of_the_symbols_allows_its_very_value(text: str, bound: str) -> None:
+    value, texts = measured(bound, text), Texts.of([text])
+    limit = 1 if "lines" in bound or "alphabetic" in bound else np.inf
+    other = np.nextafter(value, 0 if bound.startswith("max") else np.inf)
+    assert Symbols.model_validate({**_OFF, bound: value}).passes(texts).all()
+    if value > 0 or bound.startswith("min"):
+        assert other > limit or not Symbols.model_validate({**_OFF, bound: other}).passes(texts).any()
+
+
 PROSE = "Whatever the weather, people have to be out with a purpose, and that is all there is to it. " * 3
 
 
@@ -120,7 +150,7 @@ def c4(rule: C4, text: str) -> bool:
 _C4_PIECES = (
     *("One two three. ", "What? No! ", 'He "said so." ', "(Ja.)’ ", "JavaScript ", "Terms of use ", "a " * 3),
     *("\n", "\n", "\n ", "Lorem Ipsum ", "{", "so…\n", "etc...\n", "End.\u00a0\n", "we uſe cookies.\n", ".\"'”)"),
-    *("w" * 30, "é" * 30, ". ", '"' * 7 + " ", "use of\ncookies"),
+    *("w" * 30, "é" * 30, ". ", '"' * 7 + " ", "use of\ncookies", 'x."”) y', "x.'')] y", "x.'')]} y "),
 )
 C4_TEXTS = TEXTS | st.lists(st.sampled_from(_C4_PIECES), max_size=30).map("".join)
 
@@ -144,6 +174,24 @@ def test_c4_is_as_in_plain_python(
         **dict(zip(names, switches, strict=True)),
     )
     assert rule.passes(Texts.of(batch)).tolist() == [c4(rule, text) for text in batch]
+
+
+@PATIENT
+@given(C4_TEXTS, st.booleans())
+def test_c4_counts_sentences_as_in_plain_python(text: str, terminal: bool) -> None:
+    kept = [line for line in reference.lines(text) if not terminal or line.endswith(tuple(".?!\"'”’"))]
+    count = sum(reference.sentences(line) for line in kept if not terminal or not line.endswith("..."))
+    for least, stays in ((count, True), (count + 1, False)):
+        rule = C4(
+            min_sentences=least,
+            min_words_per_line=0,
+            terminal_punctuation=terminal,
+            javascript=False,
+            policies=False,
+            lorem_ipsum=False,
+            curly_brackets=False,
+        )
+        assert rule.passes(Texts.of([text])).tolist() == [stays]
 
 
 @pytest.mark.parametrize(

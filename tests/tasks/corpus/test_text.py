@@ -76,6 +76,12 @@ def test_lines_and_paragraphs(batch: list[str]) -> None:
         assert len(set(keys)) == len(set(hashes)) == len(set(zip(keys, hashes, strict=True)))
 
 
+def test_lines_of_the_same_words_in_another_order_differ() -> None:
+    hashes = Texts.of(["a b\nb a\na  b\na b a b\na\nb\na a"]).lines.hash_L.tolist()
+    assert hashes[0] == hashes[2]
+    assert len(set(hashes)) == 6
+
+
 def mixed(value: int) -> int:
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
