@@ -74,8 +74,11 @@ def known_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), resolve: bool = True) -> Recipe:
     """Reads and checks a recipe; `overrides` are `key.path=value`.
+
+    `resolve`: whether what its configs point at (data sets, files) is looked for and made fast; a recipe that was
+    loaded without can be looked at and not be run.
 
     Raises UserError that names the file, the key's path, what is wrong with it, and the nearest known key.
     """
@@ -90,7 +93,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     stages: list[StageEntry] = []
     for name, keys in file.stages.items():
         try:
-            stages.append(_stage(name, keys, file, {stage.name: stage for stage in stages}))
+            stages.append(_stage(name, keys, file, {stage.name: stage for stage in stages}, resolve))
         except UserError as error:
             raise UserError(f"recipe {path}: {error}") from error
     return Recipe(name=path.stem, source=name_or_path, description=file.description, stages=tuple(stages))
@@ -167,7 +170,9 @@ def _override(content: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def _stage(name: str, keys: Mapping[str, Any], file: RecipeFile, before: Mapping[str, StageEntry]) -> StageEntry:
+def _stage(
+    name: str, keys: Mapping[str, Any], file: RecipeFile, before: Mapping[str, StageEntry], resolve: bool
+) -> StageEntry:
     where = f"stages.{name}"
     if not _NAME.fullmatch(name):
         raise UserError(f"{where}: a stage's name has letters, digits, -, _ and . alone")
@@ -196,7 +201,7 @@ def _stage(name: str, keys: Mapping[str, Any], file: RecipeFile, before: Mapping
         raise UserError(f"{where}.{_first_problem(error, Runtime)}") from error
     try:
         config = stage.config.model_validate(config_keys)
-        config = stage.resolved(config) if stage.resolved else config
+        config = stage.resolved(config) if stage.resolved and resolve else config
     except ValidationError as error:
         others = {"stage", *known_inputs, *Runtime.model_fields}
         raise UserError(f"{where}.{_first_problem(error, stage.config, others)}") from error
