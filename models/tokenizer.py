@@ -70,7 +70,32 @@ def write_tokenizer(folder: Path, backend: Backend, roles: Roles, chat_template:
         **({} if chat_template is None else {"chat_template": chat_template}),
     }
     backend.save(str(folder / TOKENIZER_FILE))
-    (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / TOKENIZER_CONFIG).write_bytes(_settings_text(settings))
+
+
+def _settings_text(settings: Mapping[str, Any]) -> bytes:
+    return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no readable tokenizer ({error}); make it again") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is no readable tokenizer (it is no JSON object); make it again")
+    return settings
+
+
+def begin_with_eos(folder: Path) -> None:
+    """Gives the role of bos to eos in a folder's tokenizer: what a model reads before a text, if the text of its
+    documents has nothing before it but the token that closed the one before.
+
+    Raises UserError where the folder holds no readable tokenizer.
+    """
+    path = folder / TOKENIZER_CONFIG
+    settings = _read_settings(path)
+    path.write_bytes(_settings_text({**settings, "bos_token": settings.get("eos_token")}))
 
 
 def read_backend(path: Path) -> Backend:
@@ -92,10 +117,7 @@ class Tokenizer:
         self.backend = read_backend(folder / TOKENIZER_FILE)
         self.backend.encode_special_tokens = True
         path = folder / TOKENIZER_CONFIG
-        try:
-            roles = read_roles(json.loads(path.read_bytes()))
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is no readable tokenizer ({error}); make it again") from error
+        roles = read_roles(_read_settings(path))
         if roles is None:
             raise UserError(f"{path} names no eos_token; every tokenizer needs one")
         self.bos_id, self.eos_id, self.pad_id = (self._id(token, path) for token in roles)

@@ -16,7 +16,7 @@ from artifacts.identity import check_file_name
 from common.config import FrozenModel
 from common.errors import UserError
 from common.files import canonical_json
-from models.tokenizer import Tokenizer, tokenizer_files
+from models.tokenizer import Tokenizer, begin_with_eos, tokenizer_files
 from models.training.events import Note
 from tasks.encoding.card import write_card
 from tasks.encoding.choice import WORTH_IT_BYTES, Choice, choose, sampled_texts, the_reference
@@ -38,7 +38,8 @@ class Config(FrozenModel):
     loss_on: LossOn = "text"
     """Whether every token is trained on, or only those of the column `target` and the <eos> after it."""
     bos: bool = False
-    """Whether <bos> stands before each document. It is never trained on."""
+    """Whether <bos> stands before each document. It is never trained on. Without it, <eos> takes its place before a
+    prompt: it is what stands before most documents."""
     eos: bool = True
     """Whether <eos> stands after each document. It is trained on."""
     shard_tokens: int = Field(default=1 << 25, gt=0)
@@ -79,6 +80,8 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     in_order = [(unit, done[unit.key]) for unit in units]
     shards = finished.put_together(in_order, context.output)
     copy_tokenizer(inputs["tokenizer"], context.output)
+    if not config.bos:
+        begin_with_eos(context.output / "tokenizer")
     tokens = _tokens_description(job, tokenizer, str(documents["source"]["name"]), in_order, shards)
     (context.output / "tokens.json").write_bytes(canonical_json(tokens))
     write_card(context.logs, documents, tokens, context.output, context.name)
@@ -234,7 +237,7 @@ def _metrics(
 
 STAGE = Stage(
     name="tokens",
-    version=2,
+    version=3,
     config=Config,
     inputs={"documents": Kind.DOCUMENTS, "tokenizer": Kind.TOKENIZER},
     output=Kind.TOKENS,

@@ -141,4 +141,6 @@ def _downloaded(name: str, revision: str | None) -> Path:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """What went wrong underneath, without the library's advice on it."""
+    first = error.__cause__ or error
+    return " ".join(str(first).split()) or type(first).__name__

@@ -13,6 +13,7 @@ from models.tokenizer import (
     TOKENIZER_FILE,
     Roles,
     Tokenizer,
+    begin_with_eos,
     read_roles,
     tokenizer_files,
     write_tokenizer,
@@ -109,6 +110,15 @@ def test_unreadable_settings_are_refused(folder: Path, settings: str | None, mes
         (folder / TOKENIZER_CONFIG).write_text(settings)
     with pytest.raises(UserError, match=message):
         Tokenizer(folder)
+
+
+def test_eos_may_begin_a_text(folder: Path) -> None:
+    (folder / TOKENIZER_CONFIG).write_text('{"bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ 1 }}"}')
+    begin_with_eos(folder)
+    tokenizer = Tokenizer(folder)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, len(tokenizer)) == (2, 2, 2, 9)
+    assert json.loads((folder / TOKENIZER_CONFIG).read_bytes())["chat_template"] == "{{ 1 }}"
+    assert tokenizer.decode([1, 3]) == "1"
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -314,9 +314,12 @@ def test_linked_files_of_an_artifact_outlive_the_scratch(run: Run, tokenizer: Pa
 def test_the_tokenizer_goes_along(run: Run, tokenizer: Path, problems: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(tokenizer, tmp_path / "source"))
     (source / "tokenizer.model").write_bytes(b"something that SentencePiece reads")
-    folder, _ = run(problems, source)
+    folder, _ = run(problems, source, {"bos": True})
     copied = {path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()}
     assert copied == {path.name: path.read_bytes() for path in source.iterdir()}
+    folder, _ = run(problems, source, {"bos": False})
+    read = Tokenizer(folder / "tokenizer")
+    assert read.bos_id == read.eos_id == Tokenizer(source).eos_id != Tokenizer(source).bos_id
 
 
 def test_empty_splits_are_left_out(run: Run, tokenizer: Path, tmp_path: Path) -> None:
