@@ -81,12 +81,10 @@ def measured(bound: str, text: str) -> float:
     }[bound]
 
 
+@pytest.mark.parametrize("bound", sorted({*_OFF} - {"min_stop_words"}))
 @PATIENT
-@given(
-    TEXTS | st.lists(st.sampled_from([*"ab# ", "..", "...", "…", "\n", "7", "é"])).map("".join),
-    st.sampled_from(sorted({*_OFF} - {"min_stop_words"})),
-)
-def test_each_bound_of_the_symbols_allows_its_very_value(text: str, bound: str) -> None:
+@given(TEXTS | st.lists(st.sampled_from([*"ab# ", ".", "..", "...", "…", "\n", "7", "é"])).map("".join))
+def test_each_bound_of_the_symbols_allows_its_very_value(bound: str, text: str) -> None:
     value, texts = measured(bound, text), Texts.of([text])
     limit = 1 if "lines" in bound or "alphabetic" in bound else np.inf
     other = np.nextafter(value, 0 if bound.startswith("max") else np.inf)
@@ -192,6 +190,14 @@ def test_c4_counts_sentences_as_in_plain_python(text: str, terminal: bool) -> No
             curly_brackets=False,
         )
         assert rule.passes(Texts.of([text])).tolist() == [stays]
+
+
+@pytest.mark.parametrize(("closing", "sentences"), [(".", 2), (".”)", 2), ("?'”)]", 2), ("!'”)]}", 1), ("x", 1)])
+def test_up_to_four_marks_close_a_sentence(closing: str, sentences: int) -> None:
+    text = f"word{closing} end."
+    assert reference.sentences(text) == sentences
+    found = [C4(min_sentences=least, min_words_per_line=0).passes(Texts.of([text]))[0] for least in range(4)]
+    assert found == [least <= sentences for least in range(4)]
 
 
 @pytest.mark.parametrize(
