@@ -1,7 +1,7 @@
 """Causal self-attention with grouped queries, rotary positions and a key-value cache.
 
 B rows, T new positions of a row, C capacity of a cache, N packed positions, P those of one group, D hidden_size,
-H heads, G key-value heads, J = H + 2·G, K head_dim, S = J · K, L layers, X = B · H.
+H heads, G key-value heads, J = H + 2·G, K head_dim, S = J · K, L layers.
 """
 
 import math
@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.config import ModelConfig
+from models.torch_engine.cpu_attention import causal_attention
 from models.torch_engine.layers import Linear
-
-_SHORT = 48
-"""Positions up to which plain products beat PyTorch's fused attention on a CPU."""
 
 
 class Group(NamedTuple):
@@ -81,24 +79,6 @@ def rotated(x_NHK: Tensor, rotation: Rotation) -> Tensor:
     return x_NHK * rotation.cosine_NK.unsqueeze(1) + turned * rotation.sine_NK.unsqueeze(1)
 
 
-def short_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, dropout: float) -> Tensor:
-    """Causal attention by plain products, the fastest on a CPU where rows are short.
-
-    Scores are kept as (key, query) and normalised over the first of them, because PyTorch's softmax over a last
-    dimension of odd length is several times slower.
-    """
-    rows, heads, length, width = q_BHTK.shape
-    if k_BGTK.shape[1] != heads:
-        repeats = heads // k_BGTK.shape[1]
-        k_BGTK, v_BGTK = k_BGTK.repeat_interleave(repeats, 1), v_BGTK.repeat_interleave(repeats, 1)
-    q_XTK, k_XTK, v_XTK = (x.reshape(rows * heads, length, width) for x in (q_BHTK, k_BGTK, v_BGTK))
-    later = torch.full((length, length), -math.inf, dtype=q_BHTK.dtype).tril(-1)
-    weights = torch.baddbmm(later, k_XTK, q_XTK.transpose(1, 2), alpha=1 / math.sqrt(width)).softmax(1)
-    if dropout:
-        weights = F.dropout(weights, dropout)
-    return torch.bmm(weights.transpose(1, 2), v_XTK).view(rows, heads, length, width)
-
-
 class Attention(nn.Module):
     """Projections of queries, keys and values, their mixing, and the output projection."""
 
@@ -152,19 +132,12 @@ class Attention(nn.Module):
             cache.keys_BGCK[:, :, : k_BGTK.shape[2]] = k_BGTK
             cache.values_BGCK[:, :, : v_BGTK.shape[2]] = v_BGTK
         dropout = self.dropout if self.training else 0.0
-        if q_BHTK.is_cpu and q_BHTK.shape[2] <= _SHORT:
-            return short_attention(q_BHTK, k_BGTK, v_BGTK, dropout)
-        # PyTorch's bf16 kernel for CPUs goes backwards several times slower than its fp32 one.
-        working = torch.float32 if q_BHTK.is_cpu else q_BHTK.dtype
-        mixed_BHTK = F.scaled_dot_product_attention(
-            q_BHTK.to(working),
-            k_BGTK.to(working),
-            v_BGTK.to(working),
-            is_causal=True,
-            dropout_p=dropout,
-            enable_gqa=self.groups != self.heads,
+        if q_BHTK.is_cpu:
+            return causal_attention(q_BHTK, k_BGTK, v_BGTK, dropout)
+        grouped = self.groups != self.heads
+        return F.scaled_dot_product_attention(
+            q_BHTK, k_BGTK, v_BGTK, is_causal=True, dropout_p=dropout, enable_gqa=grouped
         )
-        return mixed_BHTK.to(q_BHTK.dtype)
 
     def _attend_cached(
         self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, cache: LayerCache, lengths_B: Tensor

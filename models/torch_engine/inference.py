@@ -11,6 +11,7 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.engine import Batch, EngineName
 from models.torch_engine.attention import Cache, Group
+from models.torch_engine.head import target_log_probabilities
 from models.torch_engine.model import Rows, Transformer
 from models.torch_engine.packing import arranged, check_tokens, contexts, on_device, whole
 
@@ -35,9 +36,9 @@ class TorchInference:
         self._check(batch.tokens_BT)
         found = contexts(np.ones(batch.tokens_BT.shape, np.bool_), batch.documents_BT)
         rows, places_N = arranged(batch.tokens_BT, found, batch.documents_BT is not None, self._place)
-        logits_NV = self._read(rows, None).float()
-        targets_N1 = on_device(batch.targets_BT.reshape(-1)[places_N].astype(np.int64), self._place).unsqueeze(-1)
-        chosen_N = logits_NV.gather(-1, targets_N1).squeeze(-1) - logits_NV.logsumexp(-1)
+        targets_N = on_device(batch.targets_BT.reshape(-1)[places_N].astype(np.int64), self._place)
+        self._model.eval()
+        chosen_N = target_log_probabilities(self._model.read(rows), self._model.head_VD, targets_N)
         chosen_BT = np.empty(batch.tokens_BT.shape, np.float32)
         chosen_BT.reshape(-1)[places_N] = self._on_host(chosen_N)
         return chosen_BT

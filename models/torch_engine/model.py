@@ -94,8 +94,17 @@ class Transformer(nn.Module):
             self.lm_head = Linear(config.vocab_size, config.hidden_size, bias=False)
         self._tables: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def head_VD(self) -> nn.Parameter:
+        """The output head's matrix."""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
     def forward(self, rows: Rows, cache: Cache | None = None) -> Tensor:
         """Logits (M, V) in `compute`'s dtype at the positions that `rows.read_M` names."""
+        return F.linear(self.read(rows, cache), self.head_VD.to(self.compute))
+
+    def read(self, rows: Rows, cache: Cache | None = None) -> Tensor:
+        """What the head reads, (M, D) in `compute`'s dtype, at the positions that `rows.read_M` names."""
         x_ND = self.embed_tokens(rows.tokens_N)
         if self.config.position_embedding == "learned":
             x_ND = x_ND + self.embed_positions(rows.positions_N)
@@ -110,9 +119,8 @@ class Transformer(nn.Module):
             x_ND = block(x_ND, rows, rotation, layer_cache, self.compute, read_M)
         if rows.read_M is not None and self.config.mlp == "mixture":
             x_ND = x_ND.index_select(0, rows.read_M)
-        x_MD = self.norm(x_ND).to(self.compute)
-        head_VD = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return F.linear(x_MD, head_VD.to(self.compute))
+        x_MD: Tensor = self.norm(x_ND)
+        return x_MD.to(self.compute)
 
     def mixtures(self) -> list[Mixture]:
         """The mixtures of experts, by layer; none where the MLPs are dense."""

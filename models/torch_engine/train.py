@@ -1,6 +1,6 @@
 """The training side of the PyTorch engine.
 
-B rows, T positions, M counted targets, V vocab_size, E experts.
+E experts.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from common.errors import UserError
 from models import weights
 from models.config import ModelConfig
 from models.engine import Batch, EngineName, Precision, State, StepResult
 from models.optimizer import ADAMW_MOMENTS, MUON_MOMENTS, UPDATES, OptimizerConfig, takes_muon
+from models.torch_engine.head import summed_loss
 from models.torch_engine.inference import TorchInference
 from models.torch_engine.lanes import Lanes
 from models.torch_engine.mixture import balance_loss
@@ -49,7 +49,7 @@ class TorchTraining:
     @torch.no_grad()
     def loss(self, batch: Batch) -> tuple[float, int]:
         self._model.eval()
-        return float(self._summed_loss(self._model, batch)), int(batch.loss_mask_BT.sum())
+        return float(self._summed_loss(self._model, batch, 1.0)), int(batch.loss_mask_BT.sum())
 
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
         self._backward(micro_batches, dropout_key)
@@ -99,10 +99,9 @@ class TorchTraining:
     def _packed(self, batch: Batch) -> Packed:
         return packed(batch, self._config.vocab_size, self._config.max_position_embeddings, self._place)
 
-    def _summed_loss(self, model: Transformer, batch: Batch) -> Tensor:
+    def _summed_loss(self, model: Transformer, batch: Batch, scale: float) -> Tensor:
         part = self._packed(batch)
-        logits_MV = model(part.rows)
-        return F.cross_entropy(logits_MV.float(), part.targets_M, reduction="sum")
+        return summed_loss(model.read(part.rows), model.head_VD, part.targets_M, scale)
 
     def _backward(self, micro_batches: Sequence[Batch], dropout_key: int) -> Tensor:
         """Leaves the gradients of the mean loss in `.grad`, and gives that loss without the balance of experts."""
@@ -117,13 +116,13 @@ class TorchTraining:
             parameter.grad = None
         positions = sum(map(real_count, micro_batches)) * self._config.num_hidden_layers if self._balanced else 0
         counts_E = self._assignments(micro_batches, dropout_key) if len(micro_batches) > 1 else None
-        total = torch.zeros((), device=self._place)
+        total, scale = torch.zeros((), device=self._place), 1 / counted
         for number, batch in enumerate(micro_batches):
             if self._lanes is not None:
-                total += self._lanes.backward(batch, lambda lane, rows: self._summed_loss(lane, rows) / counted)
+                total += self._lanes.backward(batch, lambda lane, rows: self._summed_loss(lane, rows, scale))
                 continue
             with self._dropout(dropout_key, number):
-                loss = self._summed_loss(self._model, batch) / counted
+                loss = self._summed_loss(self._model, batch, scale)
             total += loss.detach()
             if self._balanced:
                 routings = [mixture.taken() for mixture in self._model.mixtures()]
@@ -149,7 +148,7 @@ class TorchTraining:
         counts = []
         for number, batch in enumerate(micro_batches):
             with self._dropout(dropout_key, number):
-                self._model(self._packed(batch).rows)
+                self._model.read(self._packed(batch).rows)
             counts += [mixture.taken().counts_E for mixture in self._model.mixtures()]
         return torch.stack(counts).sum(0)
 

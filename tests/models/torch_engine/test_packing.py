@@ -2,17 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from models.engine import Batch
+from models.torch_engine import packing
 from tests.models.test_engine_documents import LENGTHS, assert_near, packed
 from tests.models.test_engines import gradients, trainer
 from tests.models.tiny import tiny
-
-torch = pytest.importorskip("torch")
-
-from models.torch_engine import packing  # noqa: E402  # only where torch is
 
 CPU = torch.device("cpu")
 

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from models import weights
-from models.engine import Precision, training_engine
+from models.engine import training_engine
 from models.optimizer import OptimizerConfig
 from tests.models.tiny import COMPOSITIONS, batch, cut, pieces, tiny
 
 torch = pytest.importorskip("torch")
 
 from models.torch_engine import inference_engine  # noqa: E402  # only where torch is
-from models.torch_engine.attention import short_attention  # noqa: E402
 from models.torch_engine.model import Transformer  # noqa: E402
 
 MUON = OptimizerConfig(name="muon", learning_rate=0.01)
@@ -43,24 +42,6 @@ def test_an_inference_engine_keeps_no_gradients_and_refuses_other_weights() -> N
     assert engine.logits(batch().tokens_BT).dtype == np.float32
     with pytest.raises(ValueError, match="is missing"):
         inference_engine(tiny("llama", num_hidden_layers=3), "float32", arrays)
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_short_attention_is_that_of_pytorch(groups: int) -> None:
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 4, 9, 6), torch.randn(3, groups, 9, 6), torch.randn(3, groups, 9, 6)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(short_attention(q, k, v, 0.0), expected)
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_long_and_short_rows_get_the_same_attention(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny("llama")
-    engine = inference_engine(config, precision, pieces(dict(weights.initial_weights(config, 0))))
-    short = engine.logits(batch().tokens_BT)
-    monkeypatch.setattr("models.torch_engine.attention._SHORT", 0)
-    atol = 1e-5 if precision == "float32" else 0.05
-    np.testing.assert_allclose(engine.logits(batch().tokens_BT), short, atol=atol)
 
 
 _SECOND_HALF = """

@@ -1,0 +1,79 @@
+"""The output head together with its cross-entropy, a part of the positions at a time.
+
+The logits of a batch are its largest array by far: 4,096 positions of a vocabulary of 8,192 are 134 MB in fp32, and
+softmax and gradients as much again. Here no more than some megabytes of them exist at once.
+
+M read positions, C those of a part, D hidden_size, V vocab_size.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""Logits that are computed at a time: 8 MB in fp32, or 512 MB on a GPU."""
+_POSITIONS = {"cpu": 256, "cuda": 2048}
+"""Positions that are, even so: each part adds to the gradient of the whole head."""
+
+
+def target_log_probabilities(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> Tensor:
+    """The log-probability of each target, (M,) in fp32, without a gradient."""
+    cast_VD = head_VD.to(x_MD.dtype)
+    found_M = torch.empty(len(x_MD), device=x_MD.device)
+    for part in _parts(x_MD, head_VD):
+        logs_CV = torch.log_softmax(x_MD[part] @ cast_VD.T, -1, dtype=torch.float32)
+        found_M[part] = logs_CV.gather(1, targets_M[part].unsqueeze(1)).squeeze(1)
+    return found_M
+
+
+def summed_loss(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor, scale: float) -> Tensor:
+    """The sum of the targets' cross-entropies times `scale`, a 0-d fp32 tensor.
+
+    x_MD: normed hidden states in the dtype of the products; head_VD: the fp32 parameter.
+    """
+    if not torch.is_grad_enabled():
+        return -target_log_probabilities(x_MD, head_VD, targets_M).sum() * scale
+    loss: Tensor = _SummedLoss.apply(x_MD, head_VD, targets_M, scale)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Takes the gradients on the way forward, while a part's logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, head_VD: Tensor, targets_M: Tensor, scale: float) -> Tensor:
+        cast_VD = head_VD.to(x_MD.dtype)
+        dx_MD, dhead_VD = torch.empty_like(x_MD), torch.zeros_like(head_VD)
+        total, nothing = torch.zeros((), device=x_MD.device), x_MD.new_zeros(())
+        for part in _parts(x_MD, head_VD):
+            x_CD, targets_C1 = x_MD[part], targets_M[part].unsqueeze(1)
+            logs_CV = torch.log_softmax(x_CD @ cast_VD.T, -1, dtype=torch.float32)
+            total -= logs_CV.gather(1, targets_C1).sum()
+            # The gradient by the logits: the probabilities, less 1 at the target.
+            dlogits_CV = logs_CV.exp_().scatter_add_(
+                1, targets_C1, torch.full_like(targets_C1, -1, dtype=torch.float32)
+            )
+            dlogits_CV = dlogits_CV.to(x_MD.dtype)
+            # Scaled in the products' fp32 sums, before bf16 rounds them.
+            dx_MD[part] = torch.addmm(nothing, dlogits_CV, cast_VD, beta=0, alpha=scale)
+            if x_MD.dtype == torch.float32:
+                dhead_VD.addmm_(dlogits_CV.T, x_CD, alpha=scale)
+            else:
+                dhead_VD.add_(dlogits_CV.T @ x_CD, alpha=scale)
+        ctx.save_for_backward(dx_MD, dhead_VD)
+        return total * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dx_MD, dhead_VD = ctx.saved_tensors
+        return dx_MD * gradient.to(dx_MD.dtype), dhead_VD * gradient, None, None
+
+
+def _parts(x_MD: Tensor, head_VD: Tensor) -> Iterator[slice]:
+    place = x_MD.device.type
+    size = max(_POSITIONS[place], _LOGITS[place] // len(head_VD))
+    return (slice(start, start + size) for start in range(0, len(x_MD), size))
