@@ -54,6 +54,9 @@ class LazyShards:
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._coming: dict[int, Future[Shard]] = {}
 
+    def __len__(self) -> int:
+        return len(self._source.shards)
+
     def __getitem__(self, number: int) -> Shard:
         """A shard. Raises UserError where it is damaged, and what fetching it raised, in the background too."""
         shard = self._open.get(number)
@@ -135,7 +138,7 @@ class OpenSource:
         self.key = sha256_bytes(canonical_json([seed, packing, width, sizes]))
         self.order = RowOrder(per_shard, self.key, shard_group, shuffled)
         self.shards = LazyShards(source, with_ends or packing == "documents", 2 * shard_group, background)
-        self._one_group = len(per_shard) <= shard_group
+        self._shard_group = shard_group
 
     def _limit(self) -> int | None:
         budget, epochs = self.portion.budget, self.portion.epochs
@@ -153,7 +156,7 @@ class OpenSource:
 
     def look_ahead(self, index: int) -> None:
         """Begins to open the shards that are needed after an index of the source's rows."""
-        if not self._one_group:
+        if len(self.shards) > self._shard_group:
             self.shards.expect(self.order.following(index))
 
     def tokens_of(self, rows: int) -> int:
@@ -179,8 +182,12 @@ class OpenSource:
             return
         by_shard = np.argsort(shards_N, kind="stable")
         cuts = np.flatnonzero(np.diff(shards_N[by_shard])) + 1
-        for part in np.split(by_shard, cuts):
-            yield self.shards[int(shards_N[part[0]])], part, rows_N[part]
+        parts = np.split(by_shard, cuts)
+        numbers = [int(shards_N[part[0]]) for part in parts]
+        # From the other end, so that two threads open what a first batch needs and never the same.
+        self.shards.expect(reversed(numbers[: self._shard_group]))
+        for number, part in zip(numbers, parts, strict=True):
+            yield self.shards[number], part, rows_N[part]
 
 
 def document_spans(shard: Shard, rows_K: Indices) -> tuple[Indices, Indices]:

@@ -23,10 +23,13 @@ class Fetched:
     threads: list[str] = field(default_factory=list)
     broken: frozenset[str] = frozenset()
     held: threading.Event | None = None
+    together: threading.Barrier | None = None
 
     def __call__(self, name: str) -> Path:
         self.names.append(name)
         self.threads.append(threading.current_thread().name)
+        if self.together is not None:
+            self.together.wait(30)
         if threading.current_thread() is not threading.main_thread() and self.held is not None:
             assert self.held.wait(30)
         if name in self.broken:
@@ -57,6 +60,15 @@ def test_nothing_is_fetched_before_a_row_needs_it(packing: Packing) -> None:
             assert fetched.names == [name(0)]
             found.rows(0, 1)
             assert fetched.names == [name(0)]
+
+
+def test_what_a_batch_needs_is_fetched_by_two_threads_at_once() -> None:
+    with shards(*[41] * 6) as folder:
+        source, fetched = noted(folder, together=threading.Barrier(2))
+        with batches(source, shuffled=False) as found:
+            expected = batches(folder_source(folder), shuffled=False).rows(0, 15)
+            assert (found.rows(0, 15).tokens_BT == expected.tokens_BT).all()
+        assert sorted(fetched.names) == [name(0), name(1)]
 
 
 def test_the_next_group_is_fetched_while_the_one_before_it_is_read() -> None:
