@@ -55,6 +55,8 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     """
     folders = gathered(inputs, "documents")
     shares = config.blend or (Share(),) * len(folders)
+    if len(shares) != len(folders):
+        raise UserError(f"blend has {len(shares)} shares for {len(folders)} artifacts; write them beside the documents")
     sources = [
         described(context.labels.get(name, name), folder, share.weight)
         for (name, folder), share in zip(folders.items(), shares, strict=True)

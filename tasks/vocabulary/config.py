@@ -110,7 +110,8 @@ class BPE(WithFallback):
 
 
 class SentencePiece(WithFallback):
-    """BPE or a unigram language model over characters with byte fallback, and `tokenizer.model` beside the JSON."""
+    """BPE or a unigram language model over characters with byte fallback, and `tokenizer.model` beside the JSON. It is
+    learnt in memory, of which Unigram takes about twenty times the text."""
 
     kind: Literal["sentencepiece_bpe", "sentencepiece_unigram"]
     """Trained by the SentencePiece library."""

@@ -51,6 +51,8 @@ class Report(NamedTuple):
     def markdown(self) -> str:
         """The table for people."""
         lines = [
+            "Words are what white space separates, bytes those of UTF-8.",
+            "",
             "| tokenizer | vocabulary | text | words | tokens per word | bytes per token |",
             "|---|---:|---|---:|---:|---:|",
             *(

@@ -40,3 +40,14 @@ def run_stage(tmp_path: Path) -> RunStage:
         return context.output, stage.run(stage.config.model_validate(config), inputs, context)
 
     return run
+
+
+@pytest.fixture
+def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CAIRN_HUB with nothing in it, and no network to ask instead."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setenv("CAIRN_HUB", str(folder))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return folder

@@ -93,6 +93,7 @@ PROMPT = "“odd” 'quoted' \\ 👍\nab"
         ("llama", {"kind": "byte_bpe", "vocab_size": 400}),
     ],
 )
+@pytest.mark.usefixtures("empty_hub")
 def test_the_code_on_the_card_runs(
     run_stage: RunStage,
     tmp_path: Path,

@@ -20,6 +20,9 @@ VOCABULARY = ["<pad>", "<bos>", "<eos>", *"0123456789", *"+-*/", "="]
 TRAINED = ("byte_bpe", "bpe", "sentencepiece_bpe", "sentencepiece_unigram")
 
 
+pytestmark = pytest.mark.usefixtures("empty_hub")
+
+
 @pytest.fixture
 def documents(tmp_path: Path) -> Path:
     return write_documents(tmp_path / "documents", [english(60), english(60, seed=1)])
@@ -99,12 +102,7 @@ def test_several_documents_are_blended_by_weight(run_stage: RunStage, tmp_path: 
     assert all(set(token) <= {"b", "Ġ"} for token, _ in merged)
 
 
-def test_the_words_are_measured_where_there_are_documents(
-    run_stage: RunStage, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "empty").mkdir()
-    monkeypatch.setenv("CAIRN_HUB", str(tmp_path / "empty"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_the_words_are_measured_where_there_are_documents(run_stage: RunStage, documents: Path) -> None:
     folder, metrics = run_stage("tokenizer", {"vocabulary": {"kind": "bytes"}}, documents=documents)
     (row,) = metrics["fertility"]
     assert row["bytes_per_token"] == 1.0
@@ -117,6 +115,11 @@ def test_the_words_are_measured_where_there_are_documents(
 def test_what_is_learnt_needs_documents(run_stage: RunStage, kind: str) -> None:
     with pytest.raises(UserError, match=f"documents is missing: a vocabulary of the kind {kind} is learnt from text"):
         run_stage("tokenizer", {"vocabulary": {"kind": kind, "vocab_size": 500}})
+
+
+def test_shares_without_documents_are_refused(run_stage: RunStage) -> None:
+    with pytest.raises(UserError, match="blend has 1 shares for 0 artifacts"):
+        run_stage("tokenizer", {**ARITHMETIC, "blend": [{"weight": 1}]})
 
 
 @pytest.mark.parametrize("kind", TRAINED)

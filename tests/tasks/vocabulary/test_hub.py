@@ -42,13 +42,10 @@ def hub(**keys: Any) -> Hub:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(empty_hub: Path) -> Path:
     """A tokenizer below CAIRN_HUB, with settings as a hub has them; the network is off."""
-    folder = tmp_path / "hub" / "models" / "some" / "bytes"
+    folder = empty_hub / "models" / "some" / "bytes"
     folder.mkdir(parents=True)
-    monkeypatch.setenv("CAIRN_HUB", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     backend = bytes_tokenizer(Bytes(kind="bytes"))
     backend.add_tokens([AddedToken("<end>", special=False)])
     backend.save(str(folder / "tokenizer.json"))

@@ -18,11 +18,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "bytes"
 
 
-def test_what_cannot_be_had_is_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "hub").mkdir()
-    monkeypatch.setenv("CAIRN_HUB", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+def test_what_cannot_be_had_is_said(folder: Path, empty_hub: Path) -> None:
     found = report("bytes", folder, iter(TEXTS))
     (row,) = found.rows
     assert row == ("bytes", "training documents", 259, 5, 28, 28)
@@ -32,8 +28,8 @@ def test_what_cannot_be_had_is_said(folder: Path, tmp_path: Path, monkeypatch: p
         "not compared with GPT-2",
         "not compared with SmolLM2",
     ]
-    assert all(f"not below CAIRN_HUB={tmp_path / 'hub'}" in note for note in found.notes)
-    assert found.markdown().splitlines()[2] == "| bytes | 259 | training documents | 5 | 5.600 | 1.000 |"
+    assert all(f"not below CAIRN_HUB={empty_hub}" in note for note in found.notes)
+    assert found.markdown().splitlines()[4] == "| bytes | 259 | training documents | 5 | 5.600 | 1.000 |"
     assert found.notes[0] in found.markdown()
 
 
