@@ -26,7 +26,7 @@ from tasks.encoding.tokenizer_json import (
     takes_digits_apart,
 )
 
-FRESH_AFTER_BYTES = 32 << 20
+FRESH_AFTER_BYTES = 16 << 20
 """Text after which gigatoken starts with an empty cache again: its cache of words knows no bound."""
 
 

@@ -67,6 +67,8 @@ class _Worker:
             pass_fds=(write_end,),
             # A Ctrl-C reaches the stage alone, which ends its processes.
             start_new_session=True,
+            # What glibc learns from large buffers, to keep them, makes a process grow from one unit to the next.
+            env={"MALLOC_MMAP_THRESHOLD_": str(1 << 20), **os.environ},
         )
         os.close(write_end)
         self._unit: Unit | None = None
