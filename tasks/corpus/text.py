@@ -112,24 +112,22 @@ class Texts:
     @cached_property
     def lines(self) -> Lines:
         """What newlines (U+000A) separate, white space around each and lines without a word left out."""
-        first, _ = self._breaks
-        return Lines(self.words, first, self.wide)
+        after = self._after_newlines
+        return Lines(self.words, after[np.diff(after, prepend=-1) > 0], self.wide)
 
     @cached_property
     def paragraphs(self) -> Lines:
         """What lines without a word separate, white space around each left out."""
-        _, first = self._breaks
-        return Lines(self.words, first, self.wide)
+        after, first_D1 = self._after_newlines, self.words.first_D1
+        # They have two newlines before them, or begin a document.
+        apart = np.union1d(after[np.diff(after, prepend=-1) == 0], first_D1[first_D1 < len(self.words)])
+        return Lines(self.words, apart, self.wide)
 
     @cached_property
-    def _breaks(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The first words of lines, and those of paragraphs, which have two newlines before them or begin a text."""
-        words = self.words
-        after = np.searchsorted(words.begin_W, np.flatnonzero(self.data_N == _NEWLINE))
-        new = np.diff(after, prepend=-1) > 0
-        lines = after[new & (after < len(words))]
-        apart = np.union1d(after[~new], words.first_D1)
-        return lines, apart[apart < len(words)]
+    def _after_newlines(self) -> NDArray[np.int64]:
+        """The first word after each newline, of those that have one."""
+        after = np.searchsorted(self.words.begin_W, np.flatnonzero(self.data_N == _NEWLINE))
+        return after[: np.searchsorted(after, len(self.words))]
 
 
 @cache
