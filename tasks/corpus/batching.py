@@ -12,10 +12,10 @@ from tasks.corpus.sources import TEXT, FileStart, Reading, Refused, Rows, Split,
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = 2 << 20
 ROW_BYTES = 16
 """What a document takes beside its text, so that a batch of empty ones is one too."""
-ANCHOR_BYTES = 1 << 20
+ANCHOR_BYTES = 1 << 19
 """A file begins a batch of its own where the one before has so much already: small files share batches."""
 
 

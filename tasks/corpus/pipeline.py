@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from common.errors import StageInterrupted, UserError
 from common.files import canonical_json, write_atomically
 from models.training.events import Note
-from tasks.corpus.batching import Batcher
+from tasks.corpus.batching import Batch, Batcher
 from tasks.corpus.config import Config
 from tasks.corpus.duplicates import DuplicateIndex
 from tasks.corpus.examining import KEPT, Examined, Examiner
@@ -30,6 +30,7 @@ from tasks.stage import Context
 
 COMMIT_BYTES = 128 << 20
 NOTE_SECONDS = 15.0
+BATCHES_PER_RELEASE = 4
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Pipeline:
         self._shards: Shards
         self._reading: Reading
         self._index: DuplicateIndex | None = None
+        self._over = False
         self._saved_bytes = 0
         self._started = self._told = time.monotonic()
 
@@ -160,6 +162,7 @@ class Pipeline:
         return None if saved is None else json.loads(saved)
 
     def _close(self) -> None:
+        self._shards.close()
         if self._index is not None:
             self._index.close()
             self._index = None
@@ -191,13 +194,18 @@ class Pipeline:
                 if number < done:
                     self._stop_if_told(save=False)
                     continue
-                pending.append(pool.submit(self._examiner.examine, batch))
+                pending.append(pool.submit(self._examined, number, batch))
                 # One more than the workers, so that none of them waits while this thread reads.
                 if len(pending) > workers + 1 and not self._take(pending.popleft().result()):
                     return
         while pending:
             if not self._take(pending.popleft().result()):
                 return
+
+    def _examined(self, number: int, batch: Batch) -> Examined:
+        examined = self._examiner.examine(batch)
+        _give_back_memory(number)
+        return examined
 
     def _take(self, examined: Examined) -> bool:
         """Counts a batch and gives what is kept of it to the shards; tells whether more is wanted."""
@@ -222,10 +230,9 @@ class Pipeline:
         self._tally.batches += 1
         self._tell()
         self._stop_if_told(save=True)
-        if self._tally.read.bytes - self._saved_bytes >= COMMIT_BYTES or (
-            self._shards.unsaved and not self._shards.writing
-        ):
+        if self._shards.unsaved or self._tally.read.bytes - self._saved_bytes >= COMMIT_BYTES:
             self._save()
+        _give_back_memory(self._tally.batches)
         return not enough
 
     def _end(self, kept_rows: NDArray[np.int64], size_D: NDArray[np.int64]) -> tuple[int, bool]:
@@ -238,6 +245,7 @@ class Pipeline:
             over = np.flatnonzero(kept.bytes + np.cumsum(size_D[kept_rows]) > config.max_bytes)
             if len(over):
                 end, enough = min(end, int(kept_rows[over[0]])), True
+                self._over = True
         return end, enough
 
     def _count(self, reason_D: NDArray[np.int16], size_D: NDArray[np.int64]) -> None:
@@ -286,6 +294,8 @@ class Pipeline:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
         tally, name = self._tally, self._description["name"]
+        if self._over and not tally.kept.documents:
+            raise UserError(f"max_bytes {self._config.max_bytes}: the first document to keep is longer than that")
         if not tally.read.documents and not tally.refused.damaged:
             raise UserError(f"source '{name}' is empty: it has no documents")
         if not tally.kept.documents:
@@ -309,6 +319,15 @@ class Pipeline:
             "dropped": self._dropped(),
             **damaged,
         }
+
+
+def _give_back_memory(batch: int) -> None:
+    """Returns to the system, after some batches, what Arrow's allocator keeps for this thread: that would grow for as
+    long as threads free what others have allocated."""
+    import pyarrow as pa
+
+    if batch % BATCHES_PER_RELEASE == 0:
+        pa.default_memory_pool().release_unused()
 
 
 def _schema(state: Mapping[str, Any]) -> Any:

@@ -1,5 +1,6 @@
 """Shards of documents, however they come and whatever happens meanwhile."""
 
+import errno
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from tasks.corpus import shards
 from tasks.corpus.shards import Shards
 
 
-def at_once(function: Any, *arguments: Any) -> "Future[int]":
-    future: Future[int] = Future()
+def at_once(function: Any, *arguments: Any) -> "Future[None]":
+    future: Future[None] = Future()
     future.set_result(function(*arguments))
     return future
 
@@ -105,12 +106,12 @@ def test_what_is_newer_than_the_state_is_removed_and_what_is_missing_is_noticed(
     first = Shards(tmp_path, 10, at_once)
     first.append("train", table(["x" * 8, "y" * 8, "z"]))
     state = first.state()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["segment-0.arrow", "train-00000.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["segment-1.arrow", "train-00000.parquet"]
     first.append("train", table(["more " * 3]))
     first.state()
     Shards(tmp_path, 10, at_once).restore(state)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["segment-0.arrow", "train-00000.parquet"]
-    for name in ("segment-0.arrow", "train-00000.parquet"):
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["segment-1.arrow", "train-00000.parquet"]
+    for name in ("segment-1.arrow", "train-00000.parquet"):
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).unlink()
         with pytest.raises((ValueError, OSError)):
@@ -125,16 +126,37 @@ def test_what_is_newer_than_the_state_is_removed_and_what_is_missing_is_noticed(
 def test_row_groups_hold_little_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 100)
     texts = [f"{number:03d} " * (number % 40) for number in range(200)]
-    shards.write_parquet(table(texts), tmp_path / "a.parquet")
-    file = pq.ParquetFile(tmp_path / "a.parquet")
+    made = Shards(make(tmp_path, "parts"), 1 << 20, at_once)
+    made.append("train", table(texts))
+    made.publish(tmp_path)
+    file = pq.ParquetFile(tmp_path / "train-00000.parquet")
     groups = [file.read_row_group(group)["text"].to_pylist() for group in range(file.num_row_groups)]
-    assert [text for group in groups for text in group] == texts
-    assert all(sum(map(len, group)) <= 100 or len(group) == 1 for group in groups)
+    assert groups == expected(texts, 100)
 
 
-def test_what_goes_wrong_while_a_shard_is_written_is_raised(tmp_path: Path) -> None:
+def test_what_goes_wrong_while_a_shard_is_written_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 5)
+
+    def full(self: Any, table: pa.Table, row_group_size: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     with ThreadPoolExecutor(1) as pool:
-        made = Shards(tmp_path / "missing", 10, pool.submit)
-        made.append("train", table(["x" * 8, "y" * 8]))
-        with pytest.raises(FileNotFoundError):
-            made.wait()
+        made = Shards(tmp_path, 10, pool.submit)
+        with pytest.raises(OSError, match="no space left"):
+            made.append("train", table(["x" * 8, "y" * 8, "z" * 8]))
+        made.close()
+
+
+def test_shards_that_are_given_up_leave_what_was_saved(tmp_path: Path) -> None:
+    first = Shards(tmp_path, 10, at_once)
+    first.append("train", table(["x" * 8, "y" * 8]))
+    state = first.state()
+    first.append("train", table(["lost"]))
+    first.close()
+    again = Shards(tmp_path, 10, at_once)
+    again.restore(state)
+    again.append("train", table(["z"]))
+    output = make(tmp_path, "output")
+    again.publish(output)
+    assert read(output, "train") == [["x" * 8], ["y" * 8, "z"]]
