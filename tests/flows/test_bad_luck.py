@@ -75,7 +75,7 @@ def test_a_recipe_that_cannot_be_run(
 @pytest.mark.slow
 def test_a_disk_that_is_full_again_and_again(disk: Path, made: Made, cairn: Cairn, tmp_path: Path) -> None:
     store = disk / "store"
-    stopped_in = {"12k": "documents", "48k": "tokens", "160k": "base", "420k": "refined"}
+    stopped_in = {"12k": "documents", "48k": "tokens", "220k": "base", "600k": "refined"}
     for size, stage in stopped_in.items():
         remount(disk, f"size={size}")
         code, output = cairn("run", RECIPE, *EVERY_STEP, CAIRN_STORE=str(store))

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,7 +165,8 @@ def test_works_from_many_threads_are_done_one_after_another(process: EngineProce
     for thread in threads:
         thread.join()
     for train, record in done.items():
-        counts = {name: split["documents"] for name, split in record.metrics["splits"].items()}
+        splits: Any = record.metrics["splits"]
+        counts = {name: split["documents"] for name, split in splits.items()}
         assert counts == {"train": train, "validation": 4, "test": 4}
     assert sorted(done) == list(range(10, 16))
 
