@@ -68,7 +68,9 @@ class HubSource(ExternalSource):
         folder = local_copy("dataset", self.id)
         if folder is not None:
             files = {name: folder / name for name in sorted(names_below(folder))}
-            return with_digest(self, files_digest(files), f"data set '{self.id}' in {folder}")
+            found = with_digest(self, files_digest(files), f"data set '{self.id}' in {folder}")
+            # What is said where it is not there has no part in what is made of it.
+            return found.model_copy(update={"obtain": None})
         if self.digest is not None or self.obtain is not None:
             where = f"below {HUB_VARIABLE}={hub_folder()}" if hub_folder() else f"here: {HUB_VARIABLE} is not set"
             raise UserError(f"data set '{self.id}' is not {where}. {self.obtain or 'Its digest is that of a copy.'}")
@@ -112,6 +114,7 @@ class HubSource(ExternalSource):
         # Neither place can be taken for the other: a folder's path is absolute.
         place = str(folder) if folder else f"hf://datasets/{self.id}"
         cache = str(reading.folder / "datasets") if reading.folder else None
+        datasets.disable_progress_bars()
         try:
             return datasets.load_dataset_builder(place, self.config, revision=revision, cache_dir=cache)
         except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:

@@ -88,7 +88,7 @@ class Pipeline:
 
         Raises UserError for bad input and where no document is left, StageInterrupted where it was told to stop.
         """
-        workers = self._context.runtime.processes or len(os.sched_getaffinity(0))
+        workers = self._context.runtime.processes or _cores()
         with ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(workers))
             # Before the pool waits for what it does: nobody wants the batches that were not begun.
@@ -319,6 +319,11 @@ class Pipeline:
             "dropped": self._dropped(),
             **damaged,
         }
+
+
+def _cores() -> int:
+    """The cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _give_back_memory(batch: int) -> None:
