@@ -45,7 +45,7 @@ def _lines(documents: Json, tokens: Json, folder: Path, name: str) -> Iterator[s
     yield ""
     yield "## Documents"
     yield ""
-    yield from _table(["", "documents", "bytes"], _document_rows(documents), right=(1, 2))
+    yield from _table(["", "rule", "documents", "bytes"], _document_rows(documents), right=(2, 3))
     yield ""
     yield "## Tokens"
     yield ""
@@ -64,13 +64,14 @@ def _lines(documents: Json, tokens: Json, folder: Path, name: str) -> Iterator[s
 
 def _document_rows(documents: Json) -> list[list[str]]:
     read = documents["read"]
-    rows = [["read", f"{read['documents']:,}", f"{read['bytes']:,}"]]
+    rows = [["read", "", f"{read['documents']:,}", f"{read['bytes']:,}"]]
     for dropped in documents["dropped"]:
-        parameters = ", ".join(f"{key} {_inline(value)}" for key, value in dropped["parameters"].items())
-        what = f"dropped: {dropped['rule']}" + (f" ({parameters})" if parameters else "")
-        rows.append([what, f"{dropped['documents']:,}", f"{dropped['bytes']:,}"])
+        parameters = {key: value for key, value in dropped["parameters"].items() if value is not None}
+        listed = ", ".join(f"{key} {_inline(value)}" for key, value in parameters.items())
+        rule = f"**{dropped['rule']}**" + (f": {listed}" if listed else "")
+        rows.append(["dropped", rule, f"{dropped['documents']:,}", f"{dropped['bytes']:,}"])
     kept = [sum(one[what] for one in documents["splits"].values()) for what in ("documents", "bytes")]
-    return [*rows, ["**kept**", *(f"**{number:,}**" for number in kept)]]
+    return [*rows, ["**kept**", "", *(f"**{number:,}**" for number in kept)]]
 
 
 def _split_row(split: str, one: Json) -> list[str]:
@@ -133,7 +134,7 @@ def shortened(text: str) -> str:
     missing = len(text) - _SHOWN_BEFORE - _SHOWN_AFTER
     if missing <= 0:
         return text
-    return f"{text[:_SHOWN_BEFORE]}\n[… {missing:,} characters …]\n{text[-_SHOWN_AFTER:]}"
+    return f"{text[:_SHOWN_BEFORE]}\n[… {missing:,} characters left out …]\n{text[-_SHOWN_AFTER:]}"
 
 
 def _inline(value: Any) -> str:

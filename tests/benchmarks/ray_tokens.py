@@ -3,8 +3,8 @@
     python -m tests.benchmarks.ray_tokens --documents 1000000
 
 Each corpus goes through the stage `tokens` in the processes of this machine, and through a Ray cluster of two nodes on
-this machine with small object stores, one of which is killed after some seconds and replaced. One corpus is of made-up
-words, which gigatoken encodes; the other is arithmetic with the loss on its targets, which `tokenizers` encodes.
+this machine with small object stores, one of which is killed after some seconds. One corpus is of made-up words, which
+gigatoken encodes; the other is arithmetic with the loss on its targets, which `tokenizers` encodes.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def through(how: str, folder: Path, inputs: dict[str, Path], config: dict[str, A
 
 @contextmanager
 def cluster(kill_after: float) -> Iterator[str]:
-    """The address of a cluster of a head and two nodes of one core each; one of them is killed and replaced."""
+    """The address of a cluster of a head and two nodes of one core each, one of which is killed."""
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
@@ -80,7 +80,6 @@ def cluster(kill_after: float) -> Iterator[str]:
         if kill_after and not ended.wait(kill_after):
             made.remove_node(nodes[0], allow_graceful=False)
             print("a node was killed", flush=True)
-            made.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
 
     killer = threading.Thread(target=kill)
     killer.start()

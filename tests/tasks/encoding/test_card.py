@@ -47,9 +47,9 @@ def test_what_the_card_says(made: tuple[Path, list[str]]) -> None:
     tokens = json.loads((output / "tokens.json").read_bytes())
     assert card.startswith("# Data card of `books`: tests/corpus\n")
     assert "| `revision` | abc |" in card
-    assert "| dropped: length (minimum 5) | 3 | 30 |" in card
-    assert "| read | 98 |" in card
-    assert "| **kept** | **95** |" in card
+    assert "| dropped | **length**: minimum 5 | 3 | 30 |" in card
+    assert "| read |  | 98 |" in card
+    assert "| **kept** |  | **95** |" in card
     train, validation = (tokens["splits"][split] for split in ("train", "validation"))
     (row,) = re.findall(r"\| train \|.*", card)
     assert card.index("| train |") < card.index("| validation |")
@@ -73,7 +73,7 @@ def test_what_the_card_says(made: tuple[Path, list[str]]) -> None:
     for number in (27, 45, 63, 81):
         assert listed[number] in card
     assert "````" + "`text\nwith ``` a fence ```` in it\n`````" in card
-    assert f"[… {len(listed[9]) - 1000:,} characters …]" in card
+    assert f"[… {len(listed[9]) - 1000:,} characters left out …]" in card
     assert "and the end\n```" in card
     assert (output.parent / "logs" / "document_lengths.png").read_bytes().startswith(b"\x89PNG")
 
@@ -113,7 +113,7 @@ def test_a_table_holds_whatever_a_source_is_called(made: tuple[Path, list[str]],
 
 def test_shortened() -> None:
     assert shortened("x" * 1000) == "x" * 1000
-    assert shortened("a" * 700 + "b" * 7 + "c" * 300) == "a" * 700 + "\n[… 7 characters …]\n" + "c" * 300
+    assert shortened("a" * 700 + "b" * 7 + "c" * 300) == "a" * 700 + "\n[… 7 characters left out …]\n" + "c" * 300
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -16,11 +16,6 @@ from tasks.encoding.units import EncodedUnit, Encoders, Job, Unit, encode_unit
 from tasks.encoding.worker import Order
 from tests.tasks.encoding.corpora import byte_level, rows, texts, write_documents
 
-# Ray leaves files and processes of its own behind when nodes are killed.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
 STORE_BYTES = 80 << 20
 UNITS, ROWS = 16, 200
 
