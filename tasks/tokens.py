@@ -29,6 +29,7 @@ from tasks.encoding.writer import TokenShard
 from tasks.stage import Context, Kind, Metrics, Stage
 
 Results = Generator[tuple[Unit, EncodedUnit], None, None]
+NOTES_AT_MOST = 20
 _REPORT_SECONDS = 10.0
 
 
@@ -231,8 +232,15 @@ def _metrics(
         "encoder": choice.model_dump(),
         "seconds": seconds,
         "units": {"encoded": len(units) - reused, "found_finished": reused},
-        "notes": [encoded.note for _, encoded in units if encoded.note is not None],
+        "notes": _shortened([encoded.note for _, encoded in units if encoded.note is not None]),
     }
+
+
+def _shortened(notes: Sequence[str]) -> list[str]:
+    """The first notes, and how many more there are: a library that a cluster lacks has one for every shard."""
+    if len(notes) <= NOTES_AT_MOST:
+        return list(notes)
+    return [*notes[:NOTES_AT_MOST], f"and {len(notes) - NOTES_AT_MOST:,} more such notes"]
 
 
 STAGE = Stage(

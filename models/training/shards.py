@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
-from models.training.tensor_file import Entry, read_header
-from models.weights import Array, write_arrays
+from models.training.tensor_file import Entry, Written, read_header, write_stream
+from models.weights import Array
 
 _SCAN = 1 << 20
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
@@ -107,11 +107,14 @@ def check_document_ends(shard: Shard, path: Path) -> None:
         raise UserError(f"{path} is no intact token shard (its documents do not end at its last token); make it again")
 
 
-def write_shard(path: Path, tokens_N: Tokens, document_ends_D: ArrayLike, loss_mask_N: ArrayLike | None = None) -> None:
-    """Writes a shard, whole or not at all.
+def write_shard(
+    path: Path, tokens_N: Tokens, document_ends_D: ArrayLike, loss_mask_N: ArrayLike | None = None
+) -> Written:
+    """Writes a shard, seen whole or not at all; one that stands there is replaced and not written into.
 
     `tokens_N` is uint16 or uint32; `document_ends_D` are the exclusive ends of the documents, which together cover all
-    tokens; `loss_mask_N` says of each token whether it counts as a target. Raises ValueError where these do not fit.
+    tokens; `loss_mask_N` says of each token whether it counts as a target. Raises ValueError where these do not fit,
+    OSError where the file cannot be written. A store forces what it commits onto the disk, so that is not done here.
     """
     ends_D = np.asarray(document_ends_D, np.uint64)
     if tokens_N.dtype not in _DTYPES["tokens"] or tokens_N.ndim != 1:
@@ -126,4 +129,13 @@ def write_shard(path: Path, tokens_N: Tokens, document_ends_D: ArrayLike, loss_m
         if mask_N.shape != tokens_N.shape:
             raise ValueError(f"loss_mask has the shape {mask_N.shape}, tokens {tokens_N.shape}")
         arrays["loss_mask"] = mask_N
-    write_arrays(path, arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            written = write_stream(file, arrays)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return written

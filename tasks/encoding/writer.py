@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from artifacts.identity import Digest
+from artifacts.identity import Digest, FileName
 from common.config import FrozenModel
-from models.training.tensor_file import write_stream
-from models.weights import Array
+from models.training.shards import write_shard
 
 
 class TokenShard(FrozenModel):
     """A token shard's file, and what is in it."""
 
-    name: str
+    name: FileName
     """Its file name where it was written."""
     documents: int
     tokens: int
@@ -71,19 +70,12 @@ class Writer:
 
     def _write(self) -> None:
         lengths_D, uncounted_D = np.concatenate(self._lengths), np.concatenate(self._uncounted)
-        arrays: dict[str, Array] = {
-            "tokens": np.concatenate(self._ids),
-            "document_ends": np.cumsum(lengths_D).astype(np.uint64),
-        }
+        mask_N = None
         if self._masked:
             runs = np.column_stack([uncounted_D, lengths_D - uncounted_D]).reshape(-1)
-            arrays["loss_mask"] = np.repeat(np.tile(np.array([0, 1], np.uint8), len(lengths_D)), runs)
+            mask_N = np.repeat(np.tile(np.array([False, True]), len(lengths_D)), runs)
         name = self._name(len(self.shards))
-        # Beside its name, because a file that stands under it may be linked to from elsewhere.
-        temporary = self._folder / f".{name}.tmp"
-        with temporary.open("wb") as file:
-            written = write_stream(file, arrays)
-        temporary.replace(self._folder / name)
+        written = write_shard(self._folder / name, np.concatenate(self._ids), np.cumsum(lengths_D), mask_N)
         self.shards.append(
             TokenShard(
                 name=name,

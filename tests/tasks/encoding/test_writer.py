@@ -5,11 +5,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.training.shards import open_shard, write_shard
+from models.training.shards import open_shard
 from tasks.encoding.writer import Writer
 
 Document = tuple[list[int], int]
@@ -60,17 +59,3 @@ def test_shards_are_filled_one_after_the_other(batches: list[list[Document]], ca
             assert read.loss_mask_N is None or read.loss_mask_N.tolist() == mask
             assert (shard.documents, shard.tokens) == (len(documents), len(mask))
             assert shard.counted_tokens == sum(mask)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_files_hold_what_write_shard_writes(tmp_path: Path, masked: bool) -> None:
-    writer = Writer(tmp_path, lambda number: f"{number}.safetensors", 100, masked)
-    ids_N, lengths_D = np.arange(70_000, 70_007, dtype=np.uint32), np.array([3, 0, 4])
-    writer.add(ids_N, lengths_D, np.array([1, 0, 2]))
-    writer.close()
-    write_shard(tmp_path / "other", ids_N, [3, 3, 7], [0, 1, 1, 0, 0, 1, 1] if masked else None)
-    ours, theirs = (open_shard(tmp_path / name).map() for name in ("0.safetensors", "other"))
-    for one, other in zip(ours, theirs, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None and other is not None:
-            assert (one.dtype, one.tolist()) == (other.dtype, other.tolist())
