@@ -99,28 +99,42 @@ def blend_table(records: Mapping[str, Record]) -> Table | None:
     table = Table(title="What was trained on", title_justify="left", header_style="dim", box=SIMPLE_HEAD)
     table.add_column("stage", overflow="fold")
     table.add_column("source", overflow="fold")
-    for column in ("asked", "drawn", "tokens", "epochs", "cut\ndocuments", "dropped\ntokens"):
+    for column in ("asked", "drawn", "tokens", "epochs", "validation loss"):
         table.add_column(column, justify="right", no_wrap=True)
-    used_up: list[str] = []
+    notes: list[str] = []
     for stage, blend in blends.items():
+        whole, by_source = _last_validation(records[stage])
         for number, row in enumerate(blend or []):
+            source = str(row["source"])
             table.add_row(
                 "" if number else Text(stage),
-                Text(row["source"]),
+                Text(source),
                 f"{row['share_asked']:.1%}",
                 "—" if row["share"] is None else f"{row['share']:.1%}",
                 f"{row['tokens']:,}",
                 f"{row['epochs']:,.2f}",
-                f"{row['cut_documents']:,}",
-                f"{row['dropped_tokens']:,}",
+                by_source.get(source, "" if len(blend) > 1 else whole),
             )
             if row["used_up_at_step"] is not None:
-                used_up.append(f"{stage}: the budget of {row['source']} was used up at step {row['used_up_at_step']:,}")
+                notes.append(f"{stage}: the budget of {source} was used up at step {row['used_up_at_step']:,}")
+            if row["cut_documents"]:
+                lost = f"{row['cut_documents']:,} documents of {source} were cut, {row['dropped_tokens']:,} tokens lost"
+                notes.append(f"{stage}: {lost}")
         if blend and len(blend) > 1:
-            table.add_row("", "all", "", "", f"{sum(row['tokens'] for row in blend):,}", style="dim")
-    table.caption = Text("\n".join(used_up))
+            tokens = f"{sum(row['tokens'] for row in blend):,}"
+            table.add_row("", "all", "", "", tokens, "", f"[bold]{whole}[/]")
+    table.caption = Text("\n".join(notes))
     table.caption_justify = "left"
     return table
+
+
+def _last_validation(record: Record) -> tuple[str, dict[str, str]]:
+    """The validation loss at the end of training, and that of each source where there are several."""
+    validations: Any = record.metrics.get("validation")
+    if not validations:
+        return "", {}
+    by_source = {source: f"{loss:.4f}" for source, loss in validations[-1]["by_source"].items()}
+    return f"{validations[-1]['loss']:.4f}", by_source
 
 
 def evaluation_tables(record: Record) -> Group:

@@ -93,8 +93,9 @@ def test_other_weights_make_no_token_again(recipe: str, cairn: Cairn) -> None:
     assert refined[0]["epochs"] == 2
     table = output[output.index("What was trained on") :].splitlines()
     (row,) = (line.split() for line in table if line.split()[:1] == ["base"])
+    validations: Any = records["base"].metrics["validation"]
     assert row == ["base", "tokens", "60.0%", f"{base[0]['share']:.1%}", f"{base[0]['tokens']:,}",
-                   f"{base[0]['epochs']:,.2f}", "0", "0"]  # fmt: skip
+                   f"{base[0]['epochs']:,.2f}", f"{validations[-1]['by_source']['tokens']:.4f}"]  # fmt: skip
     # Losses on both are told while it trains.
     assert "validation loss" in output
     assert "(tokens " in output
