@@ -14,7 +14,9 @@ from models.tokenizer import Tokenizer
 from tasks.encoding.ray_pool import encode_over_ray
 from tasks.encoding.units import EncodedUnit, Encoders, Job, Unit, encode_unit
 from tasks.encoding.worker import Order
+from tasks.stage import Runtime
 from tests.tasks.encoding.corpora import byte_level, rows, texts, write_documents
+from tests.tasks.test_tokens import Run
 
 STORE_BYTES = 80 << 20
 UNITS, ROWS = 16, 200
@@ -141,3 +143,20 @@ def test_without_ray_the_extra_is_named(
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(UserError, match=r"^ray: the package is not installed; pip install 'cairn\[ray\]'$"):
         list(encode_over_ray(corpus[2], order_for(corpus, tmp_path / "some"), "auto", lambda: False))
+
+
+@pytest.mark.slow
+def test_the_stage_makes_the_same_over_ray(
+    cluster: Any, corpus: tuple[Path, Path, list[Unit]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.tokens.WORTH_IT_BYTES", 0)
+    documents, tokenizer, _ = corpus
+    add_node(cluster)
+    run = Run(tmp_path)
+    here, _ = run(documents, tokenizer, {"bos": True, "shard_tokens": 7000})
+    there, metrics = run(
+        documents, tokenizer, {"bos": True, "shard_tokens": 7000}, runtime=Runtime(ray=cluster.address)
+    )
+    assert metrics["encoder"]["library"] == "gigatoken"
+    assert metrics["notes"] == []
+    assert describe_files(there) == describe_files(here)
