@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal, Self
 
 from common.errors import UserError
+from tasks.corpus.columns import Columns
 from tasks.corpus.digests import files_digest
-from tasks.corpus.formats import Columns, Format, file_tables, kind_of, learn_types
+from tasks.corpus.formats import Format, file_tables, kind_of, learn_types
 from tasks.corpus.sources import TEXT, ExternalSource, FileStart, Opened, Reading, Rows, with_digest
 
 

@@ -1,14 +1,16 @@
 """Files of text: Parquet, JSON Lines and plain text, read in order, in bounded memory, with a place for every row."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from common.errors import UserError
+from tasks.corpus.columns import Columns, line_place
+from tasks.corpus.parquet import parquet_tables
 from tasks.corpus.sources import DOCUMENT_LIMIT_BYTES, TEXT, Reading, accepted, check_column, one_line, too_long
-from tasks.corpus.streams import BLOCK_BYTES, BOM, ERRORS, DamagedFile, Decompressed, Readable, damage, line_blocks
+from tasks.corpus.streams import BLOCK_BYTES, BOM, DamagedFile, Decompressed, Readable, line_blocks
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,10 +26,7 @@ ENDINGS: dict[str, Format] = {
     ".md": "text",
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-TABLE_BYTES = 1 << 20
-ROWS_AT_ONCE = 256
 LEARNED_BYTES = 64 << 20
-_TYPES = {str: "text", float: "a number", bool: "true or false"}
 
 
 class Kind(NamedTuple):
@@ -44,66 +43,6 @@ def kind_of(name: str) -> Kind:
     inner = name.removesuffix(ending) if ending else name
     format = next((format for known, format in ENDINGS.items() if inner.endswith(known)), None)
     return Kind(format, COMPRESSIONS[ending] if ending else None)
-
-
-def row_place(name: str, first: int) -> Callable[[int], str]:
-    """Says where a row of a table is from, whose first is the row `first` of a file."""
-    return lambda row: f"{name} row {first + row} (from 0)"
-
-
-def line_place(name: str, lines: list[int]) -> Callable[[int], str]:
-    """Says where a row of a table is from, each of which is a line of a file."""
-    return lambda row: f"{name} line {lines[row]}"
-
-
-class Columns:
-    """The columns that are read: the text's and others, of which JSON tells the types by their first values."""
-
-    def __init__(self, text: str, reading: Reading) -> None:
-        self.text = text
-        self.others = tuple(other for other in reading.others if other != TEXT)
-        known = {str(arrow): kind for kind, arrow in self._arrow_types().items()}
-        schema = reading.schema
-        # What an earlier start found in files that are not read again.
-        types = {name: str(schema.field(name).type) for name in self.others} if schema is not None else {}
-        self._types = {name: known[arrow] for name, arrow in types.items() if arrow in known}
-
-    @property
-    def known(self) -> bool:
-        """Whether the types of all columns are known."""
-        return len(self._types) == len(self.others)
-
-    def misfit(self, row: dict[str, Any]) -> str | None:
-        """What is wrong with another column of a JSON object: it is of another type than its first value was."""
-        for other in self.others:
-            value = row.get(other)
-            if value is None:
-                continue
-            found = float if type(value) is int else type(value)
-            if found not in (str, float, bool):
-                return f"'{other}' is neither text nor a number nor true or false"
-            if self._types.setdefault(other, found) is not found:
-                return f"'{other}' is {_TYPES[found]}, and it was {_TYPES[self._types[other]]} before"
-        return None
-
-    def table(self, rows: list[dict[str, Any]]) -> "pa.Table":
-        """JSON objects as a table; a column without a value so far is one of text."""
-        import pyarrow as pa
-
-        arrow = self._arrow_types()
-        arrays = {TEXT: pa.array([row[self.text] for row in rows], pa.string())}
-        for other in self.others:
-            kind = self._types.setdefault(other, str)
-            values = [row.get(other) for row in rows]
-            floats = [None if value is None else float(value) for value in values] if kind is float else values
-            arrays[other] = pa.array(floats, arrow[kind])
-        return pa.table(arrays)
-
-    @staticmethod
-    def _arrow_types() -> dict[type, Any]:
-        import pyarrow as pa
-
-        return {str: pa.string(), float: pa.float64(), bool: pa.bool_()}
 
 
 def learn_types(files: Iterable[tuple[str, Kind]], columns: Columns) -> None:
@@ -161,80 +100,6 @@ def file_tables(
             raise UserError(f"{name} is a text, and has no column '{columns.others[0]}'")
         else:
             yield from text_tables(file, name, per_line, reading)
-
-
-def parquet_tables(file: Any, name: str, columns: Columns, reading: Reading) -> "Iterator[pa.Table]":
-    """The rows of a Parquet file; `file` is a path or an open file.
-
-    Raises UserError for a column that is missing or holds no text, and for a damaged file unless those are skipped.
-    """
-    import pyarrow.parquet as pq
-
-    try:
-        # Without pre_buffer a group's pages are read as they are needed, however large the group is.
-        parquet = pq.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False)
-    except ERRORS as error:
-        reading.lose(name, f"it is no whole Parquet file ({damage(error)})", 0)
-        return
-    with parquet:
-        for wanted in (columns.text, *columns.others):
-            check_column(wanted, parquet.schema_arrow.names, name)
-        row = 0
-        for group in range(parquet.num_row_groups):
-            taken = 0
-            rows = parquet.metadata.row_group(group).num_rows
-            try:
-                for table in _group_tables(parquet, group, columns):
-                    place = row_place(name, row + taken)
-                    taken += table.num_rows
-                    table = as_text(table, columns, name)
-                    yield accepted(table, reading, place)
-            except ERRORS as error:
-                reading.lose(row_place(name, row)(taken), f"it is damaged ({damage(error)})", rows - taken)
-            row += rows
-
-
-def _group_tables(parquet: Any, group: int, columns: Columns) -> "Iterator[pa.Table]":
-    """The rows of a row group in tables of about TABLE_BYTES, or of a few rows where those are long."""
-    import pyarrow as pa
-
-    metadata = parquet.metadata.row_group(group)
-    if not metadata.num_rows:
-        return
-    sizes = {
-        metadata.column(index).path_in_schema: metadata.column(index).total_uncompressed_size
-        for index in range(metadata.num_columns)
-    }
-    # A dictionary may make a column larger than this says.
-    average = max(1, sizes.get(columns.text, 0) // metadata.num_rows)
-    rows = max(1, min(ROWS_AT_ONCE, TABLE_BYTES // average))
-    wanted = list(dict.fromkeys([columns.text, *columns.others]))
-    waiting, size = [], 0
-    for batch in parquet.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False):
-        waiting.append(batch)
-        size += batch.nbytes
-        if size >= TABLE_BYTES:
-            yield pa.Table.from_batches(waiting)
-            waiting, size = [], 0
-    if waiting:
-        yield pa.Table.from_batches(waiting)
-
-
-def as_text(table: "pa.Table", columns: Columns, name: str) -> "pa.Table":
-    """The table with its text under `text`, as strings."""
-    import pyarrow as pa
-
-    text = table[columns.text]
-    if pa.types.is_dictionary(text.type):
-        text = text.cast(text.type.value_type)
-    if pa.types.is_binary(text.type):
-        # Old writers mark no strings as such; whether it is UTF-8 is seen later.
-        text = pa.chunked_array([chunk.view(pa.string()) for chunk in text.chunks], pa.string())
-    elif pa.types.is_large_string(text.type) or pa.types.is_string_view(text.type) or pa.types.is_null(text.type):
-        text = text.cast(pa.string())
-    elif not pa.types.is_string(text.type):
-        raise UserError(f"{name}: the column '{columns.text}' is of the type {text.type}, no text")
-    return pa.table({TEXT: text, **{other: table[other] for other in columns.others}})
 
 
 def json_tables(file: Readable, name: str, columns: Columns, reading: Reading) -> "Iterator[pa.Table]":

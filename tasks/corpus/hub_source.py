@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from common.errors import UserError, suggestion
+from tasks.corpus.columns import Columns, row_place
 from tasks.corpus.digests import files_digest
 from tasks.corpus.file_source import names_below
-from tasks.corpus.formats import Columns, as_text, file_tables, kind_of, learn_types, row_place
+from tasks.corpus.formats import file_tables, kind_of, learn_types
+from tasks.corpus.parquet import as_text
 from tasks.corpus.sources import (
     DOCUMENT_LIMIT_BYTES,
     SPLITS,

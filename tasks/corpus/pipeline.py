@@ -3,6 +3,7 @@
 D documents of a batch, S of them that the rules keep.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -25,44 +26,13 @@ from tasks.corpus.config import Config
 from tasks.corpus.duplicates import DuplicateIndex
 from tasks.corpus.examining import KEPT, Examined, Examiner
 from tasks.corpus.shards import Shards
-from tasks.corpus.sources import REFUSALS, SPLITS, Count, Opened, Reading, Refused
+from tasks.corpus.sources import SPLITS, Count, Opened, Reading
+from tasks.corpus.tally import Tally, described_rules
 from tasks.stage import Context
 
 COMMIT_BYTES = 128 << 20
 NOTE_SECONDS = 15.0
-BATCHES_PER_RELEASE = 4
-
-
-@dataclass
-class Tally:
-    """What was read, dropped and kept so far."""
-
-    dropped: list[Count]
-    """By rule, by benchmark, as equal and as near duplicates."""
-    batches: int = 0
-    """Batches of the source that are done with."""
-    file: int = 0
-    """The number of a file that a batch begins with, from which the source can be read on."""
-    file_batch: int = 0
-    """That batch's number."""
-    read: Count = field(default_factory=Count)
-    kept: Count = field(default_factory=Count)
-    refused: Refused = field(default_factory=Refused)
-    """What was dropped while reading."""
-
-    @classmethod
-    def from_json(cls, state: Mapping[str, Any]) -> "Tally":
-        """The tally that `asdict` gave."""
-        refused = state["refused"]
-        return cls(
-            dropped=[Count(**count) for count in state["dropped"]],
-            batches=state["batches"],
-            file=state["file"],
-            file_batch=state["file_batch"],
-            read=Count(**state["read"]),
-            kept=Count(**state["kept"]),
-            refused=Refused({rule: Count(**count) for rule, count in refused["counts"].items()}, refused["damaged"]),
-        )
+BATCHES_PER_RELEASE = 8
 
 
 class Pipeline:
@@ -73,15 +43,14 @@ class Pipeline:
         self._context = context
         self._folder = context.local_scratch
         self._examiner = Examiner(config)
-        self._rules = self._described_rules()
+        self._rules = described_rules(config, self._examiner.benchmarks)
         self._tally = Tally([Count() for _ in self._rules])
         self._description: Mapping[str, Any] = {}
         self._shards: Shards
         self._reading: Reading
         self._index: DuplicateIndex | None = None
-        self._over = False
         self._saved_bytes = 0
-        self._started = self._told = time.monotonic()
+        self._told = time.monotonic()
 
     def run(self) -> dict[str, Any]:
         """Writes the shards into the context's output; gives what `documents.json` says.
@@ -110,24 +79,6 @@ class Pipeline:
             splits = self._shards.publish(self._context.output)
         return self._described(splits)
 
-    def _described_rules(self) -> list[dict[str, Any]]:
-        """What drops documents after they were read, in the order in which it applies."""
-        config = self._config
-        rules: list[dict[str, Any]] = [
-            {"rule": rule.rule, "parameters": rule.model_dump(exclude={"rule"})} for rule in config.rules
-        ]
-        if config.contamination is not None:
-            ngram = config.contamination.ngram
-            rules += [
-                {"rule": "contamination", "parameters": {"benchmark": name, "ngram": ngram}}
-                for name in self._examiner.benchmarks
-            ]
-        if config.duplicates is not None and config.duplicates.exact:
-            rules.append({"rule": "exact_duplicates", "parameters": {}})
-        if config.duplicates is not None and config.duplicates.near is not None:
-            rules.append({"rule": "near_duplicates", "parameters": config.duplicates.near.model_dump()})
-        return rules
-
     def _prepare(self, pool: ThreadPoolExecutor, stack: ExitStack) -> Mapping[str, Any]:
         """Takes up what an earlier start left, if anything; gives the state that it saved last."""
         try:
@@ -139,6 +90,8 @@ class Pipeline:
                 text = f"going on after {self._tally.read.documents:,} documents that were read before"
                 self._context.report(Note(text))
         except (ValueError, LookupError, OSError, EOFError) as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise  # a full disk, say, takes nothing from what was saved
             self._context.report(Note(f"beginning anew: what an earlier start left is damaged ({error})"))
             self._tally = Tally([Count() for _ in self._rules])
             state = None
@@ -187,6 +140,8 @@ class Pipeline:
 
     def _work(self, opened: Opened, pool: ThreadPoolExecutor, workers: int) -> None:
         """Reads the source to its end, or until enough is kept."""
+        if self._tally.enough:
+            return
         pending: deque[Future[Examined]] = deque()
         done = self._tally.batches
         with closing(Batcher(self._reading).batches(opened.parts)) as source:
@@ -219,11 +174,9 @@ class Pipeline:
             for name, dropped_S in (("exact_duplicates", novel.exact_D), ("near_duplicates", novel.near_D)):
                 if dropped_S.any():
                     reason_D[rows_S[dropped_S]] = names.index(name)
-        end, enough = self._end(rows_S[kept_S], examined.size_D)
-        self._count(reason_D[:end], examined.size_D[:end])
-        self._tally.refused.merge(examined.batch.refused)
-        for count in examined.batch.refused.counts.values():
-            self._tally.read.add(count.documents, count.bytes)
+        end = self._end(rows_S[kept_S], examined.size_D)
+        self._tally.count(reason_D[:end], examined.size_D[:end])
+        self._tally.refuse(examined.batch.refused)
         self._append(examined, kept_S & (rows_S < end))
         if examined.batch.file is not None:
             self._tally.file, self._tally.file_batch = examined.batch.file, self._tally.batches
@@ -233,27 +186,19 @@ class Pipeline:
         if self._shards.unsaved or self._tally.read.bytes - self._saved_bytes >= COMMIT_BYTES:
             self._save()
         _give_back_memory(self._tally.batches)
-        return not enough
+        return not self._tally.enough
 
-    def _end(self, kept_rows: NDArray[np.int64], size_D: NDArray[np.int64]) -> tuple[int, bool]:
-        """The row of a batch at which enough is kept, and whether there is one."""
+    def _end(self, kept_rows: NDArray[np.int64], size_D: NDArray[np.int64]) -> int:
+        """The row of a batch at which enough is kept, or its end."""
         config, kept = self._config, self._tally.kept
-        end, enough = len(size_D), False
+        end = len(size_D)
         if config.max_documents is not None and kept.documents + len(kept_rows) >= config.max_documents:
-            end, enough = int(kept_rows[config.max_documents - kept.documents - 1]) + 1, True
+            end, self._tally.enough = int(kept_rows[config.max_documents - kept.documents - 1]) + 1, True
         if config.max_bytes is not None:
             over = np.flatnonzero(kept.bytes + np.cumsum(size_D[kept_rows]) > config.max_bytes)
             if len(over):
-                end, enough = min(end, int(kept_rows[over[0]])), True
-                self._over = True
-        return end, enough
-
-    def _count(self, reason_D: NDArray[np.int16], size_D: NDArray[np.int64]) -> None:
-        self._tally.read.add(len(reason_D), int(size_D.sum()))
-        documents = np.bincount(reason_D + 1, minlength=len(self._rules) + 1).tolist()
-        sizes = np.bincount(reason_D + 1, size_D, len(self._rules) + 1).astype(np.int64).tolist()
-        for count, number, size in zip([self._tally.kept, *self._tally.dropped], documents, sizes, strict=True):
-            count.add(number, size)
+                end, self._tally.enough = min(end, int(kept_rows[over[0]])), True
+        return end
 
     def _append(self, examined: Examined, kept_S: NDArray[np.bool_]) -> None:
         import pyarrow as pa
@@ -294,21 +239,16 @@ class Pipeline:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
         tally, name = self._tally, self._description["name"]
-        if self._over and not tally.kept.documents:
+        if tally.enough and not tally.kept.documents:
             raise UserError(f"max_bytes {self._config.max_bytes}: the first document to keep is longer than that")
         if not tally.read.documents and not tally.refused.damaged:
             raise UserError(f"source '{name}' is empty: it has no documents")
         if not tally.kept.documents:
-            counts = [(entry["rule"], entry["documents"]) for entry in self._dropped() if entry["documents"]]
+            counts = [
+                (entry["rule"], entry["documents"]) for entry in tally.described(self._rules) if entry["documents"]
+            ]
             told = ", ".join(f"{rule} {documents:,}" for rule, documents in counts) or "; ".join(tally.refused.damaged)
             raise UserError(f"no document of source '{name}' is left of {tally.read.documents:,}: {told}")
-
-    def _dropped(self) -> list[dict[str, Any]]:
-        """What was dropped, in the order in which rules apply; bad input only where there was some."""
-        counts = self._tally.refused.counts
-        refused = [{"rule": rule, "parameters": {}, **asdict(counts[rule])} for rule in REFUSALS if rule in counts]
-        rules = [{**rule, **asdict(count)} for rule, count in zip(self._rules, self._tally.dropped, strict=True)]
-        return [*refused, *rules]
 
     def _described(self, splits: Mapping[str, Any]) -> dict[str, Any]:
         damaged = {"damaged": self._tally.refused.damaged} if self._tally.refused.damaged else {}
@@ -316,7 +256,7 @@ class Pipeline:
             "source": dict(self._description),
             "read": asdict(self._tally.read),
             "splits": dict(splits),
-            "dropped": self._dropped(),
+            "dropped": self._tally.described(self._rules),
             **damaged,
         }
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from tasks.corpus import formats, streams
-from tasks.corpus.formats import Columns, Kind, file_tables, kind_of, learn_types
+from tasks.corpus import formats, parquet, streams
+from tasks.corpus.columns import Columns
+from tasks.corpus.formats import Kind, file_tables, kind_of, learn_types
 from tasks.corpus.streams import DamagedFile, Decompressed, line_blocks
 from tests.tasks.corpus.conftest import Told, compressed, documents, json_lines, parquet_bytes, texts, write
 
@@ -64,7 +65,7 @@ def test_rows_come_in_order_with_other_columns(name: str, tmp_path: Path) -> Non
 def test_parquet_is_read_in_small_tables_whatever_its_groups(
     rows: int, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "TABLE_BYTES", size)
+    monkeypatch.setattr(parquet, "TABLE_BYTES", size)
     path = write(tmp_path, "a.parquet", parquet_bytes({"text": WORDS}, row_group_size=rows))
     tables = read(path, Told())
     assert texts(tables) == WORDS
@@ -78,7 +79,7 @@ def test_a_dictionary_of_long_texts_is_read_in_small_tables(tmp_path: Path) -> N
     assert path.stat().st_size < 100_000
     tables = read(path, Told())
     assert sum(table.num_rows for table in tables) == 1000
-    assert max(table.nbytes for table in tables) <= formats.ROWS_AT_ONCE * 110_000
+    assert max(table.nbytes for table in tables) <= parquet.ROWS_AT_ONCE * 110_000
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_an_interrupted_connection_is_no_damage(tmp_path: Path) -> None:
 
     file = Broken(parquet_bytes({"text": WORDS}, compression="none"))
     with pytest.raises(ConnectionResetError):
-        list(formats.parquet_tables(file, "a.parquet", Columns("text", Told()), Told(skip=True)))
+        list(parquet.parquet_tables(file, "a.parquet", Columns("text", Told()), Told(skip=True)))
 
 
 # Lines of JSON.

@@ -1,5 +1,6 @@
 """The stage as a whole, against one that goes document by document."""
 
+import errno
 import itertools
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from artifacts.identity import describe_files
 from common.errors import StageInterrupted, UserError
-from tasks.corpus import batching, pipeline
+from tasks.corpus import batching, pipeline, shards
 from tasks.corpus.config import Config
 from tasks.corpus.formats import file_tables
 from tests.tasks.corpus.conftest import json_lines, parquet_bytes, write
@@ -159,6 +160,50 @@ def test_a_stage_that_is_stopped_goes_on_where_it_was(
         assert stops
         assert describe_files(stopped.output) == describe_files(whole.output)
         assert any(text.startswith("going on after") for text in stopped.said)
+
+
+@pytest.mark.parametrize("limit", [{"max_documents": 700}, {"max_bytes": 130_000}], ids=["documents", "bytes"])
+def test_a_stage_that_is_stopped_when_it_has_enough_takes_no_more(
+    limit: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "BATCH_BYTES", 20_000)
+    config = {"source": files(tmp_path, some_rows()), "shard_bytes": 50_000, **limit}
+    whole = Run(tmp_path / "whole", config)
+    asked = 0
+
+    def count() -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    whole.start(count)
+    stopped = Run(tmp_path / "stopped", config)
+    left = iter(range(asked))
+    # In the last batch, which has what is wanted and more.
+    with pytest.raises(StageInterrupted):
+        stopped.start(lambda: next(left) == asked - 1)
+    stopped.start()
+    assert describe_files(stopped.output) == describe_files(whole.output)
+
+
+def test_a_disk_that_is_full_when_it_goes_on_takes_nothing_from_what_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "BATCH_BYTES", 20_000)
+    run = Run(tmp_path, {"source": files(tmp_path, some_rows()), "shard_bytes": 100_000})
+    asked = iter(range(1000))
+    with pytest.raises(StageInterrupted):
+        run.start(lambda: next(asked) >= 20)
+
+    def full(path: Path) -> Any:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.Segment, "read", staticmethod(full))
+        with pytest.raises(OSError, match="no space left"):
+            run.start()
+    run.start()
+    assert run.said[-1].startswith("going on after")
 
 
 def test_files_that_are_done_with_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

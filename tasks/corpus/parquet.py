@@ -1,0 +1,89 @@
+"""Rows of Parquet files, in order and in bounded memory, with a place for each of them."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from common.errors import UserError
+from tasks.corpus.columns import Columns, row_place
+from tasks.corpus.sources import TEXT, Reading, accepted, check_column
+from tasks.corpus.streams import BLOCK_BYTES, ERRORS, damage
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TABLE_BYTES = 1 << 20
+ROWS_AT_ONCE = 256
+
+
+def parquet_tables(file: Any, name: str, columns: Columns, reading: Reading) -> "Iterator[pa.Table]":
+    """The rows of a Parquet file; `file` is a path or an open file.
+
+    Raises UserError for a column that is missing or holds no text, and for a damaged file unless those are skipped.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        # Without pre_buffer a group's pages are read as they are needed, however large the group is.
+        parquet = pq.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False)
+    except ERRORS as error:
+        reading.lose(name, f"it is no whole Parquet file ({damage(error)})", 0)
+        return
+    with parquet:
+        for wanted in (columns.text, *columns.others):
+            check_column(wanted, parquet.schema_arrow.names, name)
+        row = 0
+        for group in range(parquet.num_row_groups):
+            taken = 0
+            rows = parquet.metadata.row_group(group).num_rows
+            try:
+                for table in _group_tables(parquet, group, columns):
+                    place = row_place(name, row + taken)
+                    taken += table.num_rows
+                    table = as_text(table, columns, name)
+                    yield accepted(table, reading, place)
+            except ERRORS as error:
+                reading.lose(row_place(name, row)(taken), f"it is damaged ({damage(error)})", rows - taken)
+            row += rows
+
+
+def _group_tables(parquet: Any, group: int, columns: Columns) -> "Iterator[pa.Table]":
+    """The rows of a row group in tables of about TABLE_BYTES, or of a few rows where those are long."""
+    import pyarrow as pa
+
+    metadata = parquet.metadata.row_group(group)
+    if not metadata.num_rows:
+        return
+    sizes = {
+        metadata.column(index).path_in_schema: metadata.column(index).total_uncompressed_size
+        for index in range(metadata.num_columns)
+    }
+    # A dictionary may make a column larger than this says.
+    average = max(1, sizes.get(columns.text, 0) // metadata.num_rows)
+    rows = max(1, min(ROWS_AT_ONCE, TABLE_BYTES // average))
+    wanted = list(dict.fromkeys([columns.text, *columns.others]))
+    waiting, size = [], 0
+    for batch in parquet.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False):
+        waiting.append(batch)
+        size += batch.nbytes
+        if size >= TABLE_BYTES:
+            yield pa.Table.from_batches(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield pa.Table.from_batches(waiting)
+
+
+def as_text(table: "pa.Table", columns: Columns, name: str) -> "pa.Table":
+    """The table with its text under `text`, as strings."""
+    import pyarrow as pa
+
+    text = table[columns.text]
+    if pa.types.is_dictionary(text.type):
+        text = text.cast(text.type.value_type)
+    if pa.types.is_binary(text.type):
+        # Old writers mark no strings as such; whether it is UTF-8 is seen later.
+        text = pa.chunked_array([chunk.view(pa.string()) for chunk in text.chunks], pa.string())
+    elif pa.types.is_large_string(text.type) or pa.types.is_string_view(text.type) or pa.types.is_null(text.type):
+        text = text.cast(pa.string())
+    elif not pa.types.is_string(text.type):
+        raise UserError(f"{name}: the column '{columns.text}' is of the type {text.type}, no text")
+    return pa.table({TEXT: text, **{other: table[other] for other in columns.others}})
