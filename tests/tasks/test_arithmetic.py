@@ -62,7 +62,8 @@ def test_every_answer_is_right_and_every_problem_in_its_split(
         try:
             problems = generate(made, split)
         except UserError:
-            assert width < 10 or split != "train"
+            # Quotients that leave no rest may be rare: of 4 to 14, none divides by two others.
+            assert width < 10 or split != "train" or operators == ["/"]
             continue
         assert (split_of(problems.operands_NK) == index).all()
         assert problems.operands_NK.min() >= minimum
