@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -47,6 +47,20 @@ class Config(FrozenModel):
     """Tokens after which a shard is full; documents are never divided."""
 
 
+class _Done:
+    """Units that are done, by key. Their lengths are added up as they come: those of all units of a large corpus would
+    take gigabytes."""
+
+    def __init__(self) -> None:
+        self.units: dict[str, EncodedUnit] = {}
+        self.lengths: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        """How many documents of a split have a length in tokens."""
+
+    def add(self, unit: Unit, encoded: EncodedUnit) -> None:
+        self.lengths[unit.split].update(dict(encoded.lengths))
+        self.units[unit.key] = encoded.model_copy(update={"lengths": ()})
+
+
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes `<split>-<n>.safetensors` (see models.training.shards), `tokens.json` and the tokenizer in `tokenizer/`.
 
@@ -59,10 +73,12 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     units = _units(documents)
     tokenizer = Tokenizer(inputs["tokenizer"])
     finished = FinishedUnits(context.scratch, context.local_scratch)
-    done = finished.find(units)
+    done = _Done()
+    for unit, encoded in finished.find(units):
+        done.add(unit, encoded)
     for name in finished.damaged:
         context.report(Note(f"the finished shard of documents {name} was damaged, and is done again"))
-    left = [unit for unit in units if unit.key not in done]
+    left = [unit for unit in units if unit.key not in done.units]
     choice = _choice(config, inputs, left)
     job = Job(
         library=choice.library,
@@ -73,17 +89,17 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         shard_tokens=config.shard_tokens,
     )
     order = Order(job=job, documents=inputs["documents"], tokenizer=inputs["tokenizer"], output=finished.folder)
-    reused = len(done)
+    reused = len(done.units)
     with closing(_encoded(left, order, context)) as encoded_units:
         for unit, encoded in _reported(encoded_units, len(left), context):
             finished.keep(unit, encoded)
-            done[unit.key] = encoded
-    in_order = [(unit, done[unit.key]) for unit in units]
+            done.add(unit, encoded)
+    in_order = [(unit, done.units[unit.key]) for unit in units]
     shards = finished.put_together(in_order, context.output)
     copy_tokenizer(inputs["tokenizer"], context.output)
     if not config.bos:
         begin_with_eos(context.output / "tokenizer")
-    tokens = _tokens_description(job, tokenizer, str(documents["source"]["name"]), in_order, shards)
+    tokens = _tokens_description(job, tokenizer, str(documents["source"]["name"]), in_order, done.lengths, shards)
     (context.output / "tokens.json").write_bytes(canonical_json(tokens))
     write_card(context.logs, documents, tokens, context.output, context.name)
     return _metrics(tokens, in_order, choice, reused, time.monotonic() - started)
@@ -176,22 +192,20 @@ def _tokens_description(
     tokenizer: Tokenizer,
     source: str,
     units: Sequence[tuple[Unit, EncodedUnit]],
+    lengths: Mapping[str, Mapping[int, int]],
     shards: Mapping[str, Sequence[TokenShard]],
 ) -> dict[str, Any]:
     """What `tokens.json` holds."""
     splits = {}
     for split, of_split in shards.items():
         encoded = [one for unit, one in units if unit.split == split]
-        lengths: Counter[int] = Counter()
-        for one in encoded:
-            lengths.update(dict(one.lengths))
         splits[split] = {
             "documents": sum(shard.documents for shard in of_split),
             "tokens": sum(shard.tokens for shard in of_split),
             "counted_tokens": sum(shard.counted_tokens for shard in of_split),
             "bytes": sum(one.bytes for one in encoded),
-            "longest_document": max(lengths),
-            "lengths": sorted(lengths.items()),
+            "longest_document": max(lengths[split]),
+            "lengths": sorted(lengths[split].items()),
             "shards": [
                 shard.model_dump(include={"name", "tokens", "documents", "counted_tokens"}) for shard in of_split
             ],

@@ -73,6 +73,8 @@ def the_reference(why: str) -> Choice:
 
 def sampled_texts(documents: Path, units: Sequence[Unit]) -> list[str]:
     """Documents from the beginnings of shards all over a corpus, about a megabyte of them."""
+    import pyarrow as pa
+
     found: list[str] = []
     taken = 0
     places = np.unique(np.linspace(0, len(units) - 1, min(SAMPLED_PLACES, len(units))).astype(int)).tolist()
@@ -82,6 +84,8 @@ def sampled_texts(documents: Path, units: Sequence[Unit]) -> list[str]:
             taken += columns["text"].nbytes
             if taken >= SAMPLED_BYTES * number // len(places):
                 break
+    # Arrow would keep what it read the shards with.
+    pa.default_memory_pool().release_unused()
     return found
 
 

@@ -6,7 +6,7 @@ another machine may go on; where it is a folder here, it is the same.
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,19 +36,17 @@ class FinishedUnits:
         self.damaged: list[str] = []
         """Units that were said to be finished and whose shards were not whole."""
 
-    def find(self, units: Sequence[Unit]) -> dict[str, EncodedUnit]:
-        """The units that are finished and whose shards are whole, by key; they lie in `folder` then."""
+    def find(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, EncodedUnit]]:
+        """The units that are finished and whose shards are whole; they lie in `folder` then."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        found: dict[str, EncodedUnit] = {}
         for unit in units:
             encoded = self._description(unit)
             if encoded is None:
                 continue
             if all(self._is_whole(shard) for shard in encoded.shards):
-                found[unit.key] = encoded
+                yield unit, encoded
             else:
                 self.damaged.append(unit.name)
-        return found
 
     def _description(self, unit: Unit) -> EncodedUnit | None:
         try:

@@ -53,6 +53,7 @@ class Gigatoken:
     def _load(self) -> None:
         from gigatoken import Tokenizer as Backend
 
+        self._backend: Any = None  # so that the old one goes before the new one comes
         self._backend = Backend.from_json(self._description)
         self._seen = 0
 

@@ -15,6 +15,9 @@ from tasks.encoding.worker import Order
 WORTH_A_PROCESS_BYTES = 8 << 20
 """Text for which another process is started; it takes half a second."""
 _LOOK_SECONDS = 0.2
+_FRUGAL = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+"""Arrow's own allocator keeps what it has had, and glibc learns to keep large buffers: a process would grow from one
+unit to the next."""
 
 
 def encode_in_processes(
@@ -67,8 +70,7 @@ class _Worker:
             pass_fds=(write_end,),
             # A Ctrl-C reaches the stage alone, which ends its processes.
             start_new_session=True,
-            # What glibc learns from large buffers, to keep them, makes a process grow from one unit to the next.
-            env={"MALLOC_MMAP_THRESHOLD_": str(1 << 20), **os.environ},
+            env={**_FRUGAL, **os.environ},
         )
         os.close(write_end)
         self._unit: Unit | None = None

@@ -29,6 +29,8 @@ class Order(FrozenModel):
 
 def main(arguments: list[str]) -> int:
     """Encodes units until standard input ends."""
+    import pyarrow as pa
+
     replies = int(arguments[0])
     lines: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
@@ -38,7 +40,10 @@ def main(arguments: list[str]) -> int:
     def encode(unit: Unit) -> EncodedUnit:
         if not encoders:
             encoders.append(Encoders.load(order.job, order.tokenizer, parallel=False))
-        return encode_unit(unit, str(order.documents / unit.name), order.job, encoders[0], order.output)
+        encoded = encode_unit(unit, str(order.documents / unit.name), order.job, encoders[0], order.output)
+        # With the system's allocator, this gives back everything that glibc keeps.
+        pa.default_memory_pool().release_unused()
+        return encoded
 
     while True:
         unit = Unit.model_validate_json(lines.get())

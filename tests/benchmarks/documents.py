@@ -6,7 +6,7 @@ The input is the two local corpora of CAIRN_HUB, repeated; each repetition has s
 rules count as it is and makes every document another one. Speed is of bytes of text on the clock, from Parquet (and
 from JSON Lines where it says so) to finished shards, one process with as many threads as cores, everything from the
 import of the libraries to the last fsync in it. Memory is the anonymous one (RssAnon) of the process and its children,
-its highest value out of twenty a second.
+its highest value out of 200 a second.
 """
 
 import argparse
@@ -28,12 +28,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.hub import hub_folder
-from tests.flows.processes import descendants
+from tests.benchmarks.memory import watched_peak
 
 CORPORA = ("local/openstax-textbooks", "local/standard-ebooks")
 LETTERS = "cgjklmpqrsuxyz"
 """Those that are in none of the words that rules look for, such as `the` and `with`."""
-POLL_SECONDS = 0.05
 LENGTH: dict[str, Any] = {"rule": "length", "min_characters": 200, "max_characters": 1_000_000}
 COLUMN: dict[str, Any] = {"rule": "column", "column": "score", "minimum": 2}
 REGEX: dict[str, Any] = {"rule": "regex", "pattern": "(?i)lorem ipsum"}
@@ -154,12 +153,9 @@ def measured(config: dict[str, Any], source: dict[str, Any], place: Path) -> Fig
     command = [sys.executable, "-m", "tests.benchmarks.documents", "--run"]
     started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(
-        [*command, json.dumps({"source": source, **config}), str(output)], stdout=subprocess.PIPE
+        [*command, json.dumps({"source": source, **config}), str(output)], stdout=subprocess.PIPE, text=True
     )
-    highest = 0.0
-    while process.poll() is None:
-        highest = max(highest, sum(anonymous_megabytes(pid) for pid in [process.pid, *descendants(process.pid)]))
-        time.sleep(POLL_SECONDS)
+    highest = watched_peak(process)
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if process.returncode:
@@ -186,15 +182,6 @@ def run_stage(config: dict[str, Any], folder: Path) -> None:
         report=lambda event: None,
     )
     STAGE.run(STAGE.config.model_validate(config), {}, context)
-
-
-def anonymous_megabytes(pid: int) -> float:
-    """RssAnon of a process; 0 for one that has gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 1000 for line in lines if line.startswith("RssAnon:")), 0.0)
 
 
 if __name__ == "__main__":

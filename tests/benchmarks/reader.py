@@ -21,6 +21,7 @@ import numpy as np
 from common.files import canonical_json
 from models.training.batches import Batches, Packing
 from models.training.shards import write_shard
+from tests.benchmarks.memory import anonymous_megabytes
 from tests.models.training.folders import folder_source
 
 _BLOCK_TOKENS = 1 << 17
@@ -128,21 +129,13 @@ def sparse_shard(path: Path, size: int) -> Path:
 
 def memory_of(shard: Path) -> tuple[float, float, float]:
     """Anonymous megabytes before a shard is opened, after, and after 500 batches."""
-    before = anonymous_megabytes()
+    before = anonymous_megabytes(os.getpid())
     source = folder_source(shard.parent, files=[shard])
     batches = Batches([source], seed=0, sequence_length=1024, packing="stream", batch_size=32)
-    opened = anonymous_megabytes()
+    opened = anonymous_megabytes(os.getpid())
     for step in range(500):
         batches.batch(step)
-    return before, opened, anonymous_megabytes()
-
-
-def anonymous_megabytes() -> float:
-    """RssAnon of this process."""
-    for line in Path(f"/proc/{os.getpid()}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1000
-    raise RuntimeError("this system tells no RssAnon; the benchmark needs Linux")
+    return before, opened, anonymous_megabytes(os.getpid())
 
 
 if __name__ == "__main__":

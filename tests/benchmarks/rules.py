@@ -28,7 +28,7 @@ from tasks.corpus.quality import C4, Symbols
 from tasks.corpus.repetition import Repetition
 from tasks.corpus.rules import Column, Length, Regex
 from tasks.corpus.text import Texts
-from tests.benchmarks.reader import anonymous_megabytes
+from tests.benchmarks.memory import anonymous_megabytes
 
 CORPORA = ("local/openstax-textbooks", "local/standard-ebooks")
 BATCH_BYTES = 1 << 20
@@ -127,7 +127,7 @@ def index(folder: Path, kind: str, documents: int, together: int = 1000) -> tupl
     opened = DuplicateIndex(folder, DuplicatesConfig(exact=kind == "exact", near=near if kind == "near" else None))
     bands, _ = bands_and_rows(near.threshold, near.permutations)
     numbers = np.random.default_rng(0)
-    busy, memory, before = 0.0, 0.0, anonymous_megabytes()
+    busy, memory, before = 0.0, 0.0, anonymous_megabytes(os.getpid())
     for done in range(0, documents, together):
         texts = Texts.of([""] * together)
         signed = Signatures(
@@ -144,7 +144,7 @@ def index(folder: Path, kind: str, documents: int, together: int = 1000) -> tupl
         opened.novel(prints, np.ones(together, np.bool_))
         if done % 10_000 == 0:
             opened.commit(b"")
-            memory = max(memory, anonymous_megabytes() - before)
+            memory = max(memory, anonymous_megabytes(os.getpid()) - before)
         busy += time.process_time() - begin
     opened.close()
     size = sum(path.stat().st_size for path in folder.iterdir())

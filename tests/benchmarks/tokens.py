@@ -32,11 +32,11 @@ from common.files import canonical_json, sha256_file
 from models.training.shards import open_shard
 from tasks.hub import local_copy
 from tasks.stage import Context, Runtime, Stage
+from tests.benchmarks.memory import watched_peak
 
 CORPORA = ("local/openstax-textbooks", "local/standard-ebooks")
 SHARD_BYTES, ROW_GROUP_BYTES = 32 << 20, 4 << 20
 VOCABULARY = 8192
-_LOOK_SECONDS = 0.02
 
 
 def main() -> None:
@@ -92,32 +92,13 @@ def measured(place: Path, side: str, documents: Path, processes: int) -> dict[st
     process = subprocess.Popen(
         [*command, *map(str, options)], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
-    peak = 0.0
-    while process.poll() is None:
-        peak = max(peak, anonymous_megabytes(process.pid))
-        time.sleep(_LOOK_SECONDS)
+    peak = watched_peak(process)
     assert process.stdout is not None
     output = process.stdout.read()
     if process.returncode:
         raise SystemExit(f"{side} failed: {output}")
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return {**result, "peak": peak}
-
-
-def anonymous_megabytes(pid: int) -> float:
-    """RssAnon of a process and of all that it started."""
-    total = 0
-    waiting = [pid]
-    while waiting:
-        one = waiting.pop()
-        try:
-            status = Path(f"/proc/{one}/status").read_text()
-            children = [path.read_text() for path in Path(f"/proc/{one}/task").glob("*/children")]
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
-        waiting += [int(child) for line in children for child in line.split()]
-    return total / 1000
 
 
 def corpus() -> Iterator[str]:
