@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = (
-    "cairn", "torch", "jax", "flax", "optax", "mlx", "numpy", "pyarrow", "safetensors", "tokenizers",
+    "cairn", "torch", "jax", "flax", "optax", "mlx", "numpy", "pyarrow", "safetensors", "tokenizers", "transformers",
+    "datasets", "orjson", "rensa", "sentencepiece", "gigatoken", "tiktoken", "ray",
 )  # fmt: skip
 _ROOT = Path(__file__).parent.parent
 

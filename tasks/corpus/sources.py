@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TEXT = "text"
-DOCUMENT_LIMIT_BYTES = 64 << 20
+DOCUMENT_LIMIT_BYTES = 16 << 20
 """No document may be longer: a few of them are in memory at once."""
 
 Split = Literal["train", "validation", "test"]
