@@ -209,8 +209,8 @@ def _stage(
         raise UserError(f"{where}: {error}") from error
     models = {key: model for key, value in inputs.items() if (model := before[value].model) is not None}
     try:
-        if "engine" in config_keys:
-            check_engine(config_keys["engine"])
+        if stage.has_engine:
+            check_engine(config_keys.get("engine", "torch"), config_keys.get("precision", "float32"))
         model = stage.model_of(config, models) if stage.model_of else None
     except UserError as error:
         raise UserError(f"{where}: {error}") from error

@@ -9,15 +9,32 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from common.config import FrozenModel
 from common.errors import UserError
 from models.config import ModelConfig
 from models.optimizer import OptimizerConfig
 from models.weights import Piece
 
 EngineName = Literal["torch", "jax", "mlx"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 State = Literal["weights", "optimizer"]
+
+
+class Layout(FrozenModel):
+    """How a stage's engine lies on its devices: nothing that its output depends on beyond rounding."""
+
+    data: int | None = Field(default=None, gt=0)
+    """Parts that the rows of a batch are divided into, each with all weights; null for the devices that are left."""
+    fsdp: int = Field(default=1, gt=0)
+    """Parts that rows are divided into with the weights, their gradients and moments divided among them too."""
+    tensor: int = Field(default=1, gt=0)
+    """Parts that heads, the MLP's inner width and the vocabulary are divided into; JAX alone."""
+    rematerialize: bool = False
+    """Whether blocks are computed again in the backward pass instead of being remembered: less memory, more time."""
+    processes: int | None = Field(default=None, gt=0)
+    """Processes that the stage starts on this machine; null for one per CUDA device with PyTorch, else one."""
 
 
 class Batch(NamedTuple):
@@ -51,11 +68,22 @@ class StepResult(NamedTuple):
 
 
 class TrainingEngine(Protocol):
-    """A model with an optimizer on some devices. Schedules, data, logging and checkpoints are the loop's."""
+    """A model with an optimizer on some devices. Schedules, data, logging and checkpoints are the loop's.
+
+    Where it runs in several processes, every method is collective: each process calls it in the same order with the
+    same arguments (whole batches, of which the engine takes its rows) and gets the same results. What `export` gives
+    is whole in process 0; in the others there may be nothing, but the iterator has to be used up.
+    """
 
     name: EngineName
     device: str
-    """What it computes on, for the record: `cpu`, `cuda: NVIDIA H200`."""
+    """What it computes on, for the record: `cpu`, `cuda: NVIDIA H200`, `2 × cpu`."""
+    process: int
+    """The number of this process among those of the run, 0 where it is alone."""
+
+    def agreed(self, word: int) -> int:
+        """The largest of the words of all processes."""
+        ...
 
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         """One update from the gradient of the mean loss over all counted targets of all micro-batches.
@@ -124,31 +152,36 @@ class InferenceEngine(Protocol):
         ...
 
 
-_MODULES: dict[str, tuple[str, str]] = {"torch": ("models.torch_engine", "torch")}
+_PACKAGES: dict[EngineName, tuple[str, ...]] = {"torch": ("torch",), "jax": ("jax", "flax", "optax"), "mlx": ("mlx",)}
 
 
-def check_engine(engine: str) -> None:
-    """Raises UserError for an engine that is not there, naming the extra that brings it; imports nothing."""
-    if engine not in _MODULES:
-        raise UserError(f"engine '{engine}' is not built yet; use one of: {', '.join(_MODULES)}")
-    _, package = _MODULES[engine]
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"engine '{engine}' is not installed; run: pip install 'cairn[{package}]'")
+def check_engine(engine: EngineName, precision: Precision = "float32") -> None:
+    """Raises UserError for an engine that is not there, naming the extra that brings it, and for a precision that it
+    does not have; imports nothing."""
+    if any(importlib.util.find_spec(package) is None for package in _PACKAGES[engine]):
+        raise UserError(f"engine '{engine}' is not installed; run: pip install 'cairn[{engine}]'")
+    if precision == "float16" and engine != "mlx":
+        raise UserError(f"engine '{engine}' does not compute in float16; use bfloat16, or engine: mlx")
 
 
-def _module(engine: str) -> Any:
-    check_engine(engine)
-    return importlib.import_module(_MODULES[engine][0])
+def _module(engine: EngineName, precision: Precision) -> Any:
+    check_engine(engine, precision)
+    return importlib.import_module(f"models.{engine}_engine")
 
 
 def training_engine(
-    engine: EngineName, model: ModelConfig, optimizer: OptimizerConfig, precision: Precision
+    engine: EngineName,
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    precision: Precision,
+    layout: Layout = Layout(),  # noqa: B008 - it is frozen
 ) -> TrainingEngine:
     """An engine ready to train; its weights are those of `restore`, which has to be called first.
 
-    Raises UserError where the engine is not installed, naming the extra that brings it.
+    Raises UserError where the engine is not installed, naming the extra that brings it, and where the layout does not
+    fit the devices or the model.
     """
-    trainer: TrainingEngine = _module(engine).training_engine(model, optimizer, precision)
+    trainer: TrainingEngine = _module(engine, precision).training_engine(model, optimizer, precision, layout)
     return trainer
 
 
@@ -156,5 +189,5 @@ def inference_engine(
     engine: EngineName, model: ModelConfig, precision: Precision, weights: Iterable[Piece]
 ) -> InferenceEngine:
     """An engine that only reads: no gradients, no optimizer. Raises UserError where it is not installed."""
-    reader: InferenceEngine = _module(engine).inference_engine(model, precision, weights)
+    reader: InferenceEngine = _module(engine, precision).inference_engine(model, precision, weights)
     return reader

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from common.config import FrozenModel
 from models.config import ModelConfig
+from models.engine import Layout
 from models.training.config import CheckpointConfig
 
 Metrics = dict[str, Any]
@@ -38,6 +39,8 @@ class Runtime(FrozenModel):
     """Seconds before it is started again."""
     processes: int | None = Field(default=None, gt=0)
     """Processes or threads that a data stage works with; null for one per core."""
+    layout: Layout = Layout()
+    """How the engine lies on its devices."""
     ray: str | None = None
     """Address of the Ray cluster that works on token shards, `auto` for the one that is found; null for none."""
 

@@ -64,7 +64,9 @@ def run_training(
     with _data(config.training, model, tokens, tokenizer.pad_id) as data:
         for note in data.notes:
             context.report(Note(note))
-        engine = training_engine(config.engine, model, config.training.optimizer, config.precision)
+        engine = training_engine(
+            config.engine, model, config.training.optimizer, config.precision, context.runtime.layout
+        )
         result = train(
             engine,
             model,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from models.config import ModelConfig
-from models.engine import Precision
+from models.engine import Layout, Precision
 from models.optimizer import OptimizerConfig
 from models.torch_engine.inference import TorchInference
 from models.torch_engine.model import Transformer
@@ -13,7 +13,9 @@ from models.torch_engine.train import TorchTraining, compute_dtype, default_devi
 from models.weights import Piece
 
 
-def training_engine(model: ModelConfig, optimizer: OptimizerConfig, precision: Precision) -> TorchTraining:
+def training_engine(
+    model: ModelConfig, optimizer: OptimizerConfig, precision: Precision, layout: Layout
+) -> TorchTraining:
     """An engine ready to train once its weights are restored."""
     return TorchTraining(model, optimizer, precision)
 

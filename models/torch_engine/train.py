@@ -29,6 +29,7 @@ class TorchTraining:
     """`models.engine.TrainingEngine` on the first CUDA device, or on the CPU where there is none."""
 
     name: EngineName = "torch"
+    process = 0
 
     def __init__(self, config: ModelConfig, optimizer: OptimizerConfig, precision: Precision) -> None:
         self._config, self._optimizer_config = config, optimizer
@@ -39,6 +40,9 @@ class TorchTraining:
         self._parameters: dict[str, Tensor] = dict(self._model.named_parameters())
         self._optimizer = Optimizer(optimizer, self._parameters)
         self._lanes = Lanes.where_they_help(self._model)
+
+    def agreed(self, word: int) -> int:
+        return word
 
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         """As the contract says. UserError where no target counts; ValueError for a token beyond the vocabulary."""

@@ -1,0 +1,1 @@
+"""The MLX engine: Apple Silicon, CPU and CUDA."""
