@@ -49,12 +49,16 @@ class BigramEngine:
         """`poisoned`: steps whose loss is not finite."""
         self.name: EngineName = name
         self.device = "cpu"
+        self.process = 0
         self.steps_taken: list[int] = []
         self._optimizer = optimizer
         self._poisoned = poisoned
         self._arrays: dict[str, Floats] = {}
         self._moments: dict[str, Floats] = {}
         self._updates = 0
+
+    def agreed(self, word: int) -> int:
+        return word
 
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         step = dropout_key % (1 << 32)
