@@ -1,1 +1,37 @@
-"""The MLX engine: Apple Silicon, CPU and CUDA."""
+"""The MLX engine: Apple's GPUs, CUDA, and the CPU."""
+
+from collections.abc import Iterable
+
+from models.config import ModelConfig
+from models.engine import Layout, Precision
+from models.mlx_engine.blas import preload
+from models.optimizer import OptimizerConfig
+from models.weights import Piece
+
+preload()  # before the first import of mlx
+
+from models.mlx_engine.inference import MlxInference  # noqa: E402
+from models.mlx_engine.model import Transformer, compute_dtype, load_weights  # noqa: E402
+from models.mlx_engine.processes import Processes  # noqa: E402
+from models.mlx_engine.quantization import Bits, quantized  # noqa: E402
+from models.mlx_engine.train import MlxTraining  # noqa: E402
+
+
+def training_engine(
+    model: ModelConfig, optimizer: OptimizerConfig, precision: Precision, layout: Layout
+) -> MlxTraining:
+    """An engine ready to train once its weights are restored. Raises UserError where the layout does not fit."""
+    return MlxTraining(model, optimizer, precision, layout, Processes.joined(layout))
+
+
+def inference_engine(
+    model: ModelConfig, precision: Precision, weights: Iterable[Piece], bits: Bits | None = None
+) -> MlxInference:
+    """An engine that only reads, its matrices in groups of integers of so many bits where that is asked for.
+
+    Raises ValueError where the weights are not the model's.
+    """
+    module = Transformer(model, compute_dtype(precision))
+    load_weights(module, weights)
+    module.freeze()
+    return MlxInference(module if bits is None else quantized(module, bits))

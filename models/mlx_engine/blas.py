@@ -1,0 +1,27 @@
+"""A fast BLAS for MLX on Linux, whose wheel for the CPU carries the reference one.
+
+OpenBLAS, where the system has it, is loaded before MLX and with its symbols for all to see, so that MLX's matrix
+products in fp32 find them first: that made one of 2,048 × 384 × 1,024 twenty times faster. The OpenBLAS inside
+NumPy's and SciPy's wheels cannot serve: its symbols have a prefix. On macOS MLX has Accelerate and Metal.
+"""
+
+import ctypes
+import sys
+
+NAMES = ("libopenblas.so.0", "libopenblas.so")
+
+
+def preload(names: tuple[str, ...] = NAMES) -> str | None:
+    """Loads the first of the libraries that is there, and gives its name.
+
+    None where there is none, off Linux, and where MLX has been imported already, which it would come too late for.
+    """
+    if sys.platform != "linux" or "mlx.core" in sys.modules:
+        return None
+    for name in names:
+        try:
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return name
+    return None

@@ -1,0 +1,145 @@
+"""AdamW and Muon exactly as `models.optimizer` defines them, as functions of arrays that compile into the step.
+
+P matrices of equal shape, R rows (out), C columns (in).
+"""
+
+import math
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from models.mlx_engine.model import Parameters
+from models.optimizer import ADAMW_MOMENTS, MUON_MOMENTS, NEWTON_SCHULZ, OptimizerConfig, is_decayed, takes_muon
+
+_SMALLEST_NORM = 1e-7
+
+Moments = dict[str, Parameters]
+"""The moments by their prefix, then by parameter."""
+
+
+class Rates(NamedTuple):
+    """Learning rates of one update, 0-d fp32 arrays."""
+
+    adamw: mx.array
+    muon: mx.array
+
+
+def fresh_moments(config: OptimizerConfig, parameters: Parameters) -> Moments:
+    """The moments before the first update."""
+    moments: Moments = {prefix: {} for prefix in (*ADAMW_MOMENTS, *MUON_MOMENTS)}
+    for name, parameter in parameters.items():
+        for prefix in MUON_MOMENTS if takes_muon(config, name) else ADAMW_MOMENTS:
+            moments[prefix][name] = mx.zeros(parameter.shape)
+    return {prefix: arrays for prefix, arrays in moments.items() if arrays}
+
+
+def gradient_norm(gradients: Parameters) -> mx.array:
+    """The global norm, a 0-d fp32 array."""
+    # Row by row first: MLX adds up in order, and fp32 loses digits over millions of squares.
+    squares = [(gradient * gradient).sum(-1).sum() for gradient in gradients.values()]
+    return mx.sqrt(mx.stack(squares).sum())
+
+
+def updated(
+    config: OptimizerConfig,
+    parameters: Parameters,
+    moments: Moments,
+    updates: mx.array,
+    gradients: Parameters,
+    rates: Rates,
+    finite: mx.array,
+    norm: mx.array,
+) -> tuple[Parameters, Moments, mx.array]:
+    """Parameters, moments and count after one clipped update, or as they were where it is not finite.
+
+    updates: 0-d int32; finite: 0-d bool; norm: the gradients' norm.
+    """
+    shrink = mx.array(1.0) if config.clip is None else mx.minimum(config.clip / (norm + 1e-6), 1.0)
+    count = updates + 1
+    after: Parameters = {}
+    moments_after: Moments = {prefix: {} for prefix in moments}
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    for name, parameter in parameters.items():
+        if takes_muon(config, name):
+            shapes.setdefault(parameter.shape[-2:], []).append(name)
+            continue
+        old = moments["exp_avg"][name], moments["exp_avg_sq"][name]
+        decay = config.weight_decay if is_decayed(parameter.shape) else 0.0
+        after[name], *new = _adamw(config, parameter, *old, gradients[name] * shrink, count, rates.adamw, decay)
+        moments_after["exp_avg"][name], moments_after["exp_avg_sq"][name] = new
+    for names in shapes.values():
+        changed = _muon(config, parameters, moments["momentum_buffer"], gradients, names, rates.muon, shrink)
+        for name, (parameter, buffer) in changed.items():
+            after[name], moments_after["momentum_buffer"][name] = parameter, buffer
+    kept = {name: mx.where(finite, after[name], parameter) for name, parameter in parameters.items()}
+    kept_moments = {
+        prefix: {name: mx.where(finite, moments_after[prefix][name], array) for name, array in arrays.items()}
+        for prefix, arrays in moments.items()
+    }
+    return kept, kept_moments, mx.where(finite, count, updates)
+
+
+def _adamw(
+    config: OptimizerConfig,
+    w: mx.array,
+    m: mx.array,
+    v: mx.array,
+    g: mx.array,
+    count: mx.array,
+    rate: mx.array,
+    decay: float,
+) -> tuple[mx.array, mx.array, mx.array]:
+    m = config.beta1 * m + (1 - config.beta1) * g
+    v = config.beta2 * v + (1 - config.beta2) * g * g
+    denominator = mx.sqrt(v / _correction(config.beta2, count)) + config.eps
+    return w * (1 - rate * decay) - rate * ((m / _correction(config.beta1, count)) / denominator), m, v
+
+
+def _correction(beta: float, count: mx.array) -> mx.array:
+    """1 − β^t, without the digits that fp32 loses in β^t."""
+    return mx.array(1.0) if beta == 0 else -mx.expm1(count.astype(mx.float32) * math.log(beta))
+
+
+def _muon(
+    config: OptimizerConfig,
+    parameters: Parameters,
+    buffers: Parameters,
+    gradients: Parameters,
+    names: list[str],
+    rate: mx.array,
+    shrink: mx.array,
+) -> dict[str, tuple[mx.array, mx.array]]:
+    """Parameters and buffers after an update of matrices of equal shape, stacks of experts unstacked."""
+    new = {}
+    for name in names:
+        g = gradients[name] * shrink
+        new[name] = g, config.momentum * buffers[name] + (1 - config.momentum) * g
+    stacks = [_matrices((1 - config.momentum) * g + config.momentum * b) for g, b in new.values()]
+    rows, columns = stacks[0].shape[1:]
+    dtype = mx.float32 if config.newton_schulz_dtype == "float32" else mx.bfloat16
+    done_PRC = orthogonalised(mx.concatenate(stacks), config.newton_schulz_steps, dtype)
+    ratio, kept, start, changed = math.sqrt(max(1.0, rows / columns)), 1 - rate * config.weight_decay, 0, {}
+    for name, stack in zip(names, stacks, strict=True):
+        w, change = parameters[name], done_PRC[start : start + len(stack)]
+        changed[name] = w * kept - (rate * ratio) * change.reshape(w.shape), new[name][1]
+        start += len(stack)
+    return changed
+
+
+def orthogonalised(u_PRC: mx.array, steps: int, dtype: mx.Dtype) -> mx.array:
+    """The nearest semi-orthogonal matrices, roughly, by Newton–Schulz iterations on all of them at once; fp32."""
+    a, b, c = NEWTON_SCHULZ
+    tall = u_PRC.shape[1] > u_PRC.shape[2]
+    x = (u_PRC.swapaxes(1, 2) if tall else u_PRC).astype(dtype)
+    norm = mx.sqrt((x.astype(mx.float32) ** 2).sum(-1, keepdims=True).sum(1, keepdims=True))
+    x = (x.astype(mx.float32) / mx.maximum(norm, _SMALLEST_NORM)).astype(dtype)
+    for _ in range(steps):
+        gram = x @ x.swapaxes(1, 2)
+        polynomial = mx.addmm(gram, gram, gram, alpha=c, beta=b)
+        x = mx.addmm(x, polynomial, x, alpha=1.0, beta=a)
+    return (x.swapaxes(1, 2) if tall else x).astype(mx.float32)
+
+
+def _matrices(array: mx.array) -> mx.array:
+    """A matrix as a stack of one; a stack as it is."""
+    return array if array.ndim == 3 else array[None]

@@ -1,0 +1,277 @@
+"""The training side of the MLX engine.
+
+B rows, R those of this process, T positions, E experts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from common.errors import UserError
+from models import weights
+from models.config import ModelConfig
+from models.engine import Batch, EngineName, Layout, Precision, State, StepResult
+from models.mlx_engine.attention import row_places
+from models.mlx_engine.batches import check_batch, real_positions, rows_of
+from models.mlx_engine.head import parts_of, summed_loss, target_log_probabilities
+from models.mlx_engine.inference import MlxInference, described
+from models.mlx_engine.loss_scale import SCALE, STEADY, LossScale, fresh_scale, next_scale
+from models.mlx_engine.mixture import Routing, balance_loss, total
+from models.mlx_engine.model import (
+    Parameters,
+    Transformer,
+    compute_dtype,
+    load_weights,
+    parameters_of,
+    replace_parameters,
+)
+from models.mlx_engine.optimizer import Moments, Rates, fresh_moments, gradient_norm, updated
+from models.mlx_engine.processes import Processes
+from models.optimizer import ADAMW_MOMENTS, MUON_MOMENTS, UPDATES, OptimizerConfig, takes_muon
+from models.weights import Piece
+
+Arrays = dict[str, mx.array]
+"""One micro-batch on the device: the fields of `batches.Rows` that there are, and `keys` (R, 2) of dropout."""
+
+
+class MlxTraining:
+    """`models.engine.TrainingEngine` on MLX's default device, in one process or in several.
+
+    State goes through compiled functions as arguments and results; the module only holds it in between.
+    """
+
+    name: EngineName = "mlx"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        optimizer: OptimizerConfig,
+        precision: Precision,
+        layout: Layout,
+        processes: Processes,
+        compiled: bool = True,
+    ) -> None:
+        self._config, self._optimizer_config, self._processes = config, optimizer, processes
+        self._is_fp16 = precision == "float16"
+        self.process = processes.rank
+        self.device = described() if processes.count == 1 else f"{processes.count} × {described()}"
+        self._model = Transformer(config, compute_dtype(precision), layout.rematerialize)
+        self._reset()
+        self._loss_rows: dict[tuple[int, bool], int] = {}
+        self.traced = 0
+        """How often a function was traced for a new shape: what `step` costs but once."""
+        compile_: Callable[..., Any] = mx.compile if compiled else lambda function: function
+        self._gradients_of = compile_(self._traced(self._gradients_function))
+        self._counts_of = compile_(self._traced(self._counts_function))
+        self._loss_of = compile_(self._traced(self._loss_function))
+        self._update = compile_(self._traced(self._update_function))
+
+    def agreed(self, word: int) -> int:
+        return self._processes.largest(word)
+
+    def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
+        """As the contract says. UserError where no target counts; ValueError for a token beyond the vocabulary."""
+        loss, gradients = self._backward(micro_batches, dropout_key)
+        config = self._optimizer_config
+        rates = Rates(
+            *(mx.array(rate * learning_rate_scale) for rate in (config.learning_rate, config.muon_learning_rate))
+        )
+        state = (self._moments, self._updates, self._scale)
+        new, (self._moments, self._updates, self._scale), norm, skipped = self._with_parameters(
+            self._update, state, gradients, loss, rates
+        )
+        replace_parameters(self._model, new)
+        # Where nothing else names the old arrays, MLX writes the new ones over them.
+        del state, gradients
+        mx.async_eval(new, self._moments, self._updates, self._scale, loss, norm, skipped)
+        return StepResult(loss, norm, skipped)
+
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        shape = (batch.tokens_BT.shape[1], batch.documents_BT is not None)
+        # The last rows of a validation are fewer: they are filled up to the shape that is compiled.
+        self._loss_rows[shape] = at_least = max(self._loss_rows.get(shape, 0), len(batch.tokens_BT))
+        arrays = self._arrays(batch, -(-at_least // self._processes.count), None)
+        (found,) = self._processes.sum([self._with_parameters(self._loss_of, arrays)])
+        return float(found), int(batch.loss_mask_BT.sum())
+
+    def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
+        _, gradients = self._backward(micro_batches, dropout_key)
+        for parameter in weights.parameters(self._config):
+            gradient = gradients[parameter.name] / self._scale.scale
+            yield from weights.to_canonical(parameter, np.array(gradient))
+
+    def export(self, state: State) -> Iterator[Piece]:
+        parameters = parameters_of(self._model)
+        for parameter in weights.parameters(self._config):
+            if state == "weights":
+                yield from weights.to_canonical(parameter, np.array(parameters[parameter.name]))
+                continue
+            for moment, arrays in self._moments.items():
+                if parameter.name in arrays:
+                    yield from weights.to_canonical(parameter, np.array(arrays[parameter.name]), f"{moment}:")
+        if state == "optimizer":
+            yield Piece(UPDATES, (), np.array(self._updates).astype(np.int64))
+            if self._is_fp16:
+                yield Piece(SCALE, (), np.array(self._scale.scale))
+                yield Piece(STEADY, (), np.array(self._scale.steady).astype(np.int64))
+
+    def restore(self, state: State, arrays: Iterable[Piece]) -> None:
+        if state == "weights":
+            load_weights(self._model, arrays)
+            self._reset()
+            return
+        pieces = list(arrays)
+        scaling = {piece.name: piece.array for piece in pieces if piece.name in (SCALE, STEADY)}
+        found = weights.gather([piece for piece in pieces if piece.name not in scaling], self._optimizer_shapes())
+        for parameter in weights.parameters(self._config):
+            for moment, moments in self._moments.items():
+                if parameter.name in moments:
+                    array = weights.from_canonical(parameter, found.__getitem__, f"{moment}:")
+                    moments[parameter.name] = mx.array(array)
+        self._updates = mx.array(int(found[UPDATES]), mx.int32)
+        if self._is_fp16 and len(scaling) == 2:
+            self._scale = LossScale(mx.array(float(scaling[SCALE])), mx.array(int(scaling[STEADY]), mx.int32))
+
+    def inference(self) -> MlxInference:
+        return MlxInference(self._model)
+
+    def _reset(self) -> None:
+        """The optimizer as it is before its first update."""
+        self._moments = fresh_moments(self._optimizer_config, parameters_of(self._model))
+        self._updates, self._scale = mx.array(0, mx.int32), fresh_scale(self._is_fp16)
+
+    def _optimizer_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {UPDATES: ()}
+        canonical = weights.canonical_shapes(self._config)
+        for parameter in weights.parameters(self._config):
+            moments = MUON_MOMENTS if takes_muon(self._optimizer_config, parameter.name) else ADAMW_MOMENTS
+            for place in parameter.placements:
+                shapes |= {f"{moment}:{place.name}": canonical[place.name] for moment in moments}
+        return shapes
+
+    def _traced(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            self.traced += 1
+            return function(*arguments)
+
+        return counted
+
+    def _with_parameters(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls with the parameters, and gives the module its own back: tracing leaves others in it."""
+        parameters = parameters_of(self._model)
+        try:
+            return function(parameters, *arguments)
+        finally:
+            replace_parameters(self._model, parameters)
+
+    def _arrays(self, batch: Batch, at_least: int, seed: int | None) -> Arrays:
+        """This process's rows of a batch on the device."""
+        config, processes = self._config, self._processes
+        check_batch(batch, config.vocab_size, config.max_position_embeddings)
+        rows = rows_of(batch, processes.rank, processes.count, at_least)
+        arrays = {
+            "tokens": mx.array(rows.tokens_RT),
+            "targets": mx.array(rows.targets_RT),
+            "counted": mx.array(rows.counted_RT.astype(np.float32)),
+        }
+        if rows.documents_RT is not None and rows.positions_RT is not None:
+            arrays |= {"documents": mx.array(rows.documents_RT), "positions": mx.array(rows.positions_RT)}
+        if self._balanced:
+            arrays["real"] = mx.array(rows.real_RT)
+        if seed is not None and config.dropout:
+            count, start = len(rows.tokens_RT), processes.rank * len(rows.tokens_RT)
+            keys_B2 = mx.random.split(mx.random.key(seed), len(batch.tokens_BT))[start : start + count]
+            arrays["keys"] = mx.pad(keys_B2, ((0, count - len(keys_B2)), (0, 0)))
+        return arrays
+
+    def _backward(self, micro_batches: Sequence[Batch], dropout_key: int) -> tuple[mx.array, Parameters]:
+        """The mean loss without the balance of experts, and the gradients, multiplied by the loss scale."""
+        counted = sum(int(batch.loss_mask_BT.sum()) for batch in micro_batches)
+        if not counted:
+            raise UserError(
+                "a batch has no token that counts in the loss: the loss mask leaves nothing of such short rows; "
+                "give training a longer sequence_length"
+            )
+        parts = [self._arrays(batch, 0, (dropout_key << 20) + number) for number, batch in enumerate(micro_batches)]
+        numbers = {"share": mx.array(1 / counted), "scale": self._scale.scale}
+        if self._balanced:
+            positions = sum(map(real_positions, micro_batches)) * self._config.num_hidden_layers
+            numbers["positions"] = mx.array(float(positions))
+            if len(parts) > 1 or self._processes.count > 1:
+                # Their product with probabilities is the loss, so the parts' gradients need them beforehand.
+                counts = [self._with_parameters(self._counts_of, arrays) for arrays in parts]
+                numbers["counts"] = self._processes.sum([sum(counts[1:], counts[0])])[0]
+        loss, gradients = self._with_parameters(self._gradients_of, parts[0], numbers)
+        for arrays in parts[1:]:
+            mx.async_eval(loss, gradients)
+            more, further = self._with_parameters(self._gradients_of, arrays, numbers)
+            loss, gradients = loss + more, {name: array + further[name] for name, array in gradients.items()}
+        names = list(gradients)
+        loss, *summed = self._processes.sum([loss, *gradients.values()])
+        return loss, dict(zip(names, summed, strict=True))
+
+    @property
+    def _balanced(self) -> bool:
+        return self._config.mlp == "mixture" and self._config.router_aux_loss_coef > 0
+
+    def _read(self, parameters: Parameters, arrays: Arrays) -> tuple[mx.array, list[Routing]]:
+        replace_parameters(self._model, parameters)
+        places = row_places(arrays.get("documents"), arrays.get("positions"))
+        return self._model.read(arrays["tokens"], places, arrays.get("real"), arrays.get("keys"))
+
+    def _gradients_function(
+        self, parameters: Parameters, arrays: Arrays, numbers: Arrays
+    ) -> tuple[mx.array, Parameters]:
+        """This micro-batch's part of the mean loss, and of the scaled gradients."""
+
+        def objective(parameters: Parameters) -> tuple[mx.array, mx.array]:
+            x_RTD, routings = self._read(parameters, arrays)
+            x_MD, head_VD = x_RTD.reshape(-1, x_RTD.shape[-1]), self._model.head_VD
+            loss = summed_loss(x_MD, head_VD, arrays["targets"].reshape(-1), arrays["counted"].reshape(-1))
+            loss = whole = loss * numbers["share"]
+            if self._balanced:
+                found = total(routings)
+                counts_E = numbers.get("counts", found.counts_E)
+                balance = balance_loss(found.probabilities_E, counts_E, numbers["positions"])
+                whole = loss + self._config.router_aux_loss_coef * balance
+            return (whole * numbers["scale"] if self._is_fp16 else whole), loss
+
+        (_, loss), gradients = mx.value_and_grad(objective)(parameters)
+        return loss, gradients
+
+    def _counts_function(self, parameters: Parameters, arrays: Arrays) -> mx.array:
+        """How often each expert was chosen, in all layers together."""
+        return total(self._read(parameters, arrays)[1]).counts_E
+
+    def _loss_function(self, parameters: Parameters, arrays: Arrays) -> mx.array:
+        """The summed cross-entropy, without a gradient and without dropout."""
+        x_RTD, _ = self._read(parameters, arrays)
+        x_MD, found = x_RTD.reshape(-1, x_RTD.shape[-1]), mx.zeros(())
+        targets_M, counted_M = arrays["targets"].reshape(-1), arrays["counted"].reshape(-1)
+        for part in parts_of(len(x_MD), self._config.vocab_size):
+            x_CD, found = mx.depends([x_MD[part], found], [found])
+            logs_C = target_log_probabilities(self._model.logits(x_CD), targets_M[part])
+            found = found - mx.where(counted_M[part] > 0, logs_C, 0).sum()
+        return found
+
+    def _update_function(
+        self,
+        parameters: Parameters,
+        state: tuple[Moments, mx.array, LossScale],
+        gradients: Parameters,
+        loss: mx.array,
+        rates: Rates,
+    ) -> tuple[Parameters, tuple[Moments, mx.array, LossScale], mx.array, mx.array]:
+        """Parameters and state after the update, the gradients' norm, and 1 where it was skipped."""
+        moments, updates, scale = state
+        if self._is_fp16:
+            gradients = {name: gradient / scale.scale for name, gradient in gradients.items()}
+        norm = gradient_norm(gradients)
+        finite = mx.isfinite(norm) & mx.isfinite(loss)
+        new, moments, updates = updated(
+            self._optimizer_config, parameters, moments, updates, gradients, rates, finite, norm
+        )
+        after = next_scale(scale, finite) if self._is_fp16 else scale
+        return new, (moments, updates, after), norm, 1.0 - finite.astype(mx.float32)
