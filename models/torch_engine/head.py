@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27}
-"""Logits that are computed at a time: 8 MB in fp32, or 512 MB on a GPU."""
-_POSITIONS = {"cpu": 256, "cuda": 2048}
+_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27, "mps": 1 << 25}
+"""Logits that are computed at a time: 8 MB in fp32, 512 MB on a GPU, or 128 MB where it shares the memory."""
+_POSITIONS = {"cpu": 256, "cuda": 2048, "mps": 1024}
 """Positions that are, even so: each part adds to the gradient of the whole head."""
 
 

@@ -3,6 +3,8 @@
 B rows, T positions, C capacity of a cache, N packed positions, V vocab_size.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,10 +23,17 @@ class TorchInference:
 
     name: EngineName = "torch"
 
-    def __init__(self, model: Transformer, device: torch.device, described: str) -> None:
-        self._model, self._place = model, device
-        self.config: ModelConfig = model.config
+    def __init__(
+        self, source: Callable[[], Transformer], config: ModelConfig, device: torch.device, described: str
+    ) -> None:
+        """`source` gives the model with its weights as they are then."""
+        self._source, self._place = source, device
+        self.config = config
         self.device = described
+
+    @property
+    def _model(self) -> Transformer:
+        return self._source()
 
     @torch.inference_mode()
     def logits(self, tokens_BT: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -37,8 +46,8 @@ class TorchInference:
         found = contexts(np.ones(batch.tokens_BT.shape, np.bool_), batch.documents_BT)
         rows, places_N = arranged(batch.tokens_BT, found, batch.documents_BT is not None, self._place)
         targets_N = on_device(batch.targets_BT.reshape(-1)[places_N].astype(np.int64), self._place)
-        self._model.eval()
-        chosen_N = target_log_probabilities(self._model.read(rows), self._model.head_VD, targets_N)
+        model = self._model.eval()
+        chosen_N = target_log_probabilities(model.read(rows), model.head_VD, targets_N)
         chosen_BT = np.empty(batch.tokens_BT.shape, np.float32)
         chosen_BT.reshape(-1)[places_N] = self._on_host(chosen_N)
         return chosen_BT
@@ -91,8 +100,7 @@ class TorchInference:
         check_tokens(tokens_BT, self.config.vocab_size, self.config.max_position_embeddings)
 
     def _read(self, rows: Rows, cache: Cache | None) -> Tensor:
-        self._model.eval()
-        logits: Tensor = self._model(rows, cache)
+        logits: Tensor = self._model.eval()(rows, cache)
         return logits
 
     def _on_host(self, tensor: Tensor) -> NDArray[np.float32]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from models.config import ModelConfig
 from models.torch_engine.attention import Attention, Cache, Group, LayerCache, Rotation, rotation_table
@@ -47,9 +48,9 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then an MLP, each read through a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, rematerialize: bool) -> None:
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.rematerialize = config.dropout, rematerialize
         self.input_norm = Norm(config)
         self.attention = Attention(config)
         self.post_attention_norm = Norm(config)
@@ -65,6 +66,25 @@ class Block(nn.Module):
         read_M: Tensor | None,
     ) -> Tensor:
         """The residual stream after the block, at `read_M` alone where given."""
+        if not (self.rematerialize and torch.is_grad_enabled()):
+            return self._through(x_ND, rows, rotation, cache, compute, read_M)
+        # Inside of the block, so that FSDP2's hooks around it see one pass forward and one backward.
+        done_ND: Tensor = checkpoint(
+            *(self._through, x_ND, rows, rotation, cache, compute, read_M),
+            use_reentrant=False,
+            preserve_rng_state=self.dropout > 0,
+        )
+        return done_ND
+
+    def _through(
+        self,
+        x_ND: Tensor,
+        rows: Rows,
+        rotation: Rotation | None,
+        cache: LayerCache | None,
+        compute: torch.dtype,
+        read_M: Tensor | None,
+    ) -> Tensor:
         mixed_NS = self.attention.mix(self.input_norm(x_ND).to(compute), rows.groups, rotation, cache)
         if read_M is not None:
             x_ND, mixed_NS = x_ND.index_select(0, read_M), mixed_NS.index_select(0, read_M)
@@ -81,14 +101,15 @@ class Transformer(nn.Module):
     The residual stream, norms, router and loss stay in fp32 whatever `compute` is. Dropout follows `train()`.
     """
 
-    def __init__(self, config: ModelConfig, compute: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, compute: torch.dtype, rematerialize: bool = False) -> None:
+        """`rematerialize`: whether blocks are computed again on the way back instead of being remembered."""
         super().__init__()
         self.config = config
         self.compute = compute
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding == "learned":
             self.embed_positions = Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, rematerialize) for _ in range(config.num_hidden_layers))
         self.norm = Norm(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.vocab_size, config.hidden_size, bias=False)

@@ -1,16 +1,17 @@
 """AdamW and Muon exactly as `models.optimizer` defines them, over lists of tensors and with no wait for the device.
 
-P matrices of equal shape, R rows (out), C columns (in).
+P matrices of equal shape, R rows (out), C columns (in). A process may hold some of the rows, or of the experts, alone.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from models.optimizer import NEWTON_SCHULZ, OptimizerConfig, is_decayed, takes_muon
+from models.torch_engine.world import ALONE, World, total_norm
 
 _SMALLEST_NORM = 1e-7
 
@@ -34,6 +35,7 @@ class _AdamW:
     def __init__(self, config: OptimizerConfig, parameters: Mapping[str, Tensor], decay: float) -> None:
         self.config, self.decay = config, decay
         self.parameters = list(parameters.values())
+        self.fused = self.parameters[0].device.type != "mps"
         self.exp_avg = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         # PyTorch counts in fp32, one count for each parameter: exact for 16 million updates.
@@ -41,6 +43,9 @@ class _AdamW:
 
     def step(self, learning_rate: float, shrink: Tensor, skipped: Tensor) -> None:
         gradients = [_gradient(parameter) for parameter in self.parameters]
+        if not self.fused:
+            self._plain_step(gradients, learning_rate, shrink, skipped)
+            return
         adamw(
             self.parameters,
             gradients,
@@ -61,12 +66,41 @@ class _AdamW:
             eps=self.config.eps,
         )
 
+    def _plain_step(self, gradients: list[Tensor], learning_rate: float, shrink: Tensor, skipped: Tensor) -> None:
+        """The same by plain operations, for devices whose fused kernel does not say that it skips updates."""
+        beta1, beta2, kept = self.config.beta1, self.config.beta2, 1 - skipped
+        torch._foreach_add_(self.updates, kept)
+        count = self.updates[0].clamp(min=1)
+        rate, root = learning_rate * kept / (1 - beta1**count), (1 - beta2**count).sqrt()
+        moments = zip(self.exp_avg.values(), self.exp_avg_sq.values(), strict=True)
+        for parameter, gradient, (mean, square) in zip(self.parameters, gradients, moments, strict=True):
+            # A skipped update becomes one by nothing, as in Muon.
+            scaled = torch.where(skipped > 0, 0.0, gradient * shrink)
+            mean.lerp_(scaled, (1 - beta1) * kept)
+            square.lerp_(scaled.square(), (1 - beta2) * kept)
+            parameter.mul_(1 - learning_rate * self.decay * kept)
+            parameter.sub_(rate * mean / (square.sqrt() / root + self.config.eps))
+
 
 class _Muon:
-    """Muon over matrices of equal shape, stacks of experts unstacked."""
+    """Muon over matrices of equal shape, stacks of experts unstacked.
 
-    def __init__(self, config: OptimizerConfig, parameters: Mapping[str, Tensor]) -> None:
-        self.config = config
+    Divided matrices are made whole to be orthogonalised, in every process that holds a part of them.
+    """
+
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        parameters: Mapping[str, Tensor],
+        shape: tuple[int, ...],
+        stacked: bool,
+        world: World,
+    ) -> None:
+        """`shape` is that of a whole matrix; `stacked`: whether each parameter is a stack of them."""
+        self.config, self.world = config, world
+        # Of a stack it is the experts that are divided, and each of them is whole.
+        self.divided = world.fsdp > 1 and not stacked
+        self.rows, columns = shape
         self.parameters = list(parameters.values())
         matrices = [_matrices(parameter) for parameter in self.parameters]
         self.sizes = [matrix.shape[0] for matrix in matrices]
@@ -75,8 +109,7 @@ class _Muon:
         self.momentum_buffer = {
             name: part.view(parameter.shape) for (name, parameter), part in zip(parameters.items(), parts, strict=True)
         }
-        rows, columns = self.buffer_PRC.shape[1:]
-        self.ratio = math.sqrt(max(1.0, rows / columns))
+        self.ratio = math.sqrt(max(1.0, self.rows / columns))
         self.dtype = torch.float32 if config.newton_schulz_dtype == "float32" else torch.bfloat16
 
     def step(self, learning_rate: float, shrink: Tensor, skipped: Tensor) -> None:
@@ -86,10 +119,14 @@ class _Muon:
         g_PRC = torch.where(skipped > 0, 0.0, g_PRC * shrink)
         self.buffer_PRC.lerp_(g_PRC, (1 - config.momentum) * kept)
         u_PRC = g_PRC.lerp_(self.buffer_PRC, config.momentum)
+        if self.divided:
+            u_PRC = self.world.whole(u_PRC, self.rows, dim=1)
         change_PRC = orthogonalised(u_PRC, config.newton_schulz_steps, self.dtype)
-        change_PRC.mul_(-learning_rate * self.ratio * kept)
+        if self.divided:
+            change_PRC = self.world.part(change_PRC, dim=1)
+        change_PRC = change_PRC.mul(-learning_rate * self.ratio * kept)
         changes = [
-            part.view(parameter.shape)
+            part.reshape(parameter.shape)
             for parameter, part in zip(self.parameters, torch.split(change_PRC, self.sizes), strict=True)
         ]
         torch._foreach_mul_(self.parameters, 1 - learning_rate * config.weight_decay * kept)
@@ -99,19 +136,28 @@ class _Muon:
 class Optimizer:
     """One update of all parameters from their `.grad`, and the state that updates leave."""
 
-    def __init__(self, config: OptimizerConfig, parameters: Mapping[str, Tensor]) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        parameters: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        world: World = ALONE,
+    ) -> None:
+        """`parameters` are what this process holds, by name; `shapes` those of the whole ones, None where they are."""
+        self.config, self.world = config, world
         self.parameters = list(parameters.values())
-        groups: dict[tuple[object, ...], dict[str, Tensor]] = {}
+        matrices: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        others: dict[bool, dict[str, Tensor]] = {}
         for name, parameter in parameters.items():
-            shape = tuple(parameter.shape)
-            key = ("muon", *shape[-2:]) if takes_muon(config, name) else ("adamw", is_decayed(shape))
-            groups.setdefault(key, {})[name] = parameter
-        self.muon = [_Muon(config, group) for key, group in groups.items() if key[0] == "muon"]
+            shape = tuple(parameter.shape) if shapes is None else shapes[name]
+            if takes_muon(config, name):
+                kind = (len(shape), *shape[-2:])
+                matrices.setdefault(kind, {})[name] = parameter
+            else:
+                others.setdefault(is_decayed(shape), {})[name] = parameter
+        self.muon = [_Muon(config, group, kind[1:], kind[0] == 3, world) for kind, group in matrices.items()]
         self.adamw = [
-            _AdamW(config, group, config.weight_decay if key[1] else 0.0)
-            for key, group in groups.items()
-            if key[0] == "adamw"
+            _AdamW(config, group, config.weight_decay if decayed else 0.0) for decayed, group in others.items()
         ]
         self.moments: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}, "momentum_buffer": {}}
         """The moments by their prefix, then by parameter."""
@@ -127,7 +173,7 @@ class Optimizer:
 
         Both are 0-d fp32 tensors on the device. Gradients are left in an unspecified state.
         """
-        norm = gradient_norm(self.parameters)
+        norm = total_norm(self.world, [_gradient(parameter) for parameter in self.parameters])
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         skipped = (~finite).float()
         shrink = torch.ones_like(norm)
@@ -156,11 +202,6 @@ class Optimizer:
             for tensor in tensors.values():
                 tensor.zero_()
         self.updates = 0
-
-
-def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
-    """The global norm of the gradients, a 0-d fp32 tensor."""
-    return torch.nn.utils.get_total_norm([_gradient(parameter) for parameter in parameters])
 
 
 def _gradient(parameter: Tensor) -> Tensor:

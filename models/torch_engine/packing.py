@@ -16,7 +16,7 @@ from models.torch_engine.model import Rows
 
 Counts = NDArray[np.int64]
 
-_GROUP_COSTS = {"cpu": 20_000, "cuda": 4_000_000}
+_GROUP_COSTS = {"cpu": 20_000, "cuda": 4_000_000, "mps": 4_000_000}
 """Pairs of positions that attention could read in the time that a group of its own takes."""
 
 

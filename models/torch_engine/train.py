@@ -13,8 +13,9 @@ from torch import Tensor
 from common.errors import UserError
 from models import weights
 from models.config import ModelConfig
-from models.engine import Batch, EngineName, Precision, State, StepResult
+from models.engine import Batch, EngineName, Layout, Precision, State, StepResult
 from models.optimizer import ADAMW_MOMENTS, MUON_MOMENTS, UPDATES, OptimizerConfig, takes_muon
+from models.torch_engine.device import compute_dtype, default_device, described, seeded
 from models.torch_engine.head import summed_loss
 from models.torch_engine.inference import TorchInference
 from models.torch_engine.lanes import Lanes
@@ -22,62 +23,91 @@ from models.torch_engine.mixture import balance_loss
 from models.torch_engine.model import Transformer
 from models.torch_engine.optimizer import Optimizer
 from models.torch_engine.packing import Packed, packed, real_count
+from models.torch_engine.parallel import Parallel
+from models.torch_engine.world import World
 from models.weights import Piece
+
+ONE_DEVICE = Layout()
 
 
 class TorchTraining:
-    """`models.engine.TrainingEngine` on the first CUDA device, or on the CPU where there is none."""
+    """`models.engine.TrainingEngine` on one device, or on one in each of the processes that were started together."""
 
     name: EngineName = "torch"
-    process = 0
 
-    def __init__(self, config: ModelConfig, optimizer: OptimizerConfig, precision: Precision) -> None:
+    def __init__(
+        self, config: ModelConfig, optimizer: OptimizerConfig, precision: Precision, layout: Layout = ONE_DEVICE
+    ) -> None:
         self._config, self._optimizer_config = config, optimizer
+        self._world = World.joined(layout)
+        self.process = self._world.rank
         self._place = default_device()
-        self.device = described(self._place)
+        self.device = described(self._place, self._world.size)
+        self._compute = compute_dtype(precision, self._place)
+        if layout.rematerialize and config.dropout and self._place.type == "mps":
+            raise UserError("layout.rematerialize repeats no dropout on Apple's GPU; set one of them to null or 0")
         with torch.device(self._place):
-            self._model = Transformer(config, compute_dtype(precision))
-        self._parameters: dict[str, Tensor] = dict(self._model.named_parameters())
-        self._optimizer = Optimizer(optimizer, self._parameters)
-        self._lanes = Lanes.where_they_help(self._model)
+            self._model = Transformer(config, self._compute, layout.rematerialize)
+        self._lanes = Lanes.where_they_help(self._model) if self._world.size == 1 else None
+        self._parallel = Parallel(self._model, self._world)
+        self._parameters = self._parallel.parameters
+        self._shapes = {parameter.name: parameter.shape for parameter in weights.parameters(config)}
+        self._optimizer = Optimizer(optimizer, self._parameters, self._shapes, self._world)
+        self._whole_model: Transformer | None = None
 
     def agreed(self, word: int) -> int:
-        return word
+        return self._world.agreed(word)
 
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         """As the contract says. UserError where no target counts; ValueError for a token beyond the vocabulary."""
         loss = self._backward(micro_batches, dropout_key)
+        self._whole_model = None
         norm, skipped = self._optimizer.step(learning_rate_scale, loss)
         return StepResult(loss, norm, skipped)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> tuple[float, int]:
         self._model.eval()
-        return float(self._summed_loss(self._model, batch, 1.0)), int(batch.loss_mask_BT.sum())
+        total = self._parallel.evaluated(self._packed(self._world.rows(batch)), 1.0)
+        self._parallel.settle()
+        return float(self._world.summed(total)), int(batch.loss_mask_BT.sum())
 
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
         self._backward(micro_batches, dropout_key)
         for parameter in weights.parameters(self._config):
             gradient = self._parameters[parameter.name].grad
             assert gradient is not None
-            yield from weights.to_canonical(parameter, host_copy(gradient))
+            yield from weights.to_canonical(parameter, host_copy(self._whole(parameter.name, gradient)))
 
     def export(self, state: State) -> Iterator[Piece]:
+        """As the contract says; only process 0 gives anything."""
         for parameter in weights.parameters(self._config):
             if state == "weights":
-                array = host_copy(self._parameters[parameter.name])
-                yield from weights.to_canonical(parameter, array)
+                yield from self._exported(parameter, self._parameters[parameter.name], "")
                 continue
             for moment, tensors in self._optimizer.moments.items():
                 if parameter.name in tensors:
-                    array = host_copy(tensors[parameter.name])
-                    yield from weights.to_canonical(parameter, array, f"{moment}:")
-        if state == "optimizer":
+                    yield from self._exported(parameter, tensors[parameter.name], f"{moment}:")
+        if state == "optimizer" and not self.process:
             yield Piece(UPDATES, (), np.array(self._optimizer.updates, np.int64))
 
+    def _exported(self, parameter: weights.Parameter, part: Tensor, prefix: str) -> Iterator[Piece]:
+        tensor = self._whole(parameter.name, part)
+        if not self.process:
+            yield from weights.to_canonical(parameter, host_copy(tensor), prefix)
+
+    def _whole(self, name: str, part: Tensor) -> Tensor:
+        """A parameter, moment or gradient whole, from what every process holds of it."""
+        return self._world.whole(part, self._shapes[name][0])
+
+    @torch.no_grad()
     def restore(self, state: State, arrays: Iterable[Piece]) -> None:
+        self._whole_model = None
         if state == "weights":
-            load_weights(self._model, arrays)
+            found = weights.gather(arrays, weights.canonical_shapes(self._config))
+            for parameter in weights.parameters(self._config):
+                array = weights.from_canonical(parameter, found.__getitem__)
+                self._parameters[parameter.name].copy_(self._world.part(torch.from_numpy(array)))
             self._optimizer.reset()
             return
         found = weights.gather(arrays, self._optimizer_shapes())
@@ -85,11 +115,24 @@ class TorchTraining:
             for moment, tensors in self._optimizer.moments.items():
                 if parameter.name in tensors:
                     array = weights.from_canonical(parameter, found.__getitem__, f"{moment}:")
-                    tensors[parameter.name].copy_(torch.from_numpy(array))
+                    tensors[parameter.name].copy_(self._world.part(torch.from_numpy(array)))
         self._optimizer.updates = int(found[UPDATES])
 
     def inference(self) -> TorchInference:
-        return TorchInference(self._model, self._place, self.device)
+        """As the contract says. Every process reads all rows: only making divided weights whole is collective."""
+        return TorchInference(self._readable, self._config, self._place, self.device)
+
+    @torch.no_grad()
+    def _readable(self) -> Transformer:
+        """The model with whole weights; where they are divided, a copy that is kept until they change."""
+        if self._world.fsdp == 1:
+            return self._model
+        if self._whole_model is None:
+            with torch.device(self._place):
+                self._whole_model = Transformer(self._config, self._compute).requires_grad_(False)
+            for name, tensor in self._whole_model.named_parameters():
+                tensor.copy_(self._whole(name, self._parameters[name]))
+        return self._whole_model
 
     def _optimizer_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {UPDATES: ()}
@@ -103,10 +146,6 @@ class TorchTraining:
     def _packed(self, batch: Batch) -> Packed:
         return packed(batch, self._config.vocab_size, self._config.max_position_embeddings, self._place)
 
-    def _summed_loss(self, model: Transformer, batch: Batch, scale: float) -> Tensor:
-        part = self._packed(batch)
-        return summed_loss(model.read(part.rows), model.head_VD, part.targets_M, scale)
-
     def _backward(self, micro_batches: Sequence[Batch], dropout_key: int) -> Tensor:
         """Leaves the gradients of the mean loss in `.grad`, and gives that loss without the balance of experts."""
         counted = sum(int(batch.loss_mask_BT.sum()) for batch in micro_batches)
@@ -116,25 +155,34 @@ class TorchTraining:
                 "give training a longer sequence_length"
             )
         self._model.train()
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        self._parallel.clear()
         positions = sum(map(real_count, micro_batches)) * self._config.num_hidden_layers if self._balanced else 0
-        counts_E = self._assignments(micro_batches, dropout_key) if len(micro_batches) > 1 else None
+        own = [self._world.rows(batch) for batch in micro_batches]
+        counts_E = self._assignments(own, dropout_key) if len(own) > 1 else None
         total, scale = torch.zeros((), device=self._place), 1 / counted
-        for number, batch in enumerate(micro_batches):
+        for number, batch in enumerate(own):
             if self._lanes is not None:
-                total += self._lanes.backward(batch, lambda lane, rows: self._summed_loss(lane, rows, scale))
+                total += self._lanes.backward(batch, lambda lane, rows: self._lane_loss(lane, rows, scale))
                 continue
-            with self._dropout(dropout_key, number):
-                loss = self._summed_loss(self._model, batch, scale)
-            total += loss.detach()
-            if self._balanced:
-                routings = [mixture.taken() for mixture in self._model.mixtures()]
-                if counts_E is None:
-                    counts_E = torch.stack([routing.counts_E for routing in routings]).sum(0)
-                loss = loss + self._config.router_aux_loss_coef * balance_loss(routings, counts_E, positions)
-            torch.autograd.backward(loss)
-        return total
+            with self._parallel.accumulating(last=number == len(own) - 1):
+                with self._dropout(dropout_key, number):
+                    loss = self._parallel.trained(self._packed(batch), scale)
+                total += loss.detach()
+                if self._balanced:
+                    routings = [mixture.taken() for mixture in self._model.mixtures()]
+                    if counts_E is None:
+                        counts_E = self._world.summed(torch.stack([routing.counts_E for routing in routings]).sum(0))
+                    loss = loss + self._config.router_aux_loss_coef * balance_loss(routings, counts_E, positions)
+                torch.autograd.backward(loss)
+        for mixture in self._model.mixtures():
+            # What was computed again on the way back has left its routing, and a graph with it.
+            mixture.routing = None
+        self._parallel.collect()
+        return self._world.summed(total)
+
+    def _lane_loss(self, lane: Transformer, batch: Batch, scale: float) -> Tensor:
+        part = self._packed(batch)
+        return summed_loss(lane.read(part.rows), lane.head_VD, part.targets_M, scale)
 
     @property
     def _balanced(self) -> bool:
@@ -142,7 +190,7 @@ class TorchTraining:
 
     @torch.no_grad()
     def _assignments(self, micro_batches: Sequence[Batch], dropout_key: int) -> Tensor | None:
-        """How often each expert was chosen, in all layers and micro-batches together; None where nobody asks.
+        """How often each expert was chosen, in all layers, micro-batches and processes; None where nobody asks.
 
         The loss is the product of such counts with probabilities, both of the whole batch, so the parts' gradients
         need them beforehand: a mixture with several micro-batches pays one more forward pass for being exact.
@@ -152,43 +200,13 @@ class TorchTraining:
         counts = []
         for number, batch in enumerate(micro_batches):
             with self._dropout(dropout_key, number):
-                self._model.read(self._packed(batch).rows)
+                self._parallel.evaluated(self._packed(batch), 1.0)
             counts += [mixture.taken().counts_E for mixture in self._model.mixtures()]
-        return torch.stack(counts).sum(0)
+        return self._world.summed(torch.stack(counts).sum(0))
 
     def _dropout(self, key: int, micro_batch: int) -> AbstractContextManager[None]:
-        """Random numbers keyed by the caller and the micro-batch; everyone else's generator stays as it was."""
-        return _seeded((key << 20) + micro_batch, self._place) if self._config.dropout else nullcontext()
-
-
-class _seeded:
-    """A context in which PyTorch's generators are freshly seeded, and after which they are as before."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._seed = seed
-        self._fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.manual_seed(self._seed)
-
-    def __exit__(self, *details: object) -> None:
-        self._fork.__exit__(None, None, None)
-
-
-def default_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def described(device: torch.device) -> str:
-    """A device in words for the record."""
-    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
-
-
-def compute_dtype(precision: Precision) -> torch.dtype:
-    """The dtype of matrix products; weights stay fp32."""
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+        """Random numbers keyed by the caller, the micro-batch and the process; other generators stay as they were."""
+        return seeded((key, micro_batch, self.process), self._place) if self._config.dropout else nullcontext()
 
 
 def host_copy(tensor: Tensor) -> weights.Array:
