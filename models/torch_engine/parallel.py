@@ -1,0 +1,111 @@
+"""A model over several processes: DDP where each holds all weights, FSDP2 where they are divided.
+
+N packed positions, M read positions, V vocab_size, D hidden_size.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from models.torch_engine.head import summed_loss
+from models.torch_engine.model import Transformer
+from models.torch_engine.packing import Packed
+from models.torch_engine.world import World
+
+
+class SummedLoss(nn.Module):
+    """A model and its loss as one forward pass, which is what DDP and FSDP2 know to wrap."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, part: Packed, scale: float) -> Tensor:
+        """The sum of the counted targets' cross-entropies times `scale`, a 0-d fp32 tensor."""
+        return summed_loss(self.model.read(part.rows), self.model.head_VD, part.targets_M, scale)
+
+
+class Parallel:
+    """A model as the processes of a world train it: gradients become sums over all of them.
+
+    `parameters` are what this process holds of each: the whole, or with FSDP2 a part along the first dimension.
+    """
+
+    def __init__(self, model: Transformer, world: World) -> None:
+        self.model, self.world = model, world
+        self.evaluated = self.trained = cast(Callable[[Packed, float], Tensor], SummedLoss(model))
+        """Forward passes without and with gradients to follow."""
+        self._replicated: DistributedDataParallel | None = None
+        self._sharded: FSDPModule | None = None
+        if world.fsdp > 1:
+            self.evaluated = self.trained = self._fully_sharded(cast(nn.Module, self.trained))
+        elif world.size > 1:
+            self.trained = self._replicated = _replicated(cast(nn.Module, self.trained))
+        self._originals = dict(model.named_parameters())
+        self.parameters: dict[str, Tensor] = {name: _local(tensor) for name, tensor in self._originals.items()}
+
+    def _fully_sharded(self, module: nn.Module) -> nn.Module:
+        """Divides the weights of each block, then those of the rest."""
+        mesh = self.world.mesh
+        assert mesh is not None
+        # Over a mesh of two dimensions the first one replicates.
+        mesh = mesh["fsdp"] if self.world.size == self.world.fsdp else mesh
+        for part in (*self.model.layers, module):
+            sharded = fully_shard(part, mesh=mesh)
+            # Losses are divided by the targets of all processes already: gradients add up.
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)
+        self._sharded = cast(FSDPModule, module)
+        return module
+
+    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        """A context for each micro-batch's pass; with whole weights, gradients are summed in the `last` one alone.
+
+        Divided ones are summed each time: keeping them whole meanwhile would take the memory that dividing saves.
+        """
+        return nullcontext() if last or self._replicated is None else self._replicated.no_sync()
+
+    def clear(self) -> None:
+        """Forgets the gradients."""
+        for name, original in self._originals.items():
+            original.grad = self.parameters[name].grad = None
+
+    def collect(self) -> None:
+        """After the last backward pass: gives the parts of divided weights their parts of the gradients."""
+        if self._sharded is None:
+            return
+        for name, original in self._originals.items():
+            assert original.grad is not None
+            self.parameters[name].grad = _local(original.grad)
+
+    def settle(self) -> None:
+        """After passes that no backward pass follows: lets go of weights that were made whole for them."""
+        if self._sharded is not None:
+            self._sharded.reshard()
+
+
+def _replicated(module: nn.Module) -> DistributedDataParallel:
+    # Nothing to copy at first: every process restores the same weights.
+    replicated = DistributedDataParallel(module, init_sync=False, gradient_as_bucket_view=True)
+    replicated.register_comm_hook(None, _summed)
+    return replicated
+
+
+def _summed(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's communication without its division: losses are divided by the targets of all processes already."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return future
+
+
+@torch.no_grad()
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
