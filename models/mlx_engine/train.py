@@ -51,7 +51,7 @@ class MlxTraining:
         precision: Precision,
         layout: Layout,
         processes: Processes,
-        compiled: bool = True,
+        compiled: bool | None = None,
     ) -> None:
         self._config, self._optimizer_config, self._processes = config, optimizer, processes
         self._is_fp16 = precision == "float16"
@@ -62,7 +62,7 @@ class MlxTraining:
         self._loss_rows: dict[tuple[int, bool], int] = {}
         self.traced = 0
         """How often a function was traced for a new shape: what `step` costs but once."""
-        compile_: Callable[..., Any] = mx.compile if compiled else lambda function: function
+        compile_: Callable[..., Any] = mx.compile if compiled is not False else lambda function: function
         self._gradients_of = compile_(self._traced(self._gradients_function))
         self._counts_of = compile_(self._traced(self._counts_function))
         self._loss_of = compile_(self._traced(self._loss_function))

@@ -1,0 +1,96 @@
+"""What one of several MLX processes does in the tests of training together, and what one alone does beside it.
+
+As a program: `python -m tests.models.mlx_engine.ring FOLDER NAME…` in each of the processes, which do the named works
+one after the other; process 0 writes what each came to, as JSON and as arrays.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models import weights
+from models.engine import Batch, Layout, TrainingEngine, training_engine
+from models.optimizer import OptimizerConfig
+from models.processes import start_processes
+from tests.models.tiny import Arrays, batch, cut, pieces, tiny
+
+OPTIMIZERS = {
+    "adamw": OptimizerConfig(learning_rate=3e-4),
+    "muon": OptimizerConfig(name="muon", learning_rate=3e-4, muon_learning_rate=5e-3),
+}
+STEPS = 20
+# They do not divide among two processes, and one of the micro-batches is a single row.
+ROWS = 7
+
+Found = tuple[dict[str, Any], Arrays]
+
+
+def micro_batches(step: int) -> list[Batch]:
+    """One, or three and one of a single row, by turns."""
+    rows = batch(rows=ROWS, seed=step)
+    return [*cut(rows.part(slice(0, 6)), 3), rows.part(slice(6, 7))] if step % 2 else [rows]
+
+
+def train(name: str) -> Found:
+    """`COMPOSITION:OPTIMIZER:DROPOUT[:STATE:FROM]`: the steps that are left of twenty; losses and what is left."""
+    composition, optimizer, dropout, *start = name.split(":")
+    config = tiny(composition, dropout=float(dropout))
+    engine: TrainingEngine = training_engine("mlx", config, OPTIMIZERS[optimizer], "float32", Layout())
+    canonical, first = weights.canonical_shapes(config), 0
+    if start:
+        state, first = dict(np.load(start[0])), int(start[1])
+        engine.restore("weights", pieces({key: array for key, array in state.items() if key in canonical}))
+        engine.restore("optimizer", pieces({key: array for key, array in state.items() if key not in canonical}))
+    else:
+        engine.restore("weights", pieces(dict(weights.initial_weights(config, 1))))
+    steps = [engine.step(micro_batches(step), 1.0, step) for step in range(first, STEPS)]
+    gradients = weights.gather(engine.gradients(micro_batches(1), 1), canonical)
+    found = {
+        "losses": [float(step.loss) for step in steps],
+        "norms": [float(step.gradient_norm) for step in steps],
+        "loss": engine.loss(batch(rows=ROWS, seed=99)),
+        "agreed": engine.agreed(engine.process * 2**40 + 3),
+        "device": engine.device,
+    }
+    arrays = weights.assemble([*engine.export("weights"), *engine.export("optimizer")], canonical)
+    return found, {**arrays, **{f"gradient {key}": array for key, array in gradients.items()}}
+
+
+def together(folder: Path, names: Sequence[str], count: int = 2, seconds: float = 400.0) -> dict[str, Found]:
+    """Works in several processes, started as a stage starts them."""
+    folder.mkdir()
+    command = [sys.executable, "-W", "error", "-m", "tests.models.mlx_engine.ring", str(folder), *names]
+    processes = start_processes("mlx", [command] * count, {"PYTHONPATH": str(Path(__file__).parents[3])}, folder)
+    try:
+        until = time.monotonic() + seconds
+        while processes.running() and not processes.failed():
+            assert time.monotonic() < until, "the processes did not end"
+            time.sleep(0.05)
+        assert not processes.failed(), "\n".join(path.read_text() for path in folder.glob("error-*"))
+    finally:
+        processes.kill()
+    found = json.loads((folder / "found.json").read_text())
+    return {name: (found[name], dict(np.load(folder / f"{number}.npz"))) for number, name in enumerate(names)}
+
+
+def main(folder: Path, names: Sequence[str]) -> None:
+    results = {name: train(name) for name in names}
+    if os.environ["MLX_RANK"] == "0":
+        for number, (_, arrays) in enumerate(results.values()):
+            np.savez(folder / f"{number}.npz", **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
+        (folder / "found.json").write_text(json.dumps({name: found for name, (found, _) in results.items()}))
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), sys.argv[2:])
+    except BaseException:
+        (Path(sys.argv[1]) / f"error-{os.environ['MLX_RANK']}").write_text(traceback.format_exc())
+        raise
