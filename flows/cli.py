@@ -58,17 +58,21 @@ def run(
     overrides: SetOption = None,
     store: StoreOption = None,
     published: Annotated[Path, typer.Option(help="Where published folders are laid out.")] = Path("published"),
+    continue_on: Annotated[
+        Literal["torch", "jax", "mlx"] | None,
+        typer.Option(help="The engine for all that is not done yet; it goes on from checkpoints of others too."),
+    ] = None,
 ) -> None:
     """Runs a recipe: what is in the store is reused, what was interrupted goes on."""
     from flows.recipe import load_recipe
 
     # Checked before Prefect is imported, which takes seconds.
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [], continue_on=continue_on)
     for name, value in PREFECT_SETTINGS.items():
         os.environ.setdefault(name, value)
     from flows.run import run_recipe
 
-    run_recipe(loaded, overrides or [], Store.open(store), published, console)
+    run_recipe(loaded, overrides or [], Store.open(store), published, console, continue_on)
 
 
 @app.command(epilog="Example: cairn plan arithmetic --set stages.base.training.seed=1")

@@ -19,10 +19,11 @@ from artifacts.lineage import to_text, tree
 from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import StageInterrupted
-from flows.plan import recipe_ref, stage_ref, work_for
+from flows.plan import continued, recipe_ref, stage_ref, work_for
 from flows.recipe import Recipe, StageEntry, load_recipe
 from flows.stopping import Stopping
 from flows.view import View
+from models.engine import EngineName
 from tasks.dispatch import dispatch, stage_task
 from tasks.encoding.card import DATA_CARD, LENGTHS_PICTURE
 from tasks.process import EngineProcess
@@ -48,12 +49,19 @@ def pipeline_flow(view: View) -> Flow[..., RunResult]:
     """The flow that runs a recipe and tells `view` how it goes."""
 
     @flow(name="pipeline", flow_run_name="{recipe}", persist_result=False, validate_parameters=False)
-    def pipeline(recipe: str, overrides: list[str] | None = None, store: str | None = None) -> Any:
+    def pipeline(
+        recipe: str,
+        overrides: list[str] | None = None,
+        store: str | None = None,
+        continue_on: EngineName | None = None,
+    ) -> Any:
         """Runs a recipe. What is in the store is reused; what was interrupted goes on.
 
-        `recipe`: a name or the path of a YAML file; `overrides`: key.path=value each; `store`: a folder or URL.
+        `recipe`: a name or the path of a YAML file; `overrides`: key.path=value each; `store`: a folder or URL;
+        `continue_on`: the engine that does what is not done, going on from checkpoints of others.
         """
-        run = _Run(load_recipe(recipe, overrides or []), Store.open(store), view)
+        loaded = load_recipe(recipe, overrides or [], continue_on=continue_on)
+        run = _Run(loaded, Store.open(store), view, continue_on)
         try:
             return run.all_stages()
         except StageInterrupted as error:
@@ -65,8 +73,9 @@ def pipeline_flow(view: View) -> Flow[..., RunResult]:
 class _Run:
     """One run of a recipe, inside the flow."""
 
-    def __init__(self, recipe: Recipe, store: Store, view: View) -> None:
+    def __init__(self, recipe: Recipe, store: Store, view: View, continue_on: EngineName | None) -> None:
         self.recipe = recipe
+        self.continue_on = continue_on
         self.store = store
         self.view = view
         self.process = EngineProcess()
@@ -106,6 +115,8 @@ class _Run:
         if self.stopping.requested:
             raise StageInterrupted(f"stage '{entry.name}' was stopped before it began")
         work = work_for(entry, inputs, self.store, runtime.flow_run.id)
+        if self.continue_on is not None and entry.definition.has_engine:
+            work = continued(work, self.continue_on, self.store)
         started = time.monotonic()
         outcome = dispatch(work, self.process, self.view.listener(entry.name), lambda: self.stopping.requested)
         self._name(stage_ref(self.recipe.name, entry.name), outcome.record)

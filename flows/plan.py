@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from artifacts.record import InputReference, Record
 from artifacts.store import Store
 from flows.recipe import Recipe, StageEntry
+from models.engine import EngineName
 from tasks.work import Work
 
 
@@ -44,6 +45,20 @@ def work_for(entry: StageEntry, inputs: Mapping[str, Record], store: Store, flow
         store=store.url,
         flow_run_id=flow_run_id,
     )
+
+
+def continued(work: Work, engine: EngineName, store: Store) -> Work:
+    """The work of a stage with an engine as `engine` goes on with it, from checkpoints that others made.
+
+    What any engine has done already counts as done: such a work is given as it was done.
+    """
+    content = work.model_dump()
+    for name in dict.fromkeys((work.config["engine"], engine, *get_args(EngineName))):
+        done = Work.model_validate({**content, "config": {**work.config, "engine": name}})
+        if store.find(done.key) is not None:
+            return done
+    config, runtime = {**work.config, "engine": engine}, {**content["runtime"], "continue_on": True}
+    return Work.model_validate({**content, "config": config, "runtime": runtime})
 
 
 def plan(recipe: Recipe, store: Store) -> list[Step]:

@@ -13,6 +13,7 @@ from common.config import FrozenModel
 from common.errors import UserError, suggestion
 from models.config import ModelConfig
 from models.engine import EngineName, Precision, check_engine
+from models.machine import default_engine
 from tasks.registry import STAGES, stage_named
 from tasks.stage import Runtime, Stage
 
@@ -25,8 +26,9 @@ class RecipeFile(FrozenModel):
 
     description: str = Field(min_length=1)
     """What the run is for, in a line."""
-    engine: EngineName = "torch"
-    """The engine of every stage that names none."""
+    engine: EngineName | None = None
+    """The engine of every stage that names none; null for the one that suits the machine where the recipe is loaded:
+    MLX on Apple Silicon, JAX where a TPU is, else PyTorch, of those that are installed."""
     precision: Precision = "float32"
     """The precision of every stage that names none."""
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -74,11 +76,14 @@ def known_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = (), resolve: bool = True) -> Recipe:
+def load_recipe(
+    name_or_path: str, overrides: Sequence[str] = (), resolve: bool = True, continue_on: EngineName | None = None
+) -> Recipe:
     """Reads and checks a recipe; `overrides` are `key.path=value`.
 
     `resolve`: whether what its configs point at (data sets, files) is looked for and made fast; a recipe that was
-    loaded without can be looked at and not be run.
+    loaded without can be looked at and not be run. `continue_on`: the engine that goes on with what is not done yet,
+    and so has to be there in place of those that the recipe names.
 
     Raises UserError that names the file, the key's path, what is wrong with it, and the nearest known key.
     """
@@ -90,10 +95,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), resolve: bool 
         file = RecipeFile.model_validate(content)
     except ValidationError as error:
         raise UserError(f"recipe {path}: {_first_problem(error, RecipeFile)}") from error
+    file = file.model_copy(update={"engine": file.engine or continue_on or default_engine()})
     stages: list[StageEntry] = []
     for name, keys in file.stages.items():
         try:
-            stages.append(_stage(name, keys, file, {stage.name: stage for stage in stages}, resolve))
+            stages.append(_stage(name, keys, file, {stage.name: stage for stage in stages}, resolve, continue_on))
         except UserError as error:
             raise UserError(f"recipe {path}: {error}") from error
     return Recipe(name=path.stem, source=name_or_path, description=file.description, stages=tuple(stages))
@@ -171,7 +177,12 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 
 def _stage(
-    name: str, keys: Mapping[str, Any], file: RecipeFile, before: Mapping[str, StageEntry], resolve: bool
+    name: str,
+    keys: Mapping[str, Any],
+    file: RecipeFile,
+    before: Mapping[str, StageEntry],
+    resolve: bool,
+    continue_on: EngineName | None,
 ) -> StageEntry:
     where = f"stages.{name}"
     if not _NAME.fullmatch(name):
@@ -210,7 +221,7 @@ def _stage(
     models = {key: model for key, value in inputs.items() if (model := before[value].model) is not None}
     try:
         if stage.has_engine:
-            check_engine(config_keys.get("engine", "torch"), config_keys.get("precision", "float32"))
+            check_engine(continue_on or config_keys["engine"], config_keys.get("precision", "float32"))
         model = stage.model_of(config, models) if stage.model_of else None
     except UserError as error:
         raise UserError(f"{where}: {error}") from error

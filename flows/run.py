@@ -22,6 +22,7 @@ from flows.console import ConsoleView, blend_table, evaluation_tables
 from flows.pipeline import LOSS_CURVE, RunResult, pipeline_flow
 from flows.recipe import Recipe
 from flows.server import prefect_server, wait_until_stored
+from models.engine import EngineName
 from tasks.stage import Kind
 
 logger = logging.getLogger("cairn.flows")
@@ -72,16 +73,24 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def run_recipe(recipe: Recipe, overrides: Sequence[str], store: Store, published: Path, console: Console) -> None:
+def run_recipe(
+    recipe: Recipe,
+    overrides: Sequence[str],
+    store: Store,
+    published: Path,
+    console: Console,
+    continue_on: EngineName | None = None,
+) -> None:
     """Runs a recipe, lays out what it published, and shows the result. Raises what the first failed stage raised.
 
-    An artifact that turns out to be damaged is made anew.
+    An artifact that turns out to be damaged is made anew. `continue_on`: the engine that does what is not done yet,
+    going on from checkpoints of others.
     """
     damages = 0
     with prefect_server():
         while True:
             try:
-                records = _run_once(recipe, overrides, store, published, console)
+                records = _run_once(recipe, overrides, store, published, console, continue_on)
                 break
             except DamagedObject as error:
                 damages += 1
@@ -93,11 +102,16 @@ def run_recipe(recipe: Recipe, overrides: Sequence[str], store: Store, published
 
 
 def _run_once(
-    recipe: Recipe, overrides: Sequence[str], store: Store, published: Path, console: Console
+    recipe: Recipe,
+    overrides: Sequence[str],
+    store: Store,
+    published: Path,
+    console: Console,
+    continue_on: EngineName | None,
 ) -> dict[str, Record]:
     with ConsoleView(console) as view:
         pipeline: Any = pipeline_flow(view)  # its type knows nothing of return_state
-        state: State[RunResult] = pipeline(recipe.source, list(overrides), store.url, return_state=True)
+        state: State[RunResult] = pipeline(recipe.source, list(overrides), store.url, continue_on, return_state=True)
         wait_until_stored(state)
     if state.is_cancelled():
         raise StageInterrupted("stopped; run the same command again to go on from where it was")

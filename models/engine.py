@@ -155,10 +155,15 @@ class InferenceEngine(Protocol):
 _PACKAGES: dict[EngineName, tuple[str, ...]] = {"torch": ("torch",), "jax": ("jax", "flax", "optax"), "mlx": ("mlx",)}
 
 
+def is_installed(engine: EngineName) -> bool:
+    """Whether an engine's packages are there; imports nothing."""
+    return all(importlib.util.find_spec(package) is not None for package in _PACKAGES[engine])
+
+
 def check_engine(engine: EngineName, precision: Precision = "float32") -> None:
     """Raises UserError for an engine that is not there, naming the extra that brings it, and for a precision that it
     does not have; imports nothing."""
-    if any(importlib.util.find_spec(package) is None for package in _PACKAGES[engine]):
+    if not is_installed(engine):
         raise UserError(f"engine '{engine}' is not installed; run: pip install 'cairn[{engine}]'")
     if precision == "float16" and engine != "mlx":
         raise UserError(f"engine '{engine}' does not compute in float16; use bfloat16, or engine: mlx")

@@ -14,10 +14,10 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from artifacts.store import DamagedObject, Store
-from common.errors import UserError
+from common.errors import StageFailed, UserError
 from models.training.loop import EXIT_GO_ON_LATER, Interrupted
 from tasks.events import as_event
 from tasks.produce import produce
@@ -42,10 +42,17 @@ class Channel:
                 line = line[os.write(self._descriptor, line) :]
 
 
-class _Forwarded(logging.Handler):
+class Speaker(Protocol):
+    """Who takes events."""
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Takes one event, from any thread."""
+
+
+class Forwarded(logging.Handler):
     """Log messages as events, so that the parent prints them beside its progress bar."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Speaker) -> None:
         super().__init__()
         self._channel = channel
 
@@ -58,9 +65,9 @@ def main(arguments: list[str]) -> int:
     channel = Channel(int(arguments[0]))
     signal.signal(signal.SIGTERM, _raise_interrupted)
     signal.signal(signal.SIGINT, _raise_interrupted)
-    logging.getLogger("cairn").addHandler(_Forwarded(channel))
+    logging.getLogger("cairn").addHandler(Forwarded(channel))
     logging.getLogger("cairn").setLevel(logging.INFO)
-    threading.excepthook = _say_thread_error
+    threading.excepthook = say_thread_error
     works: queue.Queue[bytes | None] = queue.Queue()
     working = threading.Event()
     threading.Thread(target=_read_works, args=(works, working), daemon=True).start()
@@ -84,7 +91,7 @@ def _raise_interrupted(number: int, frame: object) -> None:
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
-def _say_thread_error(error: threading.ExceptHookArgs) -> None:
+def say_thread_error(error: threading.ExceptHookArgs) -> None:
     """A full disk in a log writer's thread is a line: the writer raises it again in the stage, which explains it."""
     if isinstance(error.exc_value, OSError):
         logger.warning("%s", error.exc_value)
@@ -113,6 +120,9 @@ def _do(work: Work, channel: Channel) -> None:
         channel.send({"event": "UserError", "message": str(error), "damaged": damaged})
     except (Interrupted, KeyboardInterrupt):
         raise
+    except StageFailed as error:
+        # It brings what is to be read of the process that failed.
+        channel.send({"event": "Failed", "traceback": str(error)})
     except Exception:
         channel.send({"event": "Failed", "traceback": traceback.format_exc()})
     else:

@@ -9,7 +9,9 @@ Listener = Callable[[Event], None]
 
 
 def as_event(event: object) -> Event:
-    """A dataclass as an object with its class's name under `event`."""
+    """A dataclass as an object with its class's name under `event`; such an object as it is."""
+    if isinstance(event, dict) and "event" in event:
+        return event
     if not is_dataclass(event) or isinstance(event, type):
         raise TypeError(f"{event!r} is no event")
     return {"event": type(event).__name__, **asdict(event)}

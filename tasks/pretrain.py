@@ -38,5 +38,6 @@ STAGE = Stage(
     lazy={"tokens": ".safetensors"},
     output=Kind.MODEL,
     run=run,
+    trains=True,
     model_of=model_of,
 )

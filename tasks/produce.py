@@ -12,6 +12,7 @@ from artifacts.record import InputReference, Record
 from artifacts.store import DamagedObject, Store
 from common.errors import StageInterrupted
 from tasks.provenance import git_state, hardware, packages
+from tasks.ranks import ranks_of, run_in_ranks
 from tasks.stage import Context, Stage
 from tasks.work import Outcome, Work
 
@@ -53,7 +54,11 @@ def produce(
 
         with store.workspace(work.key) as output:
             with store.logs(work.key) as logs:
-                metrics = _run(store, work, output, logs, report, stopping)
+                count = ranks_of(work)
+                if count > 1:
+                    metrics = run_in_ranks(work, count, output, logs, report, stopping)
+                else:
+                    metrics = run_stage(store, work, output, logs, report, stopping)
             commit, dirty = git_state()
             record = store.commit(
                 output,
@@ -80,7 +85,7 @@ def produce(
     return Outcome(record, reused=False)
 
 
-def _run(
+def run_stage(
     store: Store,
     work: Work,
     output: Path,
@@ -88,6 +93,7 @@ def _run(
     report: Callable[[object], None],
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
+    """Runs a work's stage in this process, into `output`; gives what the record says of it."""
     stage = work.definition
     records = {name: _input(store, work, name, reference) for name, reference in work.inputs.items()}
 

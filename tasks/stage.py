@@ -41,6 +41,8 @@ class Runtime(FrozenModel):
     """Processes or threads that a data stage works with; null for one per core."""
     layout: Layout = Layout()
     """How the engine lies on its devices."""
+    continue_on: bool = False
+    """Whether a training stage goes on from a checkpoint that another engine made, instead of starting anew."""
     ray: str | None = None
     """Address of the Ray cluster that works on token shards, `auto` for the one that is found; null for none."""
 
@@ -89,6 +91,8 @@ class Stage:
     config: type[FrozenModel]
     output: Kind
     run: StageFunction
+    trains: bool = False
+    """Whether it trains with an engine, which several processes may do together, each running the whole stage."""
     inputs: Mapping[str, Kind] = field(default_factory=dict)
     optional_inputs: Mapping[str, Kind] = field(default_factory=dict)
     many: Mapping[str, str] = field(default_factory=dict)

@@ -53,6 +53,8 @@ def run_training(
 ) -> Metrics:
     """Trains and writes a model artifact with optimizer state and tokenizer; gives what the record says of it.
 
+    In several processes each does all of this, and process 0 alone writes.
+
     Raises UserError where the tokens do not fit the model, each other, or what is asked of them, and what the loop
     raises.
     """
@@ -79,6 +81,7 @@ def run_training(
             metrics=TrainingLogs(context.logs, context.name, config.model_dump(mode="json"), data.validated),
             should_stop=context.should_stop,
             decode=tokenizer.decode,
+            continue_on=context.runtime.continue_on,
         )
         blend = blend_rows(tokens, data.batches, result.state.step)
     trained = ModelFolder(
@@ -87,8 +90,9 @@ def run_training(
         optimizer=whole(engine.export("optimizer"), model),
         trained_with=config.training.optimizer,
     )
-    write_model(context.output, trained)
-    copy_tokenizer(tokens[0].folder / "tokenizer", context.output)
+    if engine.process == 0:
+        write_model(context.output, trained)
+        copy_tokenizer(tokens[0].folder / "tokenizer", context.output)
     return {**_metrics(model, result, engine.device, data), "blend": blend}
 
 

@@ -168,7 +168,7 @@ class Checkpoints:
         if manifest.fingerprint != fingerprint:
             reason = "it belongs to another config or other data"
         else:
-            reason = f"engine '{manifest.engine}' made it, and only that engine goes on from it"
+            reason = f"engine '{manifest.engine}' made it, and another goes on from it only with `--continue-on`"
         log.warning("checkpoint %s is not used: %s", self._folder(manifest.step), reason)
 
     def _folder(self, step: int) -> str:

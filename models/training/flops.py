@@ -49,9 +49,11 @@ def matmul_parameters(model: ModelConfig) -> int:
 
 
 def peak_flops_per_second(device: str) -> float | None:
-    """Dense bf16 peak of a device by its name, as `TrainingEngine.device` gives it; None where it is not known."""
+    """Dense bf16 peak of a device, or of several as in `2 × cuda: NVIDIA H200`, by the name that
+    `TrainingEngine.device` gives; None where it is not known."""
     words = device.replace("-", " ").split()
+    count = int(words[0]) if words[1:2] == ["×"] else 1
     for name, peak in _PEAKS:
         if all(word in words for word in name.split()):
-            return peak
+            return count * peak
     return None

@@ -37,6 +37,10 @@ EXIT_GO_ON_LATER = os.EX_TEMPFAIL
 """The exit status (75) of a process whose training was interrupted in good order and is to be started again."""
 
 
+_GO_ON, _SAVE, _STOP = range(3)
+"""What the processes of a run agree on between two steps: the largest of their words."""
+
+
 class Interrupted(Exception):
     """Training was asked to stop and has written a checkpoint, from which the same call goes on."""
 
@@ -97,6 +101,9 @@ def train(
     it, `decode` makes text of sampled token ids. `should_stop` is asked between any two steps. `continue_on` goes on
     from another engine's checkpoint too. The final weights and moments are those of `engine.export`.
 
+    In several processes, each is given all of this: `report` and `metrics` are used in process 0 alone, the others
+    only read `checkpoints`, and one whose `should_stop` comes true stops all of them.
+
     Raises Interrupted after SIGTERM, SIGINT or `should_stop`, with a checkpoint written; UserError where too many
     steps in a row are not finite, where a checkpoint cannot be written, or where a token shard is damaged.
     """
@@ -105,10 +112,16 @@ def train(
     if (batches.batch_size, batches.sequence_length) != (config.batch_size, config.sequence_length):
         raise ValueError("the batches have another batch size or sequence length than the config")
     with StopSignals() as signals:
+        if engine.process:
+            report, metrics = _untold, None
         loop = _Loop(engine, model, batches, validation, config, checkpoints, report, metrics, decode)
-        loop.stopping = lambda: signals.received is not None or should_stop()
+        loop.asked_to_stop = lambda: signals.received is not None or should_stop()
         loop.begin(start, continue_on)
         return loop.run()
+
+
+def _untold(event: Event) -> None:
+    """Process 0 has reported it."""
 
 
 class _Loop:
@@ -130,7 +143,7 @@ class _Loop:
         self.checkpoints = checkpoints
         self.report = report
         self.metrics = metrics
-        self.stopping: Callable[[], bool] = lambda: False
+        self.asked_to_stop: Callable[[], bool] = lambda: False
         self.validator: Validator | None = None
         if validation is not None and config.validation is not None:
             rows = config.micro_batch_size or config.batch_size
@@ -149,7 +162,7 @@ class _Loop:
     def begin(self, start: Start, continue_on: bool) -> None:
         """Takes over the newest checkpoint, or the start."""
         name = self.engine.name
-        found = self.checkpoints.load(name, self.fingerprint, continue_on)
+        found = self._found(name, continue_on)
         if found is None:
             self._restore(start.weights, start.optimizer)
         else:
@@ -164,6 +177,12 @@ class _Loop:
             self.metrics.resume(self.state.step)
         self.clock = Clock(self.state.step, self.state.seconds)
 
+    def _found(self, name: str, continue_on: bool) -> Checkpoint | None:
+        """The newest intact checkpoint as process 0 finds it, which every process then reads."""
+        found = None if self.engine.process else self.checkpoints.load(name, self.fingerprint, continue_on)
+        step = self.engine.agreed(-1 if found is None else found.step)
+        return self.checkpoints.read(step) if self.engine.process and step >= 0 else found
+
     def _restore(self, weights: Mapping[str, Array], optimizer: Mapping[str, Array] | None) -> None:
         self.engine.restore("weights", whole_pieces(weights))
         if optimizer is not None:
@@ -175,12 +194,11 @@ class _Loop:
             with Prefetcher(self.batches, first, self.config.steps, micro) as prefetcher:
                 # A run that was stopped in the middle of a validation does it now.
                 self._validate_if_due()
+                self._heed(_GO_ON)
                 while not self._finished():
-                    if self.stopping():
-                        self._interrupt()
                     self._step(prefetcher)
                     self._validate_if_due()
-                    self._save_if_due()
+                    self._heed(self._save_word())
             self._read_pending()
         finally:
             self.checkpoints.close()
@@ -252,7 +270,7 @@ class _Loop:
             return
         self._read_pending()
         with self.clock.paused():
-            measured = self.validator.measure(self.stopping)
+            measured = self.validator.measure(self._stopping)
         if measured is None:
             self._interrupt()
             return
@@ -269,14 +287,27 @@ class _Loop:
         if self.state.is_among_best(self.checkpoints.config.keep_best):
             self._save()
 
-    def _save_if_due(self) -> None:
+    def _save_word(self) -> int:
+        """This process's word on whether a checkpoint is to be written now."""
         self.checkpoints.check()
         every = self.checkpoints.config.every_seconds
-        if every == 0:
+        due = every == 0 or (self.clock.since_saving() >= every and not self.checkpoints.busy)
+        return _SAVE if due and not self.engine.process else _GO_ON
+
+    def _heed(self, word: int) -> None:
+        """Does what the processes agree on: stops or saves where one of them wants it."""
+        stops = not self._finished() and self.asked_to_stop()
+        word = self.engine.agreed(_STOP if stops else word)
+        if word == _STOP:
+            self._interrupt()
+        elif word == _SAVE:
             self._save()
-            self.checkpoints.wait()
-        elif self.clock.since_saving() >= every and not self.checkpoints.busy:
-            self._save()
+            if self.checkpoints.config.every_seconds == 0:
+                self.checkpoints.wait()
+
+    def _stopping(self) -> bool:
+        """Whether any process was asked to stop; collective."""
+        return self.engine.agreed(_STOP if self.asked_to_stop() else _GO_ON) == _STOP
 
     def _save(self) -> None:
         if self.saved == (self.state.step, self.state.validated):
@@ -296,7 +327,8 @@ class _Loop:
                 state=state.to_json(),
                 score=state.score,
             )
-            self.checkpoints.save(checkpoint)
+            if not self.engine.process:
+                self.checkpoints.save(checkpoint)
         self.saved = (self.state.step, self.state.validated)
         self.clock.saved()
 

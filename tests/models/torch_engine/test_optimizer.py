@@ -83,3 +83,33 @@ def test_a_loss_that_is_not_finite_is_enough_to_skip() -> None:
     assert float(skipped) == 1
     assert optimizer.updates == 0
     assert (weight == 1).all()
+
+
+@pytest.mark.parametrize("updates", [0, 7])
+def test_adamw_by_plain_operations_is_the_fused_one(updates: int) -> None:
+    """Which stands in for it on devices whose fused kernel does not say that it skips updates."""
+    torch.manual_seed(0)
+    start = {"embed_tokens.weight": torch.randn(5, 7), "norm.weight": torch.randn(7)}
+    both = []
+    for fused in (True, False):
+        parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in start.items()}
+        optimizer = Optimizer(OptimizerConfig(learning_rate=0.01, clip=0.5), parameters)
+        for part in optimizer.adamw:
+            part.fused = fused
+        optimizer.updates = updates
+        both.append((parameters, optimizer))
+    for step in range(6):
+        gradients = {name: torch.randn_like(tensor) for name, tensor in start.items()}
+        if step in (0, 3):
+            gradients["norm.weight"][2] = torch.nan
+        for parameters, optimizer in both:
+            for name, parameter in parameters.items():
+                parameter.grad = gradients[name].clone()
+            _, skipped = optimizer.step(0.7, torch.tensor(1.0))
+            assert bool(skipped) == (step in (0, 3))
+        (ones, one), (others, other) = both
+        assert one.updates == other.updates
+        for name, parameter in ones.items():
+            torch.testing.assert_close(others[name], parameter, rtol=1e-5, atol=1e-7)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                torch.testing.assert_close(other.moments[moment][name], one.moments[moment][name])

@@ -1,0 +1,42 @@
+"""Which engine suits this machine, found out without importing one."""
+
+import platform
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import get_args
+
+from models.engine import EngineName, is_installed
+
+_DEVICES = Path("/sys/bus/pci/devices")
+_GOOGLE = "0x1ae0"
+_TPUS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
+"""PCI devices of Google's that are TPUs, as JAX tells them (`jax/_src/hardware_utils.py`); it makes others too."""
+
+
+def default_engine() -> EngineName:
+    """The engine of a recipe that names none: of those installed, the one that suits this machine."""
+    installed = [engine for engine in get_args(EngineName) if is_installed(engine)]
+    return preferred_engine(platform.system(), platform.machine(), has_tpu(_DEVICES), installed)
+
+
+def preferred_engine(system: str, machine: str, tpu: bool, installed: Collection[EngineName]) -> EngineName:
+    """MLX on Apple Silicon, JAX where a TPU is, else PyTorch; PyTorch too where nothing is installed.
+
+    `system` and `machine` as `platform` gives them.
+    """
+    order: list[EngineName] = ["torch", "jax", "mlx"]
+    if (system, machine) == ("Darwin", "arm64"):
+        order.insert(0, "mlx")
+    elif tpu:
+        order.insert(0, "jax")
+    return next((engine for engine in order if engine in installed), "torch")
+
+
+def has_tpu(devices: Path) -> bool:
+    """Whether one of the PCI devices, a folder each as Linux shows them, is a TPU."""
+    for vendor in devices.glob("*/vendor"):
+        with suppress(OSError):
+            if vendor.read_text().strip() == _GOOGLE and vendor.with_name("device").read_text().strip() in _TPUS:
+                return True
+    return False

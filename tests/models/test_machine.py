@@ -1,0 +1,37 @@
+from pathlib import Path
+
+from models.engine import EngineName
+from models.machine import default_engine, has_tpu, preferred_engine
+
+ALL: list[EngineName] = ["torch", "jax", "mlx"]
+
+
+def test_each_machine_has_the_engine_that_suits_it() -> None:
+    assert preferred_engine("Darwin", "arm64", False, ALL) == "mlx"
+    assert preferred_engine("Darwin", "x86_64", False, ALL) == "torch"
+    assert preferred_engine("Linux", "x86_64", True, ALL) == "jax"
+    assert preferred_engine("Linux", "x86_64", False, ALL) == "torch"
+    assert preferred_engine("Linux", "aarch64", False, ALL) == "torch"
+
+
+def test_of_those_that_are_installed() -> None:
+    assert preferred_engine("Darwin", "arm64", False, ["torch"]) == "torch"
+    assert preferred_engine("Linux", "x86_64", True, ["torch", "mlx"]) == "torch"
+    assert preferred_engine("Linux", "x86_64", False, ["mlx", "jax"]) == "jax"
+    # What is missing is named where it is asked for.
+    assert preferred_engine("Linux", "x86_64", False, []) == "torch"
+
+
+def test_a_tpu_is_told_from_what_else_google_makes(tmp_path: Path) -> None:
+    for name, vendor, device in (("network", "0x1ae0", "0x0042"), ("gpu", "0x10de", "0x0063")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(f"{vendor}\n")
+        (tmp_path / name / "device").write_text(f"{device}\n")
+    assert not has_tpu(tmp_path)
+    (tmp_path / "network" / "device").write_text("0x0063\n")
+    assert has_tpu(tmp_path)
+    assert not has_tpu(tmp_path / "nothing")
+
+
+def test_this_machine_has_one() -> None:
+    assert default_engine() in ALL

@@ -1,0 +1,262 @@
+"""What one of several processes does in the tests of training together, and what one process alone does beside it.
+
+As a program: `python -m tests.models.torch_engine.together RESULTS NAME…` in each of the processes, which do the named
+works one after the other; process 0 writes what each came to, as JSON and as arrays.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+
+from models import weights
+from models.config import ModelConfig
+from models.engine import Batch, Layout, StepResult, training_engine
+from models.generation import generate
+from models.optimizer import OptimizerConfig
+from models.processes import start_processes
+from models.sampling import SamplingConfig
+from models.torch_engine.train import TorchTraining
+from models.training.checkpoint import Checkpoints
+from models.training.config import CheckpointConfig, TrainingConfig
+from models.training.events import Event, Note
+from models.training.loop import Interrupted, Start, train
+from tests.models.tiny import VOCABULARY, Arrays, batch, cut, pieces, tiny
+from tests.models.training import bigrams
+
+Found = dict[str, Any]
+ADAMW = OptimizerConfig(learning_rate=3e-4)
+MUON = OptimizerConfig(name="muon", learning_rate=3e-4, muon_learning_rate=5e-3)
+OPTIMIZERS = {"adamw": ADAMW, "muon": MUON}
+LAYOUTS = {
+    "alone": Layout(),
+    "data": Layout(),
+    "fsdp2": Layout(fsdp=2),
+    "fsdp4": Layout(fsdp=4),
+    "remade": Layout(rematerialize=True),
+    "remade-fsdp2": Layout(fsdp=2, rematerialize=True),
+}
+STEPS = 20
+# Over four processes: rows that do not divide, and micro-batches of which some get none.
+ROWS = 7
+
+
+def engine_for(config: ModelConfig, optimizer: OptimizerConfig, layout: str) -> TorchTraining:
+    engine = training_engine("torch", config, optimizer, "float32", LAYOUTS[layout])
+    assert isinstance(engine, TorchTraining)
+    engine.restore("weights", pieces(dict(weights.initial_weights(config, 1))))
+    return engine
+
+
+def micro_batches(step: int) -> list[Batch]:
+    """One or three of them, by turns."""
+    rows = batch(rows=ROWS, seed=step)
+    return cut(rows, 3) if step % 2 else [rows]
+
+
+def exported(engine: TorchTraining, config: ModelConfig) -> Arrays:
+    return weights.assemble([*engine.export("weights"), *engine.export("optimizer")], weights.canonical_shapes(config))
+
+
+def training(name: str) -> tuple[Found, Arrays]:
+    """`train:COMPOSITION:OPTIMIZER:LAYOUT`: twenty steps, with losses and what is left of them."""
+    _, composition, optimizer, layout = name.split(":")
+    config = tiny(composition)
+    engine = engine_for(config, OPTIMIZERS[optimizer], layout)
+    gradients = {
+        f"gradient {piece}": array
+        for piece, array in weights.gather(
+            engine.gradients(micro_batches(1), 0), weights.canonical_shapes(config)
+        ).items()
+    }
+    steps = [engine.step(micro_batches(step), 1.0, step) for step in range(STEPS)]
+    prompts = np.random.default_rng(0).integers(0, VOCABULARY, (3, 5)).tolist()
+    found = {
+        "losses": [float(step.loss) for step in steps],
+        "norms": [float(step.gradient_norm) for step in steps],
+        "loss": engine.loss(batch(rows=ROWS, seed=99)),
+        "written": generate(engine.inference(), prompts, SamplingConfig(max_new_tokens=6), ()),
+        "device": engine.device,
+    }
+    return found, {**gradients, **exported(engine, config)}
+
+
+def restoring(name: str) -> tuple[Found, Arrays]:
+    """`restore:LAYOUT`: an update with dropout and Muon again from what another engine exported, bit for bit.
+
+    Every process needs what process 0 alone is given; so all of them are handed the arrays of their first engine's
+    start, and the moments are those of zeros.
+    """
+    config = tiny("mixtral", dropout=0.2, num_local_experts=3)
+    first = engine_for(config, MUON, name.split(":")[1])
+    start = dict(weights.initial_weights(config, 1))
+    random = np.random.default_rng(0)
+    canonical = weights.canonical_shapes(config)
+    moments: Arrays = {"updates": np.array(5, np.int64)}
+    for moment in sorted(first._optimizer_shapes().keys() - {"updates"}):
+        moments[moment] = random.random(canonical[moment.partition(":")[2]], np.float32) / 100
+    results: list[list[float]] = []
+    states: list[Arrays] = []
+    for _ in range(2):
+        first.restore("weights", pieces(start))
+        first.restore("optimizer", pieces(moments))
+        restored = exported(first, config)
+        results.append([float(value) for value in first.step(micro_batches(1), 1.0, 7)])
+        states.append(exported(first, config))
+    same = first.process > 0 or (
+        all((restored[part] == array).all() for part, array in {**start, **moments}.items())
+        and all((states[0][part] == array).all() for part, array in states[1].items())
+    )
+    other = float(first.step(micro_batches(1), 1.0, 8).loss)
+    return {"same": bool(same), "results": results, "other": other, "updates": int(states[0].get("updates", 7))}, {}
+
+
+def dropping(name: str) -> tuple[Found, Arrays]:
+    """`dropout:LAYOUT`: one row for each process, the same for all; with dropout each has another loss."""
+    engine = engine_for(tiny("gpt2", dropout=0.5), ADAMW, name.split(":")[1])
+    row = batch(rows=1)
+    rows = Batch(*(np.repeat(part, 4, 0) for part in row[:3]))
+    own = engine._world.rows(rows)
+    engine._parallel.clear()
+    engine._model.train()
+    with engine._dropout(3, 0):
+        mine = float(engine._parallel.evaluated(engine._packed(own), 1.0).detach())
+    # Told to the others through the largest word, one process at a time.
+    all_of_them = [
+        engine.agreed(round(mine * 1e6) if number == engine.process else -1) for number in range(engine._world.size)
+    ]
+    return {"losses": all_of_them}, {}
+
+
+def skipping(name: str) -> tuple[Found, Arrays]:
+    """`skip:LAYOUT`: a weight that is not finite, in one process's part alone where weights are divided."""
+    config = tiny("llama")
+    engine = engine_for(config, MUON, name.split(":")[1])
+    broken: Arrays = dict(weights.initial_weights(config, 1))
+    broken["model.layers.1.mlp.down_proj.weight"][0, 0] = np.inf
+    engine.restore("weights", pieces(broken))
+    before = exported(engine, config)
+    result = engine.step(micro_batches(0), 1.0, 0)
+    after = exported(engine, config)
+    unchanged = all((before[part] == array).all() for part, array in after.items())
+    return {"skipped": float(result.skipped), "unchanged": unchanged}, {}
+
+
+class Watched(TorchTraining):
+    """Writes down what it is given to step on."""
+
+    seen: list[str]
+
+    def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
+        digest = hashlib.sha256()
+        for one in micro_batches:
+            for part in one:
+                digest.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
+        self.seen.append(digest.hexdigest())
+        return super().step(micro_batches, learning_rate_scale, dropout_key)
+
+
+LOOP = TrainingConfig.model_validate(
+    {
+        "steps": 24,
+        "batch_size": 6,
+        "micro_batch_size": 3,
+        "sequence_length": 7,
+        "packing": "documents",
+        "optimizer": {"learning_rate": 3e-4},
+        "validation": {"every": 6, "exact_match_rows": 8, "samples": 1},
+    }
+)
+LOOP_MODEL = tiny("llama", vocab_size=bigrams.VOCABULARY)
+
+
+def looping(name: str) -> tuple[Found, Arrays]:
+    """`loop:LAYOUT:FOLDER:STOP`: the training loop to its end, or until one process wants to stop after some steps."""
+    _, layout, place, stop = name.split(":")
+    folder = Path(place)
+    engine = Watched(LOOP_MODEL, LOOP.optimizer, "float32", LAYOUTS[layout])
+    engine.seen = []
+    events: list[Event] = []
+
+    def should_stop() -> bool:
+        # The last process alone knows of it.
+        return engine.process == engine._world.size - 1 and len(engine.seen) == int(stop or -1)
+
+    found: Found = {"interrupted": None}
+    try:
+        result = train(
+            engine,
+            LOOP_MODEL,
+            bigrams.batches_for(LOOP, folder / "train"),
+            bigrams.batches_for(LOOP, folder / "validation", shuffled=False),
+            LOOP,
+            Checkpoints(LocalFileSystem(), str(folder / "checkpoints"), CheckpointConfig(every_seconds=0.05)),
+            Start(weights.initial_weights(LOOP_MODEL, 0)),
+            report=events.append,
+            should_stop=should_stop,
+        )
+        found["losses"] = [record.loss for record in result.state.validations]
+    except Interrupted as interrupted:
+        found["interrupted"] = interrupted.step
+    told = engine.agreed(len(events) if engine.process else 0)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    return {**found, "seen": engine.seen, "told_by_others": told, "notes": notes}, exported(engine, LOOP_MODEL)
+
+
+WORKS: dict[str, Callable[[str], tuple[Found, Arrays]]] = {
+    "train": training,
+    "restore": restoring,
+    "dropout": dropping,
+    "skip": skipping,
+    "loop": looping,
+}
+
+
+def do(name: str) -> tuple[Found, Arrays]:
+    """One work, in this process."""
+    return WORKS[name.partition(":")[0]](name)
+
+
+def together(folder: Path, count: int, names: Sequence[str], seconds: float = 300.0) -> dict[str, tuple[Found, Arrays]]:
+    """Works in `count` processes, started as a stage starts them."""
+    import time
+
+    folder.mkdir()
+    command = [sys.executable, "-W", "error", "-m", "tests.models.torch_engine.together", str(folder), *names]
+    environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    processes = start_processes("torch", [command] * count, environment, folder)
+    try:
+        until = time.monotonic() + seconds
+        while processes.running():
+            assert time.monotonic() < until, "the processes did not end"
+            time.sleep(0.05)
+        assert not processes.failed(), "\n".join(path.read_text() for path in folder.glob("error-*"))
+    finally:
+        processes.kill()
+    found = json.loads((folder / "found.json").read_text())
+    arrays = [dict(np.load(folder / f"{number}.npz")) for number in range(len(names))]
+    return {name: (found[name], array) for name, array in zip(names, arrays, strict=True)}
+
+
+def main(folder: Path, names: Sequence[str]) -> None:
+    results = {name: do(name) for name in names}
+    if os.environ["RANK"] == "0":
+        for number, (_, arrays) in enumerate(results.values()):
+            np.savez(folder / f"{number}.npz", **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
+        (folder / "found.json").write_text(json.dumps({name: found for name, (found, _) in results.items()}))
+
+
+if __name__ == "__main__":
+    import traceback
+
+    try:
+        main(Path(sys.argv[1]), sys.argv[2:])
+    except BaseException:
+        (Path(sys.argv[1]) / f"error-{os.environ['RANK']}").write_text(traceback.format_exc())
+        raise
