@@ -89,4 +89,5 @@ def _real(counted_RT: NDArray[np.bool_], starts_RT: NDArray[np.int64]) -> NDArra
     last = np.full(rows * length, -1, np.int64)
     places = np.flatnonzero(counted_RT)
     np.maximum.at(last, contexts[places], places)
-    return (np.arange(rows * length) <= last[contexts]).reshape(rows, length)
+    real_RT: NDArray[np.bool_] = (np.arange(rows * length) <= last[contexts]).reshape(rows, length)
+    return real_RT

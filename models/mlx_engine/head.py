@@ -23,8 +23,8 @@ def summed_loss(x_MD: mx.array, head_VD: mx.array, targets_M: mx.array, counted_
 
     x_MD: normed hidden states in the dtype of the products; head_VD: the fp32 parameter; counted_M: 1 or 0, fp32.
     """
-    loss: mx.array = _with_gradients(x_MD, head_VD, targets_M, counted_M)[0]
-    return loss
+    found: tuple[mx.array, mx.array, mx.array] = _with_gradients(x_MD, head_VD, targets_M, counted_M)  # type: ignore[assignment]
+    return found[0]
 
 
 def parts_of(positions: int, vocabulary: int) -> list[slice]:
@@ -34,12 +34,13 @@ def parts_of(positions: int, vocabulary: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, positions, size)]
 
 
-@mx.custom_function  # type: ignore[untyped-decorator]
+@mx.custom_function
 def _with_gradients(
     x_MD: mx.array, head_VD: mx.array, targets_M: mx.array, counted_M: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     cast_VD = head_VD.astype(x_MD.dtype)
-    total, dhead_VD, dx = mx.zeros(()), mx.zeros(head_VD.shape), []
+    total, dhead_VD = mx.zeros(()), mx.zeros(head_VD.shape)
+    dx: list[mx.array] = []
     for part in parts_of(len(x_MD), len(head_VD)):
         # One part after the other: MLX would go through all of them side by side.
         x_CD, total = mx.depends([x_MD[part], total], [total, dhead_VD, *dx[-1:]])
@@ -58,7 +59,7 @@ def _with_gradients(
     return total, mx.concatenate(dx), dhead_VD
 
 
-@_with_gradients.vjp  # type: ignore[untyped-decorator]
+@_with_gradients.vjp
 def _gradients(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
 ) -> tuple[mx.array, ...]:

@@ -91,5 +91,6 @@ def split_keys(keys_B2: mx.array | None, count: int) -> list[mx.array | None]:
     """So many keys for each row out of one."""
     if keys_B2 is None:
         return [None] * count
-    keys_BS2 = mx.vmap(lambda key: mx.random.split(key, count))(keys_B2)
+    # mx.checkpoint asks for a gradient by all that a block takes, and random bits have none.
+    keys_BS2 = mx.vmap(lambda key: mx.random.split(key, count))(mx.stop_gradient(keys_B2))
     return [keys_BS2[:, number] for number in range(count)]

@@ -3,7 +3,7 @@
 B rows, T positions, D hidden_size, V vocab_size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import mlx.core as mx
 from mlx import nn
@@ -29,7 +29,8 @@ class Block(nn.Module):
         self.input_norm = Norm(config)
         self.attention = Attention(config)
         self.post_attention_norm = Norm(config)
-        self.mlp = {"dense": Dense, "gated": Gated, "mixture": Mixture}[config.mlp](config)
+        kinds: dict[str, Callable[[ModelConfig], nn.Module]] = {"dense": Dense, "gated": Gated, "mixture": Mixture}
+        self.mlp = kinds[config.mlp](config)
 
     def __call__(
         self,
@@ -98,14 +99,16 @@ class Transformer(nn.Module):
 
     def read_cached(self, tokens_BT: mx.array, places: Places, cache: Cache) -> tuple[mx.array, list[LayerCache]]:
         """The same with a cache, whose layers are given back with the new positions in them."""
-        x_BTD, layers = self._embedded(tokens_BT, places), []
+        x_BTD = self._embedded(tokens_BT, places)
+        layers: list[LayerCache] = []
         for block, layer in zip(self.layers, cache.layers, strict=True):
             x_BTD, _, filled = block(x_BTD, places, cache=layer)
+            assert filled is not None
             layers.append(filled)
         return self.norm(x_BTD).astype(self.compute), layers
 
     def _embedded(self, tokens_BT: mx.array, places: Places) -> mx.array:
-        x_BTD = self.embed_tokens(tokens_BT).astype(mx.float32)
+        x_BTD: mx.array = self.embed_tokens(tokens_BT).astype(mx.float32)
         if self.config.position_embedding == "learned":
             positions_BT = places.positions_BT
             here = mx.arange(tokens_BT.shape[1]) if positions_BT is None else positions_BT

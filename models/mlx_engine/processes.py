@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from common.errors import UserError
 from models.engine import Layout
@@ -58,4 +59,5 @@ class Processes:
         """The largest of the words of all processes."""
         if self._group is None:
             return word
-        return int(mx.distributed.all_max(mx.array([word], mx.int64), group=self._group).item())
+        words: list[int] = np.array(mx.distributed.all_max(mx.array([word], mx.int64), group=self._group)).tolist()
+        return words[0]

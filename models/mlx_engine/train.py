@@ -36,10 +36,15 @@ Arrays = dict[str, mx.array]
 """One micro-batch on the device: the fields of `batches.Rows` that there are, and `keys` (R, 2) of dropout."""
 
 
+OptimizerState = tuple[Moments, mx.array, LossScale]
+"""The moments, the number of updates (0-d int32), and the loss scale."""
+
+
 class MlxTraining:
     """`models.engine.TrainingEngine` on MLX's default device, in one process or in several.
 
-    State goes through compiled functions as arguments and results; the module only holds it in between.
+    State goes through the functions of a step as arguments and results, and the module only holds it in between, so
+    that they can be compiled: as they are on a GPU, or where `compiled` says so.
     """
 
     name: EngineName = "mlx"
@@ -58,11 +63,15 @@ class MlxTraining:
         self.process = processes.rank
         self.device = described() if processes.count == 1 else f"{processes.count} × {described()}"
         self._model = Transformer(config, compute_dtype(precision), layout.rematerialize)
-        self._reset()
+        self._moments, self._updates, self._scale = self._fresh()
         self._loss_rows: dict[tuple[int, bool], int] = {}
         self.traced = 0
         """How often a function was traced for a new shape: what `step` costs but once."""
-        compile_: Callable[..., Any] = mx.compile if compiled is not False else lambda function: function
+        if compiled is None:
+            # On a CPU, compiled steps were no faster, and MLX compiles with a g++ that may be missing, into files that
+            # two processes at a time, or one that is killed, leave half-written for all later ones.
+            compiled = mx.default_device() != mx.Device(mx.cpu)
+        compile_: Callable[..., Any] = mx.compile if compiled else lambda function: function
         self._gradients_of = compile_(self._traced(self._gradients_function))
         self._counts_of = compile_(self._traced(self._counts_function))
         self._loss_of = compile_(self._traced(self._loss_function))
@@ -120,7 +129,7 @@ class MlxTraining:
     def restore(self, state: State, arrays: Iterable[Piece]) -> None:
         if state == "weights":
             load_weights(self._model, arrays)
-            self._reset()
+            self._moments, self._updates, self._scale = self._fresh()
             return
         pieces = list(arrays)
         scaling = {piece.name: piece.array for piece in pieces if piece.name in (SCALE, STEADY)}
@@ -137,10 +146,10 @@ class MlxTraining:
     def inference(self) -> MlxInference:
         return MlxInference(self._model)
 
-    def _reset(self) -> None:
+    def _fresh(self) -> OptimizerState:
         """The optimizer as it is before its first update."""
-        self._moments = fresh_moments(self._optimizer_config, parameters_of(self._model))
-        self._updates, self._scale = mx.array(0, mx.int32), fresh_scale(self._is_fp16)
+        moments = fresh_moments(self._optimizer_config, parameters_of(self._model))
+        return moments, mx.array(0, mx.int32), fresh_scale(self._is_fp16)
 
     def _optimizer_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {UPDATES: ()}
@@ -183,7 +192,7 @@ class MlxTraining:
         if seed is not None and config.dropout:
             count, start = len(rows.tokens_RT), processes.rank * len(rows.tokens_RT)
             keys_B2 = mx.random.split(mx.random.key(seed), len(batch.tokens_BT))[start : start + count]
-            arrays["keys"] = mx.pad(keys_B2, ((0, count - len(keys_B2)), (0, 0)))
+            arrays["keys"] = mx.pad(keys_B2, [(0, count - len(keys_B2)), (0, 0)])
         return arrays
 
     def _backward(self, micro_batches: Sequence[Batch], dropout_key: int) -> tuple[mx.array, Parameters]:
@@ -259,11 +268,11 @@ class MlxTraining:
     def _update_function(
         self,
         parameters: Parameters,
-        state: tuple[Moments, mx.array, LossScale],
+        state: OptimizerState,
         gradients: Parameters,
         loss: mx.array,
         rates: Rates,
-    ) -> tuple[Parameters, tuple[Moments, mx.array, LossScale], mx.array, mx.array]:
+    ) -> tuple[Parameters, OptimizerState, mx.array, mx.array]:
         """Parameters and state after the update, the gradients' norm, and 1 where it was skipped."""
         moments, updates, scale = state
         if self._is_fp16:

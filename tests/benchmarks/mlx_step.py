@@ -20,10 +20,10 @@ import numpy as np
 
 from models import weights
 from models.config import ModelConfig
-from models.engine import Batch, Layout, training_engine
+from models.engine import Batch, Layout
 from models.optimizer import OptimizerConfig
 
-WAYS = ("engine", "uncompiled", "bare", "bare uncompiled", "transformers")
+WAYS = ("engine", "engine compiled", "bare", "bare compiled", "transformers")
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
 def measure(way: str, steps: int, rows: int, length: int) -> None:
     """Prints the median seconds of a step by the clock and of the processor, and the peak of memory in bytes."""
     config = llama(length)
-    make = {"bare": bare, "bare uncompiled": bare, "transformers": pytorch}.get(way, engine)
+    make = {"bare": bare, "bare compiled": bare, "transformers": pytorch}.get(way, engine)
     step, peak = make(config, batch(rows, length, config.vocab_size), way)
     step()
     times = []
@@ -99,12 +99,7 @@ def engine(config: ModelConfig, rows: Batch, way: str) -> tuple[Callable[[], obj
     from models.mlx_engine.train import MlxTraining
 
     optimizer, layout = OptimizerConfig(learning_rate=1e-3), Layout(rematerialize=way == "rematerialised")
-    if way == "uncompiled":
-        found = MlxTraining(config, optimizer, "float32", layout, Processes(None), compiled=False)
-    elif way == "engine":
-        found = MlxTraining(config, optimizer, "float32", layout, Processes(None), compiled=True)
-    else:
-        found = training_engine("mlx", config, optimizer, "float32", layout)  # type: ignore[assignment]
+    found = MlxTraining(config, optimizer, "float32", layout, Processes(None), way.endswith("compiled") or None)
     found.restore("weights", weights.whole_pieces(dict(weights.initial_weights(config, 0))))
 
     import mlx.core as mx
@@ -149,7 +144,7 @@ def bare(config: ModelConfig, rows: Batch, way: str) -> tuple[Callable[[], objec
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
         def __call__(self, tokens: mx.array) -> mx.array:
-            x = self.embedding(tokens)
+            x: mx.array = self.embedding(tokens)
             for layer in self.layers:
                 x = layer(x)
             return self.head(self.norm(x))
@@ -162,12 +157,13 @@ def bare(config: ModelConfig, rows: Batch, way: str) -> tuple[Callable[[], objec
         def loss_of(model: Llama) -> mx.array:
             return nn.losses.cross_entropy(model(tokens), targets, reduction="mean")
 
+        loss: mx.array
         loss, gradients = nn.value_and_grad(model, loss_of)(model)
         gradients, _ = optimizers.clip_grad_norm(gradients, 1.0)
         adamw.update(model, gradients)
         return loss
 
-    call: Callable[..., Any] = step if way.endswith("uncompiled") else mx.compile(step, inputs=state, outputs=state)
+    call: Callable[..., Any] = mx.compile(step, inputs=state, outputs=state) if way.endswith("compiled") else step
     tokens, targets = mx.array(rows.tokens_BT), mx.array(rows.targets_BT)
 
     def done() -> None:
@@ -185,8 +181,8 @@ def pytorch(config: ModelConfig, rows: Batch, way: str) -> tuple[Callable[[], ob
 
     from models.hub import hub_config
 
-    found = LlamaConfig(**hub_config(config, 0, 1, 2), attn_implementation="eager")
-    model = LlamaForCausalLM(found)
+    found: Any = LlamaConfig(**{**hub_config(config, 0, 1, 2), "attn_implementation": "eager"})
+    model: Any = LlamaForCausalLM(found)
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     tokens, targets = (torch.from_numpy(array).long() for array in (rows.tokens_BT, rows.targets_BT))
 
@@ -194,7 +190,7 @@ def pytorch(config: ModelConfig, rows: Batch, way: str) -> tuple[Callable[[], ob
         logits = model(tokens).logits
         loss = torch.nn.functional.cross_entropy(logits.view(-1, config.vocab_size), targets.reshape(-1))
         adamw.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()
         return float(loss)

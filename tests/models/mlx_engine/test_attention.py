@@ -37,7 +37,7 @@ def test_positions_read_what_they_may(documents: np.ndarray | None, rate: float)
     q, k, v = (random.standard_normal((2, heads, LENGTH, 6), np.float32) for heads in (4, 2, 2))
     places = row_places(None if documents is None else mx.array(documents), None)
     keys = mx.random.split(mx.random.key(0), 2)
-    found = attention._mixed(*map(mx.array, (q, k, v)), places.mask_BHTT, keys)
+    found = attention._mixed(mx.array(q), mx.array(k), mx.array(v), places.mask_BHTT, keys)
     np.testing.assert_allclose(np.array(found), reference(q, k, v, documents), atol=1e-5)
 
 

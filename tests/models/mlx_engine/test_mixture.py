@@ -1,5 +1,7 @@
 """Two ways through a mixture's experts, both against one position at a time."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -25,9 +27,9 @@ def experts() -> Experts:
 
 def one_by_one(made: Experts, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
     rows = []
-    for position, names in enumerate(chosen.tolist()):
+    for position, names in enumerate(np.array(chosen)):
         row = mx.zeros(WIDTH)
-        for place, expert in enumerate(names):
+        for place, expert in enumerate(names.tolist()):
             inner = activated(CONFIG, made.gate_proj[expert] @ x[position]) * (made.up_proj[expert] @ x[position])
             row = row + weights[position, place] * (made.down_proj[expert] @ inner)
         rows.append(row)
@@ -42,9 +44,9 @@ def test_both_ways_and_their_gradients_are_those_of_one_position_at_a_time(way: 
     chosen = mx.array(np.stack([[0, *np.random.default_rng(row).permutation([1, 2, 4])[:2]] for row in range(13)]))
     weights = mx.softmax(mx.random.normal((13, 3), key=mx.random.key(2)), axis=-1)
 
-    def squares(function: object, *arrays: mx.array) -> mx.array:
+    def squares(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
         x, weights, made.gate_proj, made.up_proj, made.down_proj = arrays
-        return (function(x, chosen, weights) ** 2).sum()  # type: ignore[operator]
+        return (function(x, chosen, weights) ** 2).sum()
 
     arrays = (x, weights, made.gate_proj, made.up_proj, made.down_proj)
     numbers = tuple(range(5))

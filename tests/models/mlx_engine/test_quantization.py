@@ -11,15 +11,15 @@ from tests.models.tiny import COMPOSITIONS, batch, pieces, tiny
 pytest.importorskip("models.mlx_engine")
 
 from mlx import nn
-from mlx.utils import tree_flatten
 
 from models.mlx_engine import inference_engine
+from models.mlx_engine.model import parameters_of
 from models.mlx_engine.quantization import Bits
 
 SIZE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "initializer_range": 0.1}
 
 
-@pytest.mark.parametrize(("bits", "bar"), [(4, 0.2), (8, 0.015)])
+@pytest.mark.parametrize(("bits", "bar"), [(4, 0.3), (8, 0.02)])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", list(COMPOSITIONS))
 def test_logits_stay_near(name: str, precision: str, bits: Bits, bar: float) -> None:
@@ -30,7 +30,7 @@ def test_logits_stay_near(name: str, precision: str, bits: Bits, bar: float) -> 
     expected, found = (reader.logits(batch().tokens_BT) for reader in (whole, few))
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     assert 1e-4 < error < bar
-    small, large = (sum(array.nbytes for _, array in tree_flatten(e._model.parameters())) for e in (few, whole))
+    small, large = (sum(array.nbytes for array in parameters_of(reader._model).values()) for reader in (few, whole))
     assert small < (0.55 if name != "mixtral" else 0.95) * large
 
 
