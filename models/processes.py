@@ -22,7 +22,10 @@ _HOST = "127.0.0.1"
 class Processes(Protocol):
     """Processes by their number. Each is the first of a session of its own, so that no Ctrl-C reaches it."""
 
-    pids: Sequence[int]
+    @property
+    def pids(self) -> Sequence[int]:
+        """Their process ids, by number."""
+        ...
 
     def failed(self) -> Mapping[int, int]:
         """The exit codes of those that ended with another code than 0, by number; negative ones are signals."""
@@ -107,7 +110,10 @@ class _Plain:
         except BaseException:
             self.kill()
             raise
-        self.pids = [process.pid for process in self._all]
+
+    @property
+    def pids(self) -> Sequence[int]:
+        return [process.pid for process in self._all]
 
     def failed(self) -> Mapping[int, int]:
         codes = {number: process.poll() for number, process in enumerate(self._all)}

@@ -164,8 +164,8 @@ class Optimizer:
         for part in self.adamw:
             self.moments["exp_avg"] |= part.exp_avg
             self.moments["exp_avg_sq"] |= part.exp_avg_sq
-        for matrices in self.muon:
-            self.moments["momentum_buffer"] |= matrices.momentum_buffer
+        for muon in self.muon:
+            self.moments["momentum_buffer"] |= muon.momentum_buffer
 
     @torch.no_grad()
     def step(self, learning_rate_scale: float, loss: Tensor) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,7 @@ def _replicated(module: nn.Module) -> DistributedDataParallel:
     return replicated
 
 
-def _summed(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _summed(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """DDP's communication without its division: losses are divided by the targets of all processes already."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None

@@ -104,7 +104,7 @@ class World:
         padded = moved.new_zeros((share, *moved.shape[1:]))
         padded[: len(moved)] = moved
         found = padded.new_empty((self.fsdp * share, *moved.shape[1:]))
-        dist.all_gather(list(found.split(share)), padded, group=self._shards)
+        dist.all_gather(list(torch.split(found, share)), padded, group=self._shards)
         return found[:rows].movedim(0, dim)
 
 

@@ -1,5 +1,6 @@
 """A training stage in several processes: what it makes, and that all of them end together, however one of them ends."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,6 @@ import pytest
 from artifacts.record import InputReference, Record
 from artifacts.store import Store
 from common.errors import StageFailed, StageInterrupted, UserError
-from models.weights import read_arrays
 from tasks.events import Event
 from tasks.process import EngineProcess, engine_process
 from tasks.produce import produce
@@ -77,7 +77,7 @@ def ranks(process: EngineProcess) -> list[int]:
 
 def after(step: int, act: Callable[[], None]) -> Listen:
     """Acts once when training has come to some step."""
-    done = []
+    done: list[Event] = []
 
     def listen(event: Event) -> None:
         if event["event"] == "Progress" and event["step"] >= step and not done:
@@ -91,8 +91,9 @@ def ignore(event: Event) -> None:
     pass
 
 
-def weights(record: Record, store: str) -> dict[str, Any]:
-    return read_arrays(Store.open(store).fetch(record) / "model.safetensors")
+def validations(record: Record) -> list[dict[str, Any]]:
+    found: Any = record.metrics["validation"]
+    return list(found)
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +114,10 @@ def test_several_processes_make_what_one_makes(process: EngineProcess, undisturb
     assert undisturbed.metrics["device"] == "2 × cpu"
     for name in ("steps", "tokens", "parameters", "blend"):
         assert undisturbed.metrics[name] == one.metrics[name]
-    found, expected = (record.metrics["validation"] for record in (undisturbed, one))
-    assert [record["step"] for record in found] == [20, 40, 60]  # type: ignore[index, union-attr]
-    np.testing.assert_allclose(
-        [record["loss"] for record in found],  # type: ignore[index, union-attr]
-        [record["loss"] for record in expected],  # type: ignore[index, union-attr]
-        atol=1e-3,
-    )
+    found, expected = validations(undisturbed), validations(one)
+    assert [record["step"] for record in found] == [20, 40, 60]
+    losses, wanted = ([record["loss"] for record in records] for records in (found, expected))
+    np.testing.assert_allclose(losses, wanted, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -167,7 +165,7 @@ def test_all_stop_together_and_go_on(process: EngineProcess, undisturbed: Record
         if whom == "stage":
             process.interrupt()
         else:
-            signal_to(seen[1], signal.SIGTERM)
+            os.kill(seen[1], signal.SIGTERM)
 
     with pytest.raises(StageInterrupted, match="it goes on from there when run again"):
         process.do(work, after(25, stop))
@@ -177,12 +175,6 @@ def test_all_stop_together_and_go_on(process: EngineProcess, undisturbed: Record
         again = another.do(work, lambda event: notes.append(event.get("text", ""))).record
     assert any("going on from the checkpoint of step" in note for note in notes)
     assert again.output == undisturbed.output
-
-
-def signal_to(pid: int, number: signal.Signals) -> None:
-    import os
-
-    os.kill(pid, number)
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ FOUR += ["restore:fsdp4", "restore:fsdp2", "skip:fsdp4", "dropout:fsdp2"]
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], Found]:
     """What two processes and four came to, started once each."""
     folder = tmp_path_factory.mktemp("together")
-    results = {}
+    results: dict[tuple[int, str], Found] = {}
     for count, names in ((2, TWO), (4, FOUR)):
         results |= {
             (count, name): result for name, result in together.together(folder / str(count), count, names).items()

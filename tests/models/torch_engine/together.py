@@ -120,8 +120,7 @@ def restoring(name: str) -> tuple[Found, Arrays]:
 def dropping(name: str) -> tuple[Found, Arrays]:
     """`dropout:LAYOUT`: one row for each process, the same for all; with dropout each has another loss."""
     engine = engine_for(tiny("gpt2", dropout=0.5), ADAMW, name.split(":")[1])
-    row = batch(rows=1)
-    rows = Batch(*(np.repeat(part, 4, 0) for part in row[:3]))
+    rows = batch(rows=1).part(np.zeros(4, np.int64))
     own = engine._world.rows(rows)
     engine._parallel.clear()
     engine._model.train()
