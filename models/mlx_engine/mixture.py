@@ -1,6 +1,6 @@
 """A mixture of gated experts (Mixtral; Jiang et al., 2024) and its load-balancing loss (Fedus et al., 2021).
 
-B rows, T positions, N = B · T, X experts of a position, E experts, D hidden_size, I intermediate_size.
+B rows, T positions, N = B · T, X experts of a position, A = N · X, E experts, D hidden_size, I intermediate_size.
 """
 
 from typing import NamedTuple
@@ -44,15 +44,15 @@ class Experts(nn.Module):
         experts_A = experts_NX.reshape(-1)
         order_A = mx.argsort(experts_A)
         sorted_A, x_A1D = experts_A[order_A], x_ND[order_A // chosen][:, None]
-
-        def through(x_A1: mx.array, stack: mx.array) -> mx.array:
-            weights = stack.astype(x_A1.dtype).swapaxes(-1, -2)
-            return mx.gather_mm(x_A1, weights, rhs_indices=sorted_A, sorted_indices=True)
-
-        inner_A1I = activated(self.config, through(x_A1D, self.gate_proj)) * through(x_A1D, self.up_proj)
-        done_AD = through(inner_A1I, self.down_proj)[:, 0]
+        gate_A1I, up_A1I = (self.product(name, x_A1D, sorted_A) for name in ("gate_proj", "up_proj"))
+        done_AD = self.product("down_proj", activated(self.config, gate_A1I) * up_A1I, sorted_A)[:, 0]
         back_NXD = done_AD[mx.argsort(order_A)].reshape(-1, chosen, x_ND.shape[1])
         return (back_NXD * weights_NX.astype(x_ND.dtype)[..., None]).sum(1)
+
+    def product(self, name: str, x_A1: mx.array, experts_A: mx.array) -> mx.array:
+        """Each row times the named matrix of its expert; the experts are in order."""
+        weights = self[name].astype(x_A1.dtype).swapaxes(-1, -2)
+        return mx.gather_mm(x_A1, weights, rhs_indices=experts_A, sorted_indices=True)
 
     def through_all(self, x_ND: mx.array, experts_NX: mx.array, weights_NX: mx.array) -> mx.array:
         """Every position through every expert, those not chosen weighted by nothing.
