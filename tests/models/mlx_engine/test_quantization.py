@@ -14,7 +14,8 @@ pytest.importorskip("models.mlx_engine")
 import mlx.core as mx  # only where MLX is
 from mlx import nn
 
-from models.mlx_engine import MlxInference, inference_engine
+from models.mlx_engine import inference_engine
+from models.mlx_engine.inference import MlxInference
 from models.mlx_engine.model import Parameters, Transformer, load_weights, parameters_of, replace_parameters
 from models.mlx_engine.quantization import Bits
 
