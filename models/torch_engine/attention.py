@@ -135,10 +135,6 @@ class Attention(nn.Module):
         if q_BHTK.is_cpu:
             return causal_attention(q_BHTK, k_BGTK, v_BGTK, dropout)
         grouped = self.groups != self.heads
-        if grouped and q_BHTK.is_mps:
-            repeats = self.heads // self.groups
-            k_BGTK, v_BGTK = k_BGTK.repeat_interleave(repeats, 1), v_BGTK.repeat_interleave(repeats, 1)
-            grouped = False
         return F.scaled_dot_product_attention(
             q_BHTK, k_BGTK, v_BGTK, is_causal=True, dropout_p=dropout, enable_gqa=grouped
         )

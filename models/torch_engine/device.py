@@ -1,13 +1,10 @@
 """The devices of the PyTorch engine: CUDA, Apple's GPU (MPS), and the CPU.
 
-What MPS lacks, and what stands in for it here: it has no float64, which nothing on the device uses; bfloat16 needs
-macOS 14, and is refused before; there is no fused AdamW whose skipping of updates is documented, so the plain one
-takes its place (`optimizer.py`); `fork_rng` does not know its generator, so `seeded` keeps it by itself; attention
-repeats the heads of a group, because its kernels do not all know grouped queries; `torch.utils.checkpoint` cannot keep
-its random numbers, so rematerialization with dropout is refused.
+What MPS lacks, and what stands in for it: it has no float64, which nothing here puts on a device; bfloat16 needs
+macOS 14, and is refused on older ones; its fused AdamW applied updates that it was told to skip until June 2026
+(github.com/pytorch/pytorch/pull/186360), so plain operations take its place (`optimizer.py`); and
+`torch.utils.checkpoint` cannot keep its random numbers, so rematerialization with dropout is refused.
 """
-
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -45,17 +42,11 @@ class seeded:
         """`numbers`, none negative, make the seed together."""
         # The CPU's generator heeds the lower 32 bits alone, so every number has to reach those.
         self._seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        self._device = device
-        self._fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        self._fork = torch.random.fork_rng([] if device.type == "cpu" else [device])
 
     def __enter__(self) -> None:
-        self._before = torch.mps.get_rng_state() if self._device.type == "mps" else None
         self._fork.__enter__()
         torch.manual_seed(self._seed)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._fork.__exit__(kind, error, traceback)
-        if self._before is not None:
-            torch.mps.set_rng_state(self._before)
+    def __exit__(self, *details: object) -> None:
+        self._fork.__exit__(None, None, None)

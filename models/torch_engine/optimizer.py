@@ -67,7 +67,7 @@ class _AdamW:
         )
 
     def _plain_step(self, gradients: list[Tensor], learning_rate: float, shrink: Tensor, skipped: Tensor) -> None:
-        """The same by plain operations, for devices whose fused kernel does not say that it skips updates."""
+        """The same by plain operations, for MPS: its fused kernel has not always skipped what it was told to."""
         beta1, beta2, kept = self.config.beta1, self.config.beta2, 1 - skipped
         torch._foreach_add_(self.updates, kept)
         count = self.updates[0].clamp(min=1)

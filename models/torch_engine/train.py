@@ -60,8 +60,8 @@ class TorchTraining:
 
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         """As the contract says. UserError where no target counts; ValueError for a token beyond the vocabulary."""
-        loss = self._backward(micro_batches, dropout_key)
         self._whole_model = None
+        loss = self._backward(micro_batches, dropout_key)
         norm, skipped = self._optimizer.step(learning_rate_scale, loss)
         return StepResult(loss, norm, skipped)
 

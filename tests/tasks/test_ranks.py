@@ -13,6 +13,7 @@ import pytest
 from artifacts.record import InputReference, Record
 from artifacts.store import Store
 from common.errors import StageFailed, StageInterrupted, UserError
+from models.engine import EngineName, is_installed
 from tasks.events import Event
 from tasks.process import EngineProcess, engine_process
 from tasks.produce import produce
@@ -219,3 +220,22 @@ def test_a_defect_in_one_brings_its_traceback(process: EngineProcess, tmp_path: 
         process.do(training.work(processes=2), ignore)
     assert time.monotonic() - started < 60
     assert ranks(process) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["jax", "mlx"])
+def test_other_engines_meet_in_their_own_way(process: EngineProcess, tmp_path: Path, engine: EngineName) -> None:
+    """JAX through its coordinator, MLX through its ring."""
+    if not is_installed(engine):
+        pytest.skip(f"{engine} is not installed")
+    work = Training(str(tmp_path / "store"), steps=40).work(processes=2)
+    one, two = (
+        Work.model_validate({**work.model_dump(), "config": {**work.config, "engine": engine}, "runtime": runtime})
+        for runtime in ({}, {"layout": {"processes": 2}})
+    )
+    made = process.do(two, ignore).record
+    assert made.metrics["device"] == "2 × cpu"
+    assert ranks(process) == []
+    alone = process.do(one.model_copy(update={"store": Training(str(tmp_path / "other")).store}), ignore).record
+    losses, wanted = ([record["loss"] for record in validations(record)] for record in (made, alone))
+    np.testing.assert_allclose(losses, wanted, atol=1e-3)

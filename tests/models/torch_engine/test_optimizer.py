@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_is_enough_to_skip() -> None:
 
 @pytest.mark.parametrize("updates", [0, 7])
 def test_adamw_by_plain_operations_is_the_fused_one(updates: int) -> None:
-    """Which stands in for it on devices whose fused kernel does not say that it skips updates."""
+    """Which stands in for it on Apple's GPU."""
     torch.manual_seed(0)
     start = {"embed_tokens.weight": torch.randn(5, 7), "norm.weight": torch.randn(7)}
     both = []
