@@ -1,0 +1,130 @@
+"""The training side of the JAX engine.
+
+Everything that a step does is one compiled function, which takes over the memory of the state that it is given.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from common.errors import UserError
+from models import weights
+from models.config import ModelConfig
+from models.engine import Batch, EngineName, State, StepResult
+from models.jax_engine import distributed
+from models.jax_engine.batching import bucket, check_batch, largest, length_bucket, multiple, stacked
+from models.jax_engine.inference import JaxInference
+from models.jax_engine.model import Computing
+from models.jax_engine.optimizer import OptimizerState, moments_of
+from models.jax_engine.parameters import stacks, unstacked
+from models.jax_engine.placement import Holder, load, placed
+from models.jax_engine.step import Micro, steps
+from models.optimizer import UPDATES, OptimizerConfig
+from models.weights import Piece
+
+
+class JaxTraining:
+    """`models.engine.TrainingEngine` on the devices of a mesh, in one process or in several."""
+
+    name: EngineName = "jax"
+
+    def __init__(self, config: ModelConfig, optimizer: OptimizerConfig, computing: Computing) -> None:
+        self._config, self._optimizer = config, optimizer
+        self._sharding = computing.sharding
+        self._computing = computing
+        self._compiled = steps(config, optimizer, computing)
+        self._stacks = stacks(config)
+        self.device = distributed.described(self._sharding.mesh)
+        self.process = jax.process_index()
+        self._held = Holder()
+        self._state: OptimizerState | None = None
+
+    def agreed(self, word: int) -> int:
+        return distributed.largest_word(word)
+
+    def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
+        """As the contract says. UserError where no target counts; ValueError for a token beyond the vocabulary."""
+        assert self._state is not None  # weights are restored first
+        micro = self._micro(micro_batches)
+        self._held.parameters, self._state, result = self._compiled.step(
+            self._held.parameters, self._state, micro, np.float32(learning_rate_scale), _words(dropout_key)
+        )
+        return result
+
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        check_batch(batch, self._config, batch.loss_mask_BT)
+        # A last, smaller batch of a validation is compiled for once more at most.
+        micro = self._on_devices([batch], *self._bucket(*batch.tokens_BT.shape))
+        return float(self._compiled.loss(self._held.parameters, micro)), int(batch.loss_mask_BT.sum())
+
+    def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
+        # What dropout drops depends on the shape, which then has to be that of the step.
+        micro = self._micro(micro_batches, in_buckets=not self._config.dropout)
+        found, _ = self._compiled.gradients(self._held.parameters, micro, _words(dropout_key))
+        for name, parameters in self._stacks.items():
+            yield from unstacked(name, parameters, self._sharding.on_host(found[name]))
+
+    def export(self, state: State) -> Iterator[Piece]:
+        assert self._state is not None  # weights are restored first
+        if state == "weights":
+            for name, parameters in self._stacks.items():
+                yield from unstacked(name, parameters, self._sharding.on_host(self._held.parameters[name]))
+            return
+        for moment, arrays in self._state.moments.items():
+            for name in arrays:
+                yield from unstacked(name, self._stacks[name], self._sharding.on_host(arrays[name]), f"{moment}:")
+        yield Piece(UPDATES, (), np.array(int(self._state.updates), np.int64))
+
+    def restore(self, state: State, arrays: Iterable[Piece]) -> None:
+        if state == "weights":
+            self._held.parameters = load(self._config, self._sharding, arrays)
+            self._state = self._compiled.fresh(self._held.parameters)
+            return
+        assert self._state is not None  # weights are restored first
+        found = weights.gather(arrays, self._optimizer_shapes())
+        moments = {
+            moment: {name: placed(self._sharding, name, self._stacks[name], found, f"{moment}:") for name in of_moment}
+            for moment, of_moment in self._state.moments.items()
+        }
+        updates = self._sharding.put(np.array(found[UPDATES], np.int32), self._sharding.of())
+        self._state = OptimizerState(moments, updates)
+
+    def inference(self) -> JaxInference:
+        return JaxInference(self._config, self._computing, self._held)
+
+    def _optimizer_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {UPDATES: ()}
+        canonical = weights.canonical_shapes(self._config)
+        for parameter in weights.parameters(self._config):
+            for place in parameter.placements:
+                prefixes = moments_of(self._optimizer, parameter.name)
+                shapes |= {f"{prefix}:{place.name}": canonical[place.name] for prefix in prefixes}
+        return shapes
+
+    def _micro(self, micro_batches: Sequence[Batch], *, in_buckets: bool = False) -> Micro:
+        for batch in micro_batches:
+            check_batch(batch, self._config, batch.loss_mask_BT)
+        if not any(batch.loss_mask_BT.any() for batch in micro_batches):
+            raise UserError(
+                "a batch has no token that counts in the loss: the loss mask leaves nothing of such short rows; "
+                "give training a longer sequence_length"
+            )
+        shape = largest(micro_batches)
+        return self._on_devices(micro_batches, *(self._bucket(*shape) if in_buckets else shape))
+
+    def _bucket(self, rows: int, length: int) -> tuple[int, int]:
+        return bucket(rows), length_bucket(length, self._config.max_position_embeddings)
+
+    def _on_devices(self, micro_batches: Sequence[Batch], rows: int, length: int) -> Micro:
+        host = stacked(micro_batches, multiple(rows, self._sharding.row_parts), length)
+        lying = self._sharding.of("whole", "rows", "whole")
+        arrays = [None if array is None else self._sharding.put(array, lying) for array in host]
+        numbers = self._sharding.put(np.arange(len(micro_batches), dtype=np.int32), self._sharding.of())
+        return Micro(*arrays, numbers)  # type: ignore[arg-type]  # only the documents may be None
+
+
+def _words(dropout_key: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """A key below 2^43 as two numbers of 32 bits."""
+    return np.array([dropout_key >> 32, dropout_key & 0xFFFFFFFF], np.uint32)

@@ -1,0 +1,99 @@
+"""The same steps on one device, on eight, and in two processes."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models import weights
+
+pytest.importorskip("jax")
+
+from tests.models.jax_engine.training_run import STEPS, run
+
+TOLERANCES = {"adamw": 1e-5, "muon": 1e-4}
+LAYOUTS: dict[str, dict[str, int]] = {
+    "data 2 × fsdp 4": {"data": 2, "fsdp": 4},
+    "data 4 × tensor 2": {"data": 4, "tensor": 2},
+    "data 2 × fsdp 2 × tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+def job(optimizer: str, model: str = "llama", **more: Any) -> dict[str, Any]:
+    return {"model": model, "layout": {}, "optimizer": optimizer, "steps": [0, STEPS], **more}
+
+
+def assert_close(found: dict[str, Any], expected: dict[str, Any], optimizer: str) -> None:
+    assert found["batches"] == expected["batches"]
+    assert len(found["losses"]) == len(expected["losses"]) > 0
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=0, atol=TOLERANCES[optimizer])
+    assert found["loss"][1] == expected["loss"][1]
+    assert found["loss"][0] / found["loss"][1] == pytest.approx(
+        expected["loss"][0] / expected["loss"][1], abs=TOLERANCES[optimizer]
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", list(TOLERANCES))
+def test_eight_devices_lose_as_one(optimizer: str, tmp_path: Path) -> None:
+    alone = run(job(optimizer), tmp_path)
+    assert alone["device"] == "cpu"
+    assert alone["losses"][-1] < alone["losses"][0]
+    for layout in LAYOUTS.values():
+        several = run(job(optimizer, layout=layout), tmp_path, devices=8)
+        assert several["device"] == "8 × cpu"
+        assert_close(several, alone, optimizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.1}, {"documents": True}], ids=["plain", "dropout", "documents"])
+@pytest.mark.parametrize("model", ["gpt2", "mixtral", "custom"])
+def test_other_models_do_so_too(model: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    more = {"documents": True} if "documents" in changes else {"changes": changes}
+    alone = run(job("adamw", model, **more), tmp_path)
+    layout = LAYOUTS["data 2 × fsdp 2 × tensor 2"]
+    assert_close(run(job("adamw", model, layout=layout, **more), tmp_path, devices=8), alone, "adamw")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"fsdp": 2}, {"data": 2}, {"data": 2, "tensor": 2}], ids=str)
+def test_two_processes_lose_as_one(layout: dict[str, int], tmp_path: Path) -> None:
+    devices = 2 if layout.get("tensor") else 1
+    alone = run(job("adamw", save=str(tmp_path / "alone")), tmp_path)
+    together = run(
+        job("adamw", layout=layout, save=str(tmp_path / "together")),
+        tmp_path,
+        devices=devices,
+        processes=2,
+        port=free_port(),
+    )
+    assert together["device"] == f"{2 * devices} × cpu"
+    assert_close(together, alone, "adamw")
+    assert together["agreed"] == [8, 0]
+    assert alone["agreed"] == [7, 0]
+    for state in ("weights", "optimizer"):
+        one, other = (weights.read_arrays(tmp_path / name / f"{state}.safetensors") for name in ("alone", "together"))
+        assert one.keys() == other.keys()
+        for name, array in one.items():
+            np.testing.assert_allclose(array, other[name], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", list(TOLERANCES))
+def test_a_run_goes_on_with_another_number_of_devices(optimizer: str, tmp_path: Path) -> None:
+    straight = run(job(optimizer), tmp_path)
+    saved = str(tmp_path / "saved")
+    first = run(job(optimizer, layout=LAYOUTS["data 2 × fsdp 4"], steps=[0, 8], save=saved), tmp_path, devices=8)
+    second = run(job(optimizer, layout={"data": 1, "tensor": 2}, steps=[8, STEPS], start=saved), tmp_path, devices=2)
+    np.testing.assert_allclose(
+        first["losses"] + second["losses"], straight["losses"], rtol=0, atol=TOLERANCES[optimizer]
+    )
