@@ -16,7 +16,7 @@ from models.sampling import SamplingConfig
 from tests.models.reference import ReferenceOptimizer
 from tests.models.tiny import COMPOSITIONS, VOCABULARY, Arrays, batch, cut, pieces, tiny
 
-ENGINES: list[EngineName] = ["torch"]
+ENGINES: list[EngineName] = ["torch", "jax", "mlx"]
 NAMES = list(COMPOSITIONS)
 ADAMW = OptimizerConfig(learning_rate=0.02)
 MUON = OptimizerConfig(name="muon", learning_rate=0.02, muon_learning_rate=0.05)
