@@ -56,7 +56,6 @@ def test_overrides_reach_every_depth_and_keys_left_to_their_defaults() -> None:
         ("stages.base.training.steps=true", r"stages\.base\.training: steps: input should be a number \(given: True\)"),
         ("stages.base.training.optimizer.clip='1'", r"clip: input should be a number \(given: '1'\)"),
         ("stages.base.training.steps=1.5", r"stages\.base\.training\.steps: input should be a valid integer"),
-        ("engine=jax", r"stages\.base: engine 'jax' is not"),
         (
             "stages.published.model=base",
             r"stages\.published\.evaluation: 'evaluation' is of the model 'refined', not of 'base'",
