@@ -56,13 +56,13 @@ class JaxTraining:
     def loss(self, batch: Batch) -> tuple[float, int]:
         check_batch(batch, self._config, batch.loss_mask_BT)
         # A last, smaller batch of a validation is compiled for once more at most.
-        micro = self._on_devices([batch], *self._bucket(*batch.tokens_BT.shape))
+        rows, length = batch.tokens_BT.shape
+        micro = self._on_devices([batch], bucket(rows), length_bucket(length, self._config.max_position_embeddings))
         return float(self._compiled.loss(self._held.parameters, micro)), int(batch.loss_mask_BT.sum())
 
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
-        # What dropout drops depends on the shape, which then has to be that of the step.
-        micro = self._micro(micro_batches, in_buckets=not self._config.dropout)
-        found, _ = self._compiled.gradients(self._held.parameters, micro, _words(dropout_key))
+        # In the step's own shape: what dropout drops depends on it, and so does every last bit.
+        found, _ = self._compiled.gradients(self._held.parameters, self._micro(micro_batches), _words(dropout_key))
         for name, parameters in self._stacks.items():
             yield from unstacked(name, parameters, self._sharding.on_host(found[name]))
 
@@ -103,7 +103,7 @@ class JaxTraining:
                 shapes |= {f"{prefix}:{place.name}": canonical[place.name] for prefix in prefixes}
         return shapes
 
-    def _micro(self, micro_batches: Sequence[Batch], *, in_buckets: bool = False) -> Micro:
+    def _micro(self, micro_batches: Sequence[Batch]) -> Micro:
         for batch in micro_batches:
             check_batch(batch, self._config, batch.loss_mask_BT)
         if not any(batch.loss_mask_BT.any() for batch in micro_batches):
@@ -111,11 +111,7 @@ class JaxTraining:
                 "a batch has no token that counts in the loss: the loss mask leaves nothing of such short rows; "
                 "give training a longer sequence_length"
             )
-        shape = largest(micro_batches)
-        return self._on_devices(micro_batches, *(self._bucket(*shape) if in_buckets else shape))
-
-    def _bucket(self, rows: int, length: int) -> tuple[int, int]:
-        return bucket(rows), length_bucket(length, self._config.max_position_embeddings)
+        return self._on_devices(micro_batches, *largest(micro_batches))
 
     def _on_devices(self, micro_batches: Sequence[Batch], rows: int, length: int) -> Micro:
         host = stacked(micro_batches, multiple(rows, self._sharding.row_parts), length)

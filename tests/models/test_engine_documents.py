@@ -30,17 +30,18 @@ def packed(lengths: list[list[int]], seed: int = 0, start: int = 0) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], ~last & (random.random(last.shape) < 0.8), documents)
 
 
-def apart(batch: Batch) -> Batch:
-    """Every document in a row of its own, padded on the right."""
+def apart(batch: Batch, size: tuple[int, int] = (0, 0)) -> Batch:
+    """Every document in a row of its own, padded on the right, to `size` rows and positions at least."""
     assert batch.documents_BT is not None
     pieces = []
     for row, numbers in enumerate(batch.documents_BT):
         ends = [*np.flatnonzero(np.diff(numbers)) + 1, len(numbers)]
         pieces += [(row, slice(start, end)) for start, end in itertools.pairwise([0, *ends])]
-    longest = max(part.stop - part.start for _, part in pieces)
+    longest = max(size[1], *(part.stop - part.start for _, part in pieces))
 
     def padded(array: np.ndarray) -> np.ndarray:
-        return np.stack([np.pad(array[row, part], (0, longest - part.stop + part.start)) for row, part in pieces])
+        found = np.stack([np.pad(array[row, part], (0, longest - part.stop + part.start)) for row, part in pieces])
+        return np.pad(found, ((0, max(0, size[0] - len(found))), (0, 0)))
 
     return Batch(padded(batch.tokens_BT), padded(batch.targets_BT), padded(batch.loss_mask_BT))
 
@@ -67,14 +68,18 @@ def test_losses_and_gradients_are_those_of_documents_apart(engine_name: EngineNa
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_documents_may_begin_and_end_anywhere(engine_name: EngineName, name: str, data: st.DataObject) -> None:
-    length, count = data.draw(st.integers(2, 120)), data.draw(st.integers(1, 3))
+    # An engine that compiles for each shape sees few of them.
+    compiles = engine_name == "jax"
+    length = data.draw(st.sampled_from((2, 31, 120)) if compiles else st.integers(2, 120))
+    count = data.draw(st.sampled_from((1, 3)) if compiles else st.integers(1, 3))
     cuts = [data.draw(st.sets(st.integers(1, length - 1), max_size=40)) for _ in range(count)]
     lengths = [[end - start for start, end in itertools.pairwise([0, *sorted(row), length])] for row in cuts]
     rows = packed(lengths, seed=data.draw(st.integers(0, 9)), start=data.draw(st.integers(-5, 5)))
     engine = trainer(engine_name, tiny(name, max_position_embeddings=120))
-    assert engine.loss(rows) == pytest.approx(engine.loss(apart(rows)), rel=1e-5)
+    alone = apart(rows, (3 * 41, 120) if compiles else (0, 0))
+    assert engine.loss(rows) == pytest.approx(engine.loss(alone), rel=1e-5)
     if rows.loss_mask_BT.any():
-        assert_near(gradients(engine, [rows]), gradients(engine, [apart(rows)]))
+        assert_near(gradients(engine, [rows]), gradients(engine, [alone]))
 
 
 @pytest.mark.parametrize("name", NAMES)
