@@ -47,6 +47,7 @@ def _measured(described: Mapping[str, Any]) -> Metrics:
         "read": described["read"],
         "splits": splits,
         "dropped": dropped,
+        "compared_with": described["compared_with"],
         "notes": list(described.get("damaged", [])),
     }
 

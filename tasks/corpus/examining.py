@@ -4,7 +4,7 @@ D documents of a batch, S of them that the rules keep.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,11 @@ class Examiner:
     def benchmarks(self) -> tuple[str, ...]:
         """What the benchmarks are called that documents are compared with."""
         return self._contamination.names if self._contamination else ()
+
+    @property
+    def compared_with(self) -> list[dict[str, Any]]:
+        """Of each benchmark its texts, how many of them are long enough to be compared, and their SHA-256."""
+        return self._contamination.described if self._contamination else []
 
     def examine(self, batch: Batch) -> Examined:
         """Applies the rules, and finds the hashes that splits and duplicates go by."""

@@ -257,6 +257,7 @@ class Pipeline:
             "read": asdict(self._tally.read),
             "splits": dict(splits),
             "dropped": self._tally.described(self._rules),
+            "compared_with": self._examiner.compared_with,
             **damaged,
         }
 
