@@ -155,7 +155,7 @@ def _no_text(row: dict[str, Any], column: str) -> str:
 
 
 def text_tables(file: Readable, name: str, per_line: bool, reading: Reading) -> "Iterator[pa.Table]":
-    """A text as one document, or each of its lines as one; blank lines are none.
+    """A text as one document, or each of its lines as one; blank texts and lines are none.
 
     Raises UserError for a text that is no UTF-8, unless that is skipped.
     """
@@ -163,7 +163,7 @@ def text_tables(file: Readable, name: str, per_line: bool, reading: Reading) -> 
 
     if not per_line:
         whole = _whole(file, name, reading)
-        if whole is not None:
+        if whole is not None and whole.strip():
             yield accepted(pa.table({TEXT: _strings([whole])}), reading, lambda row: name)
         return
     for number, block in line_blocks(file, name, reading):

@@ -3,6 +3,8 @@
 import io
 import json
 import random
+import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -383,22 +386,83 @@ def test_of_a_truncated_file_what_is_readable_is_used(ending: str, share: float,
     assert refused.damaged[0].startswith(f"a.jsonl{ending} line {len(found) + 1}: ")
 
 
+def decompressed(data: bytes, ending: str) -> tuple[bytes, bool]:
+    """What the format's own library gives of a file byte by byte, and whether it ended well."""
+    found, decoder = b"", None
+    errors = (zlib.error, zstandard.ZstdError)
+    for byte in data:
+        if decoder is None or decoder.unused_data or decoder.eof:
+            decoder = zlib.decompressobj(31) if ending == ".gz" else zstandard.ZstdDecompressor().decompressobj()
+        try:
+            found += decoder.decompress(bytes([byte]))
+        except errors:
+            return found, False
+    return found, decoder is not None and decoder.eof
+
+
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-@settings(max_examples=60, deadline=None)
-@given(data=st.binary(max_size=400), cut=st.integers(0, 400), size=st.integers(1, 300))
-def test_all_that_can_be_had_before_the_damage_is_read(ending: str, data: bytes, cut: int, size: int) -> None:
-    whole = compressed(data, ending)
-    stream = Decompressed(lambda: io.BytesIO(whole[:cut]), "gzip" if ending == ".gz" else "zstd")
+@settings(max_examples=150, deadline=None)
+@given(
+    data=st.binary(max_size=400),
+    cut=st.none() | st.integers(0, 400),
+    flipped=st.none() | st.tuples(st.integers(-12, 400), st.integers(1, 255)),
+    more=st.binary(max_size=20) | st.just(bytes(600)),
+    size=st.integers(1, 300),
+)
+def test_all_that_can_be_had_before_the_damage_is_read(
+    ending: str, data: bytes, cut: int | None, flipped: tuple[int, int] | None, more: bytes, size: int
+) -> None:
+    damaged = bytearray(compressed(data, ending)[:cut] + more)
+    if flipped is not None and damaged:
+        damaged[flipped[0] % len(damaged)] ^= flipped[1]
+    stream = Decompressed(lambda: io.BytesIO(bytes(damaged)), "gzip" if ending == ".gz" else "zstd")
+    expected, whole = decompressed(bytes(damaged), ending)
     found = b""
     try:
         while part := stream.read(size):
             assert len(part) <= size
             found += part
-    except DamagedFile:
-        assert cut < len(whole)
-        assert data.startswith(found)
+    except DamagedFile as error:
+        assert not whole
+        assert expected.startswith(found)
+        with pytest.raises(DamagedFile, match=re.escape(str(error))):
+            stream.read(size)
     else:
-        assert found == data or cut == 0
+        assert whole
+        assert found == expected
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", ["checksum", "zeros"])
+def test_a_file_that_is_damaged_at_its_end_gives_each_document_once(ending: str, damage: str, tmp_path: Path) -> None:
+    random.seed(0)
+    rows = [{"text": f"{number} " + "".join(random.choices("abcdefgh ", k=300))} for number in range(8000)]
+    data = bytearray(compressed(json_lines(rows), ending))
+    if damage == "zeros":
+        data += bytes(1000)
+    elif ending == ".gz":
+        data[-8] ^= 1
+    else:
+        data = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(json_lines(rows)))
+        data[-1] ^= 1
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=rf"a\.jsonl{ending} line \d+: the \w+ file is damaged or cut off"):
+        read(path, Told())
+    told = Told(skip=True)
+    found = texts(read(path, told))
+    assert found == [row["text"] for row in rows[: len(found)]]
+    assert len(found) > 7000
+    assert told.counts() == {"unreadable": 1}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz"])
+def test_a_compressed_file_of_no_bytes_is_damaged(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{name}.*: the \w+ file is empty"):
+        read(path, Told())
+    assert read(write(tmp_path, f"empty-{name}", b""), Told()) == []
 
 
 def test_what_is_not_compressed_as_its_ending_says_is_refused(tmp_path: Path) -> None:
