@@ -126,6 +126,11 @@ def version_of(library: str) -> str:
     return metadata.version(library)
 
 
+def shown(text: str) -> str:
+    """A text in quotes for a message, cut where it is long."""
+    return repr(text if len(text) <= 60 else f"{text[:60]}…")
+
+
 def text_of(error: BaseException) -> str:
     """An error in a line."""
     lines = str(error).strip().splitlines() or [""]
