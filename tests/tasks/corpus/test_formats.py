@@ -5,6 +5,7 @@ import json
 import random
 import re
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from tasks.corpus import formats, parquet, streams
 from tasks.corpus.columns import Columns
-from tasks.corpus.formats import Kind, file_tables, kind_of, learn_types
+from tasks.corpus.formats import Kind, file_tables, kind_of, learn_columns, learn_types
 from tasks.corpus.streams import DamagedFile, Decompressed, line_blocks
 from tests.tasks.corpus.conftest import Told, compressed, documents, json_lines, parquet_bytes, texts, write
 
@@ -128,11 +129,45 @@ def test_rows_that_are_no_text_are_refused_with_their_row_or_dropped(tmp_path: P
     assert refused.counts["not_utf8"].bytes == 4 + 3
 
 
-def test_invalid_utf8_in_another_column_is_refused_too(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.parquet", parquet_bytes({"text": ["a", "b"], "url": not_utf8(b"\xff", b"u")}))
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
+def test_invalid_utf8_in_another_column_is_refused_too(kind: pa.DataType, tmp_path: Path) -> None:
+    url = not_utf8(b"\xff", b"u").cast(kind)
+    path = write(tmp_path, "a.parquet", parquet_bytes({"text": ["a", "b"], "url": url}))
     told = Told("url", skip=True)
     assert texts(read(path, told)) == ["b"]
     assert told.counts() == {"not_utf8": 1}
+
+
+def test_texts_of_white_space_are_left_out_and_counted_unless_they_are_lines_of_a_text(tmp_path: Path) -> None:
+    words = ["", "a", " \n", "\u3000\u00a0", " b "]
+    path = write(tmp_path, "a.parquet", parquet_bytes({"text": words}))
+    told = Told()
+    assert texts(read(path, told)) == ["a", " b "]
+    assert told.said == []
+    refused = told.taken()
+    assert documents(refused) == {"no_text": 3}
+    assert refused.counts["no_text"].bytes == 2 + 5
+    told.keeps_blank = True
+    assert texts(read(path, told)) == words
+    assert read(write(tmp_path, "empty.txt", b""), Told()) == read(write(tmp_path, "blank.txt", b" \n"), Told()) == []
+
+
+def test_a_page_whose_checksum_is_wrong_is_damage(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    data = parquet_bytes({"text": WORDS}, **options)
+    path = write(tmp_path, "a.parquet", data.replace(b"document 500 word", b"document 500 ward"))
+    with pytest.raises(UserError, match=r"a\.parquet row \d+ \(from 0\): it is damaged"):
+        read(path, Told())
+
+
+def test_a_value_over_the_limit_is_refused_in_any_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.corpus.sources.DOCUMENT_LIMIT_BYTES", 10)
+    path = write(tmp_path, "a.parquet", parquet_bytes({"text": ["a", "b"], "meta": ["x" * 10, "x" * 11]}))
+    with pytest.raises(UserError, match=r"row 1 \(from 0\): the value of 'meta' is longer than"):
+        read(path, Told("meta"))
+    told = Told("meta", skip=True)
+    assert texts(read(path, told)) == ["a"]
+    assert told.counts() == {"too_long": 1}
 
 
 def test_a_document_over_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +258,8 @@ def reference(data: bytes, others: tuple[str, ...]) -> tuple[list[dict[str, Any]
             rule = "no_text"
         if rule is None and _misfits(row, others, types):
             rule = "malformed"
+        if rule is None and not row["text"].strip():
+            rule = "no_text"
         if rule is None:
             rows.append({name: row.get(name) for name in ("text", *others)})
         else:
@@ -275,7 +312,9 @@ def test_json_lines_are_read_as_pythons_reader_does(
     path.write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "BLOCK_BYTES", block)
-        learn_types([(str(path), kind_of(path.name))], columns)
+        # A column that no line has would end it here.
+        with suppress(UserError):
+            learn_types([(str(path), kind_of(path.name))], columns)
         tables = list(formats.json_tables(io.BytesIO(data), "a.jsonl", columns, told))
     rows, counts = reference(data, told.others)
     assert [row for table in tables for row in table.to_pylist()] == rows
@@ -335,7 +374,7 @@ def test_lines_come_whole_in_blocks_of_any_size(lines: list[bytes], block: int, 
 
 def test_the_type_of_a_column_is_that_of_its_first_value_in_any_file(tmp_path: Path) -> None:
     first = write(tmp_path, "a.jsonl", json_lines([{"text": "a"}, {"text": "b", "score": None}]))
-    second = write(tmp_path, "b.jsonl.gz", json_lines([{"text": "c", "score": 1}]))
+    second = write(tmp_path, "b.jsonl.gz", json_lines([{"text": "c", "score": 1, "other": None}]))
     told = Told("score", "other")
     columns = Columns("text", told)
     learn_types([(str(path), kind_of(path.name)) for path in (first, second)], columns)
@@ -346,6 +385,27 @@ def test_the_type_of_a_column_is_that_of_its_first_value_in_any_file(tmp_path: P
     assert {table.schema.field("score").type for table in tables} == {pa.float64()}
     assert {table.schema.field("other").type for table in tables} == {pa.string()}
     assert [row["score"] for table in tables for row in table.to_pylist()] == [None, None, 1.0]
+
+
+def test_a_column_that_no_line_has_is_an_error_with_a_near_name(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"text": "a", "score": 1}, {"text": "b", "url": None}]
+    path = write(tmp_path, "a.jsonl", json_lines(rows))
+    with pytest.raises(UserError, match=r"the source has no column 'scroe'; did you mean 'score'\?"):
+        learn_columns([(str(path), kind_of(path.name))], Columns("text", Told("scroe")))
+    learn_columns([(str(path), kind_of(path.name))], Columns("text", Told("url", "score")))
+
+
+def test_a_column_of_nulls_waits_for_the_type_of_a_later_parquet_file(tmp_path: Path) -> None:
+    first = write(tmp_path, "a.parquet", parquet_bytes({"text": ["a"], "score": pa.nulls(1), "none": pa.nulls(1)}))
+    second = write(tmp_path, "b.parquet", parquet_bytes({"text": ["b"], "score": [1.5], "none": pa.nulls(1)}))
+    told = Told("score", "none")
+    columns = Columns("text", told)
+    learn_columns([(str(path), kind_of(path.name)) for path in (first, second)], columns)
+    tables = [
+        table for path in (first, second) for table in file_tables(str(path), "", kind_of(path.name), columns, told)
+    ]
+    assert [table.schema.field("score").type for table in tables] == [pa.float64()] * 2
+    assert pa.concat_tables(tables)["score"].to_pylist() == [None, 1.5]
 
 
 def test_a_line_that_is_nested_too_deep_is_no_crash(tmp_path: Path) -> None:
@@ -423,7 +483,8 @@ def test_all_that_can_be_had_before_the_damage_is_read(
             assert len(part) <= size
             found += part
     except DamagedFile as error:
-        assert not whole
+        # Of a damaged header two versions of a library need not think alike.
+        assert not whole or (ending == ".zst" and flipped is not None)
         assert expected.startswith(found)
         with pytest.raises(DamagedFile, match=re.escape(str(error))):
             stream.read(size)
