@@ -129,12 +129,15 @@ def blend_table(records: Mapping[str, Record]) -> Table | None:
 
 
 def _last_validation(record: Record) -> tuple[str, dict[str, str]]:
-    """The validation loss at the end of training, and that of each source where there are several."""
+    """The validation loss at the end of training, and that of each source where there are several.
+
+    One that is not finite is a string in the record, which JSON has no number for.
+    """
     validations: Any = record.metrics.get("validation")
     if not validations:
         return "", {}
-    by_source = {source: f"{loss:.4f}" for source, loss in validations[-1]["by_source"].items()}
-    return f"{validations[-1]['loss']:.4f}", by_source
+    by_source = {source: f"{float(loss):.4f}" for source, loss in validations[-1]["by_source"].items()}
+    return f"{float(validations[-1]['loss']):.4f}", by_source
 
 
 def evaluation_tables(record: Record) -> Group:

@@ -18,6 +18,7 @@ from tasks.registry import STAGES, stage_named
 from tasks.stage import Runtime, Stage
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -171,6 +172,9 @@ def _override(content: dict[str, Any], override: str) -> None:
             inner = place[key] = {}
         if not isinstance(inner, dict):
             wrong = ".".join(parents[: depth + 1])
+            if inner is not None:
+                what = "a list" if isinstance(inner, list) else "a value"
+                raise UserError(f"--set {override!r}: '{wrong}' is {what}, which has no keys; give it whole")
             raise UserError(f"--set {override!r}: there is no key '{wrong}'{suggestion(key, map(str, place))}")
         place = inner
     place[last] = value
@@ -185,8 +189,8 @@ def _stage(
     continue_on: EngineName | None,
 ) -> StageEntry:
     where = f"stages.{name}"
-    if not _NAME.fullmatch(name):
-        raise UserError(f"{where}: a stage's name has letters, digits, -, _ and . alone")
+    if not _STAGE_NAME.fullmatch(name):
+        raise UserError(f"{where}: a stage's name has letters, digits, - and _ alone")
     kind = keys.get("stage")
     if not isinstance(kind, str) or kind not in STAGES:
         raise UserError(f"{where}.stage: {kind!r} is no stage{suggestion(str(kind), STAGES)}")
@@ -215,7 +219,8 @@ def _stage(
         config = stage.resolved(config) if stage.resolved and resolve else config
     except ValidationError as error:
         others = {"stage", *known_inputs, *Runtime.model_fields}
-        raise UserError(f"{where}.{_first_problem(error, stage.config, others)}") from error
+        problem = _as_written(_first_problem(error, stage.config, others), stage, keys)
+        raise UserError(f"{where}.{problem}") from error
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     models = {key: model for key, value in inputs.items() if (model := before[value].model) is not None}
@@ -250,6 +255,16 @@ def _inputs(where: str, stage: Stage, keys: Mapping[str, Any]) -> tuple[dict[str
         shares = value.values() if isinstance(value, dict) else [{}] * len(value)
         portions[stage.many[key]] = [share if isinstance(share, dict) else {"weight": share} for share in shares]
     return inputs, portions
+
+
+def _as_written(problem: str, stage: Stage, keys: Mapping[str, Any]) -> str:
+    """A problem with the portion of an input, told by the names that the recipe has for it."""
+    for key, field in stage.many.items():
+        value = keys.get(key)
+        for number, name in enumerate(value if isinstance(value, list | dict) else ()):
+            if problem.startswith(f"{field}.{number}"):
+                return f"{key}.{name}{problem.removeprefix(f'{field}.{number}')}"
+    return problem
 
 
 def _check_inputs(where: str, stage: Stage, inputs: Mapping[str, Any], before: Mapping[str, StageEntry]) -> None:

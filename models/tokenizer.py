@@ -2,7 +2,7 @@
 special tokens in `tokenizer_config.json`."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ from common.errors import UserError
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG)
 SENTENCEPIECE_FILE = "tokenizer.model"
+ENCODED_AT_ONCE = 1 << 18
+"""Characters that are encoded at once where only the ids are kept."""
 
 
 class Roles(NamedTuple):
@@ -104,6 +106,20 @@ def read_backend(path: Path) -> Backend:
         return Backend.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{path} is no readable tokenizer ({error}); make it again") from error
+
+
+def in_parts(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in parts whose encodings fit into memory: until its ids are taken, a token has a hundred bytes or so."""
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        part.append(text)
+        size += len(text)
+        if size >= ENCODED_AT_ONCE:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 class Tokenizer:

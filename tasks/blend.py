@@ -38,6 +38,9 @@ class _Split(_Described):
 
 
 class _Description(_Described):
+    pad_id: int
+    bos_id: int | None
+    eos_id: int | None
     splits: dict[str, _Split]
 
 
@@ -51,6 +54,8 @@ class TokensInput:
     """The artifact, without the shards."""
     portion: Portion
     """How much is drawn of it."""
+    special_ids: Mapping[str, int | None]
+    """What stands before and after its documents, and what fills up a batch."""
     splits: Mapping[str, Source]
     """Its splits as sources."""
 
@@ -58,8 +63,8 @@ class TokensInput:
 def tokens_inputs(inputs: Mapping[str, Path], blend: Sequence[Portion], context: Context) -> list[TokensInput]:
     """The tokens artifacts of a stage, in the recipe's order, with their portions: equal ones where `blend` has none.
 
-    Raises UserError where a description is not one, where the tokenizers differ, and where there are not as many
-    portions as artifacts.
+    Raises UserError where a description is not one, where the tokenizers or what they put around documents differ, and
+    where there are not as many portions as artifacts.
     """
     folders = gathered(inputs, "tokens")
     if blend and len(blend) != len(folders):
@@ -67,7 +72,7 @@ def tokens_inputs(inputs: Mapping[str, Path], blend: Sequence[Portion], context:
     names = _names(list(folders), context)
     portions = blend or [Portion()] * len(folders)
     found = [
-        TokensInput(name, folder, portion, _splits(name, folder, portion, key, context))
+        _tokens_input(name, folder, portion, key, context)
         for name, (key, folder), portion in zip(names, folders.items(), portions, strict=True)
     ]
     for other in found[1:]:
@@ -76,6 +81,12 @@ def tokens_inputs(inputs: Mapping[str, Path], blend: Sequence[Portion], context:
                 f"the tokens '{found[0].name}' and '{other.name}' were made with different tokenizers: "
                 f"give both stages the same one"
             )
+        for role, own in found[0].special_ids.items():
+            if other.special_ids[role] != own:
+                raise UserError(
+                    f"the tokens '{found[0].name}' and '{other.name}' have different {role} tokens ({own} and "
+                    f"{other.special_ids[role]}): make them with the same tokenizer and the same bos and eos"
+                )
     return found
 
 
@@ -90,7 +101,7 @@ def _tokenizer(folder: Path) -> bytes:
     return (folder / "tokenizer" / "tokenizer.json").read_bytes()
 
 
-def _splits(name: str, folder: Path, portion: Portion, key: str, context: Context) -> dict[str, Source]:
+def _tokens_input(name: str, folder: Path, portion: Portion, key: str, context: Context) -> TokensInput:
     path = folder / DESCRIPTION
     try:
         description = _Description.model_validate_json(path.read_bytes())
@@ -105,7 +116,7 @@ def _splits(name: str, folder: Path, portion: Portion, key: str, context: Contex
                 f"{path} contradicts itself: the {split} shards have {documents:,} documents and {tokens:,} tokens, "
                 f"the lengths {lengths[0]:,} and {lengths[1]:,}; make the tokens '{name}' again"
             )
-    return {
+    splits = {
         split: Source(
             name,
             split,
@@ -116,6 +127,8 @@ def _splits(name: str, folder: Path, portion: Portion, key: str, context: Contex
         )
         for split, counts in description.splits.items()
     }
+    special_ids = {"bos": description.bos_id, "eos": description.eos_id, "pad": description.pad_id}
+    return TokensInput(name, folder, portion, special_ids, splits)
 
 
 def blend_rows(tokens: Sequence[TokensInput], batches: Batches, steps: int) -> list[dict[str, Any]]:

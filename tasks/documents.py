@@ -47,13 +47,14 @@ def _measured(described: Mapping[str, Any]) -> Metrics:
         "read": described["read"],
         "splits": splits,
         "dropped": dropped,
+        "compared_with": described.get("compared_with", []),
         "notes": list(described.get("damaged", [])),
     }
 
 
 STAGE = Stage(
     name="documents",
-    version=2,
+    version=3,
     config=Config,
     output=Kind.DOCUMENTS,
     run=run,

@@ -3,6 +3,7 @@
 B windows read at once, T positions of a window.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,8 +43,6 @@ class Config(FrozenModel):
     """Positions of a window; null for as many as the model has."""
     stride: int | None = Field(default=None, gt=0)
     """Tokens that each further window scores, the others in it being context; null for half a window."""
-    start: Literal["bos", "eos"] = "eos"
-    """The token that stands before a document and is not scored: <eos> closes the document before it in training."""
     batch_size: int = Field(default=8, gt=0)
     """Windows that are read at once."""
     prompts: tuple[str, ...] = ()
@@ -70,16 +69,17 @@ class Window(NamedTuple):
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes `results.json`: the loss per token, the perplexity per token and per word, and bits per byte.
 
-    Every token of every document is scored once, with at least window − stride tokens before it where the document
-    has them. Words are what white space separates; bytes are those of UTF-8. Raises UserError where the split has no
-    text, or the window exceeds the model's positions.
+    Before each document stands what stood there in training (<bos>, or the <eos> of the document before), which is not
+    scored. Every token of every document is scored once, with at least window − stride tokens before it where the
+    document has them. Words are what white space separates; bytes are those of UTF-8. Raises UserError where the split
+    has no text, the window exceeds the model's positions, or what the model says is not finite.
     """
     model = read_model(inputs["model"])
     tokenizer = tokenizer_of(inputs["model"], model.config)
     window = _window(config, model.config)
     stride = config.stride or max(1, window // 2)
     engine = inference_engine(config.engine, model.config, config.precision, whole_pieces(model.weights))
-    first = tokenizer.bos_id if config.start == "bos" else tokenizer.eos_id
+    first = tokenizer.bos_id
     total, tokens, words, size = 0.0, 0, 0, 0
     told = time.monotonic()
 
@@ -97,6 +97,8 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         tokens, words, size = tokens + len(ids), words + len(text.split()), size + len(text.encode())
     if not tokens or not words:
         raise UserError(f"the documents have no text in their {config.split} split to measure perplexity on")
+    if not math.isfinite(total):
+        raise UserError("the model's log-probabilities are not finite: look at the losses of its training")
     results = {
         "measure": "perplexity",
         "split": config.split,
@@ -109,7 +111,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         "bits_per_byte": total / size / math.log(2),
         "window": window,
         "stride": stride,
-        "start": config.start,
+        "precision": config.precision,
         "samples": _samples(config, engine, tokenizer, first),
     }
     (context.output / RESULTS).write_bytes(canonical_json(results))
@@ -142,9 +144,8 @@ def negative_log_likelihood(
     `watch` is told after each batch how many have been scored.
     """
     total, scored = 0.0, 0
-    parts = list(windows(tokens, window, stride))
-    for begin in range(0, len(parts), batch_size):
-        batch = parts[begin : begin + batch_size]
+    parts = windows(tokens, window, stride)
+    while batch := list(itertools.islice(parts, batch_size)):
         total -= _scored(engine, batch)
         scored += sum(part.scored for part in batch)
         watch(scored)
@@ -216,7 +217,7 @@ def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
 
 STAGE = Stage(
     name="perplexity",
-    version=1,
+    version=2,
     config=Config,
     inputs={"model": Kind.MODEL, "documents": Kind.DOCUMENTS},
     output=Kind.EVALUATION,

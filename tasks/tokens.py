@@ -14,12 +14,13 @@ from pydantic import Field
 
 from artifacts.identity import check_file_name
 from common.config import FrozenModel
-from common.errors import UserError
+from common.errors import StageInterrupted, UserError
 from common.files import canonical_json
 from models.tokenizer import Tokenizer, begin_with_eos, tokenizer_files
 from models.training.events import Note
 from tasks.encoding.card import write_card
 from tasks.encoding.choice import WORTH_IT_BYTES, Choice, choose, sampled_texts, the_reference
+from tasks.encoding.encoders import Reference
 from tasks.encoding.finished import FinishedUnits
 from tasks.encoding.pool import WORTH_A_PROCESS_BYTES, encode_in_processes
 from tasks.encoding.ray_pool import encode_over_ray
@@ -75,13 +76,16 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     finished = FinishedUnits(context.scratch, context.local_scratch)
     done = _Done()
     for unit, encoded in finished.find(units):
+        # All that is finished is hashed again, which takes a minute for some 20 GB.
+        if context.should_stop():
+            raise StageInterrupted("the tokens were stopped")
         done.add(unit, encoded)
     for name in finished.damaged:
         context.report(Note(f"the finished shard of documents {name} was damaged, and is done again"))
     left = [unit for unit in units if unit.key not in done.units]
-    choice = _choice(config, inputs, left)
+    choice = _choice(config, inputs, left) if left else None
     job = Job(
-        library=choice.library,
+        library=Reference.name if choice is None else choice.library,
         loss_on=config.loss_on,
         bos_id=tokenizer.bos_id if config.bos else None,
         eos_id=tokenizer.eos_id if config.eos else None,
@@ -224,7 +228,7 @@ def _tokens_description(
 def _metrics(
     tokens: Mapping[str, Any],
     units: Sequence[tuple[Unit, EncodedUnit]],
-    choice: Choice,
+    choice: Choice | None,
     reused: int,
     seconds: float,
 ) -> Metrics:
@@ -243,7 +247,8 @@ def _metrics(
         "documents": documents,
         "dtype": tokens["dtype"],
         "splits": splits,
-        "encoder": choice.model_dump(),
+        "encoder": None if choice is None else choice.model_dump(),
+        "encoded_by": Counter(encoded.library for _, encoded in units),
         "seconds": seconds,
         "units": {"encoded": len(units) - reused, "found_finished": reused},
         "notes": _shortened([encoded.note for _, encoded in units if encoded.note is not None]),

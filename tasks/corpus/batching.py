@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.errors import UserError
-from tasks.corpus.sources import TEXT, FileStart, Reading, Refused, Rows, Split, one_line, text_sizes
+from tasks.corpus.sizes import row_sizes
+from tasks.corpus.sources import TEXT, FileStart, Reading, Refused, Rows, Split, check_column, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_BYTES = 2 << 20
-ROW_BYTES = 16
-"""What a document takes beside its text, so that a batch of empty ones is one too."""
 ANCHOR_BYTES = 1 << 19
 """A file begins a batch of its own where the one before has so much already: small files share batches."""
 
@@ -60,14 +59,14 @@ class Batcher:
             if part.split != self._split and self._waiting:
                 yield self._batch()
             self._split = part.split
-            yield from self._added(self._fitted(part.table))
+            yield from self._added(self._fitted(part.table, part.place))
         self._refused.merge(self._reading.taken())
         if self._waiting or self._refused.counts:
             yield self._batch()
 
     def _added(self, table: "pa.Table") -> Generator[Batch, None, None]:
         """Takes in rows; gives the batches that they fill."""
-        end_D = np.cumsum(text_sizes(table) + ROW_BYTES)
+        end_D = np.cumsum(row_sizes(table))
         row, passed = 0, 0
         while row < table.num_rows:
             # The row that fills the batch is its last.
@@ -88,8 +87,8 @@ class Batcher:
         self._waiting, self._size, self._refused, self._file = [], 0, Refused(), None
         return batch
 
-    def _fitted(self, table: "pa.Table") -> "pa.Table":
-        """The table with the columns that the source began with."""
+    def _fitted(self, table: "pa.Table", place: str) -> "pa.Table":
+        """The table with the columns that the source began with. Raises UserError where they are of other types."""
         import pyarrow as pa
 
         if self._reading.schema is None:
@@ -97,7 +96,31 @@ class Batcher:
         schema = self._reading.schema
         if table.schema.equals(schema):
             return table.replace_schema_metadata(None)
+        for wanted in schema:
+            check_column(wanted.name, table.column_names, place)
+            found = table.schema.field(wanted.name).type
+            if not _fits(found, wanted.type):
+                raise UserError(f"{place}: the column '{wanted.name}' is {found}, and it was {wanted.type} before")
         try:
             return table.select(schema.names).cast(schema)
-        except (KeyError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise UserError(f"the source's columns do not fit those that it began with: {one_line(error)}") from error
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise UserError(f"{place}: its columns do not fit those before: {one_line(error)}") from error
+
+
+def _fits(found: "pa.DataType", wanted: "pa.DataType") -> bool:
+    """Whether values of one type are such of another, but for the width of numbers; "7" is not 7."""
+    from pyarrow import types
+
+    if found == wanted or types.is_null(found):
+        return True
+    if types.is_integer(found):
+        return bool(types.is_integer(wanted) or types.is_floating(wanted))
+    if types.is_floating(found):
+        return bool(types.is_floating(wanted))
+    if types.is_list(found) and types.is_list(wanted):
+        return _fits(found.value_type, wanted.value_type)
+    if types.is_struct(found) and types.is_struct(wanted):
+        inner, expected = list(found), list(wanted)
+        same = [field.name for field in inner] == [field.name for field in expected]
+        return same and all(_fits(own.type, other.type) for own, other in zip(inner, expected, strict=True))
+    return bool(found.id == wanted.id and not types.is_nested(found))

@@ -31,6 +31,8 @@ class Columns:
         schema = reading.schema
         # What an earlier start found in files that are not read again.
         types = {name: str(schema.field(name).type) for name in self.others} if schema is not None else {}
+        self.later_types: dict[str, pa.DataType] = {}
+        """Types of other columns in Parquet, for files in which they hold nulls alone."""
         self._types = {name: known[arrow] for name, arrow in types.items() if arrow in known}
 
     @property

@@ -36,13 +36,16 @@ class Config(FrozenModel):
     """Columns of the source that are kept beside the text."""
     on_error: Literal["fail", "skip"] = "fail"
     """Whether bad input (a line that is no JSON, a row without text, invalid UTF-8, a damaged file) ends the stage, or
-    is dropped and counted. A column that is nowhere and a source without documents always end it."""
+    is dropped and counted. A column that is nowhere, a source without documents, and a row that the library `datasets`
+    cannot read (of formats other than Parquet and JSON Lines) always end it. Documents that are empty or only white
+    space are no bad input: they are dropped and counted as `no_text` either way."""
     max_documents: int | None = Field(default=None, gt=0)
     """Documents that are kept at most; the source is not read any further. Null for all."""
     max_bytes: int | None = Field(default=None, gt=0)
     """Bytes of text (UTF-8) that are kept at most, in whole documents. Null for all."""
     shard_bytes: int = Field(default=32 << 20, gt=0)
-    """Bytes of text after which a shard is full; a longer document has one of its own."""
+    """Bytes after which a shard is full, those of the text, of other strings that are kept, and 16 for each document;
+    a longer document has a shard of its own."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

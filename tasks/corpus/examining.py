@@ -3,8 +3,10 @@
 D documents of a batch, S of them that the rules keep.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 KEPT = -1
+ALONE_BYTES = 4 << 20
+"""A batch of more text, which has a long document, is examined while no other such one is: that takes much memory."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Examiner:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._contamination = Contamination(config.contamination) if config.contamination else None
+        self._alone = Lock()
         self._columns = [TEXT, *dict.fromkeys((*config.source.own_columns, *config.columns))]
 
     @property
@@ -53,12 +58,22 @@ class Examiner:
         """What the benchmarks are called that documents are compared with."""
         return self._contamination.names if self._contamination else ()
 
+    @property
+    def compared_with(self) -> list[dict[str, Any]]:
+        """Of each benchmark its texts, how many of them are long enough to be compared, and their SHA-256."""
+        return self._contamination.described if self._contamination else []
+
     def examine(self, batch: Batch) -> Examined:
         """Applies the rules, and finds the hashes that splits and duplicates go by."""
-        config = self._config
         if not batch.table.num_rows:
             # It has come for what was refused, maybe before any column was known.
             return Examined(batch, np.empty(0, np.int64), np.empty(0, np.int16), batch.table, None, None)
+        size_D = text_sizes(batch.table)
+        with self._alone if size_D.sum() > ALONE_BYTES else nullcontext():
+            return self._examined(batch, size_D)
+
+    def _examined(self, batch: Batch, size_D: NDArray[np.int64]) -> Examined:
+        config = self._config
         texts = Texts(batch.table)
         rule_D = np.full(len(texts), KEPT, np.int16)
         for number, rule in enumerate(config.rules):
@@ -72,4 +87,4 @@ class Examiner:
         split_S = None
         if isinstance(config.split, Fractions):
             split_S = config.split.splits(prints.hash_D if prints else text_hashes(kept.table))
-        return Examined(batch, text_sizes(batch.table), rule_D, kept.table.select(self._columns), prints, split_S)
+        return Examined(batch, size_D, rule_D, kept.table.select(self._columns), prints, split_S)

@@ -1,6 +1,7 @@
 """Local files as a source: Parquet, JSON Lines, plain or compressed, and text."""
 
 import glob
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal, Self
 from common.errors import UserError
 from tasks.corpus.columns import Columns
 from tasks.corpus.digests import files_digest
-from tasks.corpus.formats import Format, file_tables, kind_of, learn_types
+from tasks.corpus.formats import Format, file_tables, kind_of, learn_columns
 from tasks.corpus.sources import TEXT, ExternalSource, FileStart, Opened, Reading, Rows, with_digest
 
 
@@ -65,9 +66,11 @@ class FilesSource(ExternalSource):
         if path.is_dir():
             found = {os.path.normpath(Path(text, name)): path / name for name in sorted(names_below(path))}
         elif glob.has_magic(text):
-            base = Path(path.anchor)
-            matches = sorted(base.glob(str(path.relative_to(base))))
-            found = {str(match): match for match in matches if match.is_file() and not _is_hidden(match.name)}
+            # What is written out may be hidden; what the pattern stands for may not.
+            fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+            matches = sorted(fixed.glob(str(path.relative_to(fixed))))
+            seen = (match for match in matches if not any(map(_is_hidden, match.relative_to(fixed).parts)))
+            found = {str(match): match for match in seen if match.is_file()}
         else:
             raise UserError(f"there is no file or folder {text} (from {Path.cwd()})")
         taken = {name: path for name, path in found.items() if self._fits(kind_of(name).format)}
@@ -88,13 +91,13 @@ class FilesSource(ExternalSource):
     def _parts(self, files: dict[str, Path], reading: Reading) -> Iterator[Rows | FileStart]:
         columns = Columns(self.column, reading)
         kinds = {name: kind_of(name)._replace(format=self.format or kind_of(name).format) for name in files}
-        if "jsonl" in {kind.format for kind in kinds.values()}:
-            learn_types(((str(path), kinds[name]) for name, path in files.items()), columns)
+        learn_columns([(str(path), kinds[name]) for name, path in files.items()], columns)
         for number, (name, path) in enumerate(files.items()):
             if number >= reading.first_file:
                 yield FileStart(number)
                 per_line = self.document_per == "line"
-                yield from map(Rows, file_tables(str(path), name, kinds[name], columns, reading, per_line))
+                for table in file_tables(str(path), name, kinds[name], columns, reading, per_line):
+                    yield Rows(table, place=name)
 
 
 def names_below(folder: Path) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Files of text: Parquet, JSON Lines and plain text, read in order, in bounded memory, with a place for every row."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from functools import partial
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from common.errors import UserError
 from tasks.corpus.columns import Columns, line_place
-from tasks.corpus.parquet import parquet_tables
+from tasks.corpus.parquet import learn_later_types, parquet_tables
 from tasks.corpus.sources import DOCUMENT_LIMIT_BYTES, TEXT, Reading, accepted, check_column, one_line, too_long
 from tasks.corpus.streams import BLOCK_BYTES, BOM, DamagedFile, Decompressed, Readable, line_blocks
 
@@ -47,23 +47,46 @@ def kind_of(name: str) -> Kind:
 
 def learn_types(files: Iterable[tuple[str, Kind]], columns: Columns) -> None:
     """Finds out the types of other columns by their first values in files of JSON Lines, of which it reads as much as
-    that takes, and LEARNED_BYTES at most."""
-    import orjson
+    that takes, and LEARNED_BYTES at most.
 
+    Raises UserError for a column that no object in there has, not even as null.
+    """
     left = LEARNED_BYTES
+    keys: set[str] = set()
     for path, kind in files:
         if columns.known or left <= 0:
-            return
+            break
         with _stream(path, kind) as file:
             for _, block in line_blocks(file, path, Reading(skip=True)):
-                for line in block.split(b"\n"):
-                    with suppress(orjson.JSONDecodeError):
-                        row = orjson.loads(line)
-                        if isinstance(row, dict):
-                            columns.misfit(row)
+                for row in _objects(block):
+                    columns.misfit(row)
+                    keys.update(row)
                 left -= len(block)
                 if columns.known or left <= 0:
                     break
+    if keys and not columns.known:
+        for other in columns.others:
+            read = "the source" if left > 0 else f"what comes first in the source ({LEARNED_BYTES >> 20} MiB)"
+            check_column(other, sorted(keys), read)
+
+
+def _objects(block: bytes) -> Iterator[dict[str, Any]]:
+    """The objects of some lines of JSON; others are left out."""
+    import orjson
+
+    for line in block.split(b"\n"):
+        with suppress(orjson.JSONDecodeError):
+            row = orjson.loads(line)
+            if isinstance(row, dict):
+                yield row
+
+
+def learn_columns(files: Sequence[tuple[str, Kind]], columns: Columns) -> None:
+    """Finds out the types of other columns, of JSON Lines and of Parquet files. Raises UserError as learn_types."""
+    if columns.others:
+        learn_types((one for one in files if one[1].format == "jsonl"), columns)
+        parquet = (path for path, kind in files if kind == ("parquet", None))
+        learn_later_types((partial(_opened, path) for path in parquet), columns)
 
 
 def _stream(path: str, kind: Kind) -> AbstractContextManager[Any]:
@@ -71,6 +94,11 @@ def _stream(path: str, kind: Kind) -> AbstractContextManager[Any]:
     if kind.compression:
         return closing(Decompressed(partial(_raw, path), kind.compression))
     return closing(_raw(path))
+
+
+def _opened(path: str) -> Any:
+    """What pyarrow opens a Parquet file by."""
+    return path if "://" not in path else _raw(path)
 
 
 def _raw(path: str) -> Any:
@@ -91,7 +119,7 @@ def file_tables(
     if kind.format == "parquet":
         if kind.compression:
             raise UserError(f"{name}: Parquet is compressed inside; decompress the file")
-        yield from parquet_tables(path if "://" not in path else _raw(path), name, columns, reading)
+        yield from parquet_tables(_opened(path), name, columns, reading)
         return
     with _stream(path, kind) as file:
         if kind.format == "jsonl":
@@ -155,7 +183,7 @@ def _no_text(row: dict[str, Any], column: str) -> str:
 
 
 def text_tables(file: Readable, name: str, per_line: bool, reading: Reading) -> "Iterator[pa.Table]":
-    """A text as one document, or each of its lines as one; blank lines are none.
+    """A text as one document, or each of its lines as one; blank texts and lines are none.
 
     Raises UserError for a text that is no UTF-8, unless that is skipped.
     """
@@ -163,7 +191,7 @@ def text_tables(file: Readable, name: str, per_line: bool, reading: Reading) -> 
 
     if not per_line:
         whole = _whole(file, name, reading)
-        if whole is not None:
+        if whole is not None and whole.strip():
             yield accepted(pa.table({TEXT: _strings([whole])}), reading, lambda row: name)
         return
     for number, block in line_blocks(file, name, reading):

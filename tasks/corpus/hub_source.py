@@ -9,7 +9,7 @@ from common.errors import UserError, suggestion
 from tasks.corpus.columns import Columns, row_place
 from tasks.corpus.digests import files_digest
 from tasks.corpus.file_source import names_below
-from tasks.corpus.formats import file_tables, kind_of, learn_types
+from tasks.corpus.formats import file_tables, kind_of, learn_columns
 from tasks.corpus.parquet import as_text
 from tasks.corpus.sources import (
     DOCUMENT_LIMIT_BYTES,
@@ -126,25 +126,28 @@ class HubSource(ExternalSource):
         """Every split, file by file. Parquet and JSON Lines are read here, which tells where a bad row is and takes
         little memory for long rows; other formats are streamed by `datasets`, as one file."""
         columns = Columns(self.column, reading)
-        lines = ((file, kind_of(file)) for named in files.values() for file in named)
-        learn_types(((file, kind) for file, kind in lines if kind.format == "jsonl"), columns)
+        learn_columns([(file, kind_of(file)) for named in files.values() for file in named], columns)
+        reading.keeps_blank = self.rows == "lines"
         number = 0
         for split, named in files.items():
             own_split = next((known for known in SPLITS if known == split), None)
-            readers = [partial(self._file, file, columns, reading) for file in named]
+            readers = {self._name(file): partial(self._file, file, columns, reading) for file in named}
             if not all(_is_read_here(file) for file in named):
-                readers = [partial(self._streamed, builder, split, columns, reading)]
+                readers = {f"{self.id} {split}": partial(self._streamed, builder, split, columns, reading)}
             if self.rows == "lines":
-                readers = [partial(self._joined, readers, split, reading)]
-            for reader in readers:
+                readers = {f"{self.id} {split}": partial(self._joined, list(readers.values()), split, reading)}
+            for name, reader in readers.items():
                 if number >= reading.first_file:
                     yield FileStart(number)
-                    yield from (Rows(table, own_split) for table in reader())
+                    yield from (Rows(table, own_split, name) for table in reader())
                 number += 1
 
+    def _name(self, file: str) -> str:
+        """What a file is called."""
+        return f"{self.id}/{file.partition(f'/{self.id}')[2].partition('/')[2]}"
+
     def _file(self, file: str, columns: Columns, reading: Reading) -> "Iterator[pa.Table]":
-        inside = file.partition(f"/{self.id}")[2].partition("/")[2]
-        return file_tables(file, f"{self.id}/{inside}", kind_of(file), columns, reading)
+        return file_tables(file, self._name(file), kind_of(file), columns, reading)
 
     def _streamed(self, builder: Any, split: str, columns: Columns, reading: Reading) -> "Iterator[pa.Table]":
         import datasets

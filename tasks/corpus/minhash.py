@@ -17,6 +17,7 @@ from tasks.corpus.words import mix
 
 _ALGORITHM = 2  # rensa's RMinHash.ALGORITHM_VERSION: other versions give other signatures
 _SEED = 1
+_NUMBERS_AT_ONCE = 1 << 18  # rensa gives them as Python's, of 45 bytes each
 _MISSED = 0.95  # how much pairs that are missed weigh against pairs that are compared in vain, when bands are chosen
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
@@ -85,8 +86,14 @@ def _minhash(hash_G: NDArray[np.uint64], begin_D1: NDArray[np.int64], permutatio
         raise UserError("near duplicates are found with rensa, which is not installed: pip install rensa") from error
     if RMinHash.ALGORITHM_VERSION != _ALGORITHM:
         raise RuntimeError(f"rensa has another algorithm: {RMinHash.ALGORITHM_VERSION} instead of {_ALGORITHM}")
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(hash_G, begin_D1.astype(np.uint64), permutations, _SEED)
-    return np.array(matrix.to_rows(), np.uint32).reshape(len(begin_D1) - 1, permutations)
+    minhash_DP = np.empty((len(begin_D1) - 1, permutations), np.uint32)
+    step = max(1, _NUMBERS_AT_ONCE // permutations)
+    for first in range(0, len(minhash_DP), step):
+        part_D1 = begin_D1[first : first + step + 1]
+        own_G, begin = hash_G[part_D1[0] : part_D1[-1]], (part_D1 - part_D1[0]).astype(np.uint64)
+        matrix = RMinHash.digest_matrix_from_flat_token_hashes(own_G, begin, permutations, _SEED)
+        minhash_DP[first : first + step] = matrix.to_rows()
+    return minhash_DP
 
 
 @cache

@@ -1,6 +1,6 @@
 """Rows of Parquet files, in order and in bounded memory, with a place for each of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
@@ -22,9 +22,10 @@ def parquet_tables(file: Any, name: str, columns: Columns, reading: Reading) -> 
     """
     import pyarrow.parquet as pq
 
+    options = {"buffer_size": BLOCK_BYTES, "pre_buffer": False, "page_checksum_verification": True}
     try:
         # Without pre_buffer a group's pages are read as they are needed, however large the group is.
-        parquet = pq.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False)
+        parquet = pq.ParquetFile(file, **options)
     except ERRORS as error:
         reading.lose(name, f"it is no whole Parquet file ({damage(error)})", 0)
         return
@@ -53,14 +54,11 @@ def _group_tables(parquet: Any, group: int, columns: Columns) -> "Iterator[pa.Ta
     metadata = parquet.metadata.row_group(group)
     if not metadata.num_rows:
         return
-    sizes = {
-        metadata.column(index).path_in_schema: metadata.column(index).total_uncompressed_size
-        for index in range(metadata.num_columns)
-    }
-    # A dictionary may make a column larger than this says.
-    average = max(1, sizes.get(columns.text, 0) // metadata.num_rows)
-    rows = max(1, min(ROWS_AT_ONCE, TABLE_BYTES // average))
     wanted = list(dict.fromkeys([columns.text, *columns.others]))
+    chunks = (metadata.column(index) for index in range(metadata.num_columns))
+    size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in wanted)
+    # A dictionary may make a column larger than this says.
+    rows = max(1, min(ROWS_AT_ONCE, TABLE_BYTES // max(1, size // metadata.num_rows)))
     waiting, size = [], 0
     for batch in parquet.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False):
         waiting.append(batch)
@@ -73,7 +71,7 @@ def _group_tables(parquet: Any, group: int, columns: Columns) -> "Iterator[pa.Ta
 
 
 def as_text(table: "pa.Table", columns: Columns, name: str) -> "pa.Table":
-    """The table with its text under `text`, as strings."""
+    """The table with its text under `text`, as strings, and the other columns without dictionaries."""
     import pyarrow as pa
 
     text = table[columns.text]
@@ -82,8 +80,46 @@ def as_text(table: "pa.Table", columns: Columns, name: str) -> "pa.Table":
     if pa.types.is_binary(text.type):
         # Old writers mark no strings as such; whether it is UTF-8 is seen later.
         text = pa.chunked_array([chunk.view(pa.string()) for chunk in text.chunks], pa.string())
-    elif pa.types.is_large_string(text.type) or pa.types.is_string_view(text.type) or pa.types.is_null(text.type):
+    elif pa.types.is_null(text.type):
         text = text.cast(pa.string())
-    elif not pa.types.is_string(text.type):
+    text = text.cast(_plain(text.type))
+    if not pa.types.is_string(text.type):
         raise UserError(f"{name}: the column '{columns.text}' is of the type {text.type}, no text")
-    return pa.table({TEXT: text, **{other: table[other] for other in columns.others}})
+    others = {}
+    for other in columns.others:
+        kind = table[other].type
+        kind = columns.later_types.get(other, kind) if pa.types.is_null(kind) else _plain(kind)
+        others[other] = table[other].cast(kind)
+    return pa.table({TEXT: text, **others})
+
+
+def _plain(kind: "pa.DataType") -> "pa.DataType":
+    """The type without a dictionary, and one type for all strings."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    return pa.string() if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) else kind
+
+
+def learn_later_types(files: Iterable[Callable[[], Any]], columns: Columns) -> None:
+    """Finds out the types of columns that hold nulls alone in the first Parquet files, by the schemas of later ones.
+
+    A file that cannot be read is left to whoever reads its rows.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    unknown = set(columns.others)
+    for opened in files:
+        if not unknown:
+            return
+        try:
+            schema = pq.read_schema(opened())
+        except ERRORS as error:
+            damage(error)
+            continue
+        for name in unknown & set(schema.names):
+            if not pa.types.is_null(schema.field(name).type):
+                columns.later_types[name] = _plain(schema.field(name).type)
+                unknown.discard(name)

@@ -33,6 +33,8 @@ from tasks.stage import Context
 COMMIT_BYTES = 128 << 20
 NOTE_SECONDS = 15.0
 BATCHES_PER_RELEASE = 8
+WORKERS = 8
+"""Batches that are examined at once, at most: each takes memory, and one thread takes in what they give."""
 
 
 class Pipeline:
@@ -57,7 +59,7 @@ class Pipeline:
 
         Raises UserError for bad input and where no document is left, StageInterrupted where it was told to stop.
         """
-        workers = self._context.runtime.processes or _cores()
+        workers = min(self._context.runtime.processes or _cores(), WORKERS)
         with ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(workers))
             # Before the pool waits for what it does: nobody wants the batches that were not begun.
@@ -252,11 +254,13 @@ class Pipeline:
 
     def _described(self, splits: Mapping[str, Any]) -> dict[str, Any]:
         damaged = {"damaged": self._tally.refused.damaged} if self._tally.refused.damaged else {}
+        compared = {"compared_with": self._examiner.compared_with} if self._config.contamination else {}
         return {
             "source": dict(self._description),
             "read": asdict(self._tally.read),
             "splits": dict(splits),
             "dropped": self._tally.described(self._rules),
+            **compared,
             **damaged,
         }
 

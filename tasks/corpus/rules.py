@@ -71,6 +71,8 @@ class Column(FrozenModel):
     def _check(self) -> Self:
         if self.minimum is None and self.maximum is None and self.one_of is None:
             raise ValueError("minimum, maximum or one_of: one of them at least is wanted")
+        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
+            raise ValueError(f"minimum {self.minimum} exceeds maximum {self.maximum}: no document would stay")
         return self
 
     def passes(self, texts: Texts) -> NDArray[np.bool_]:
@@ -85,8 +87,6 @@ class Column(FrozenModel):
         if self.column not in names:
             raise UserError(f"rule column: the source has no column '{self.column}'{suggestion(self.column, names)}")
         values = texts.table[self.column]
-        if pa.types.is_dictionary(values.type):
-            values = values.cast(values.type.value_type)
         stays_D = np.ones(len(texts), np.bool_)
         try:
             if self.minimum is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.files import fsync_file
+from tasks.corpus.sizes import row_sizes
 from tasks.corpus.sources import text_sizes
 
 if TYPE_CHECKING:
@@ -29,26 +30,29 @@ def shard_name(split: str, index: int, suffix: str) -> str:
 
 
 class Filling:
-    """Something of bounded size that documents fill, one after the other: full when the next would exceed the limit."""
+    """Something of bounded size (see row_sizes) that documents fill, one after the other: full when the next would
+    exceed the limit."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self.size = 0
+        self._size = 0
+        self.bytes = 0
         """Bytes of text in it."""
         self.documents = 0
 
     def parts(self, table: "pa.Table", full: Callable[[], None]) -> "Iterator[pa.Table]":
         """A table cut where it is full, which `full` is called for; a document over the limit is alone in it."""
-        end_D = np.cumsum(text_sizes(table))
+        end_D, text_D = np.cumsum(row_sizes(table)), text_sizes(table)
         row, passed = 0, 0
         while row < table.num_rows:
-            stop = int(np.searchsorted(end_D, passed + self._limit - self.size, "right"))
+            stop = int(np.searchsorted(end_D, passed + self._limit - self._size, "right"))
             if stop <= row and self.documents:
                 full()
-                self.size = self.documents = 0
+                self._size = self.bytes = self.documents = 0
                 continue
             stop = max(stop, row + 1)
-            self.size += int(end_D[stop - 1]) - passed
+            self._size += int(end_D[stop - 1]) - passed
+            self.bytes += int(text_D[row:stop].sum())
             self.documents += stop - row
             yield table.slice(row, stop - row)
             row, passed = stop, int(end_D[stop - 1])
@@ -57,7 +61,7 @@ class Filling:
 class ParquetFile:
     """A Parquet file that is written group by group, in the background; its bytes depend on the documents alone.
 
-    A group has about ROW_GROUP_BYTES of text, so that readers need little memory, and so does this.
+    A group has about ROW_GROUP_BYTES, so that readers need little memory, and so does this.
     """
 
     def __init__(self, path: Path, submit: Submit) -> None:
@@ -78,9 +82,9 @@ class ParquetFile:
 
         self.wait()
         if self._writer is None:
-            self._writer = pq.ParquetWriter(
-                self._path, self._waiting[0].schema, compression="zstd", use_dictionary=False
-            )
+            schema = self._waiting[0].schema
+            options = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+            self._writer = pq.ParquetWriter(self._path, schema, **options)
         waiting, self._waiting = self._waiting, []
         self._writing = self._submit(self._write, waiting)
 
@@ -199,7 +203,7 @@ class Shards:
         """Ends the shard that is being filled."""
         assert here.file is not None
         name = shard_name(here.name, len(here.shards), "parquet")
-        counts = {"documents": here.shard.documents, "bytes": here.shard.size}
+        counts = {"documents": here.shard.documents, "bytes": here.shard.bytes}
         here.shards.append({"name": name, **counts, "size": here.file.close()})
         if here.segment is not None and here.segment.close():
             here.segment.path.unlink()

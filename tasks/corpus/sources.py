@@ -14,21 +14,23 @@ from numpy.typing import NDArray
 
 from common.config import FrozenModel
 from common.errors import UserError, suggestion
+from tasks.corpus.sizes import value_sizes
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 TEXT = "text"
-DOCUMENT_LIMIT_BYTES = 16 << 20
-"""No document may be longer: a few of them are in memory at once."""
+DOCUMENT_LIMIT_BYTES = 8 << 20
+"""No document, nor a value of another column, may be longer: a few of them are in memory at once, and rules take up to
+90 times the bytes of one."""
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Refusal = Literal["malformed", "not_utf8", "no_text", "too_long", "unreadable"]
 REFUSALS: tuple[Refusal, ...] = ("malformed", "not_utf8", "no_text", "too_long", "unreadable")
 """Rules under which bad input is dropped: a line that is no JSON object or a value that does not fit its column; text
-that is no UTF-8; a row whose text is missing, null or no string; a document over the limit; what damage to a file
-took."""
+that is no UTF-8; a row whose text is missing, null, no string or only white space; a document over the limit;
+what damage to a file took."""
 
 
 @dataclass
@@ -91,6 +93,8 @@ class Reading:
         """The columns that the source began with, once that is known."""
         self.tell = tell
         """Takes a sentence for people."""
+        self.keeps_blank = False
+        """Whether rows without text are kept, as the empty lines of a text; a source sets it."""
         self._refused = Refused()
         self._told: set[Refusal] = set()
 
@@ -102,6 +106,10 @@ class Reading:
             self.tell(f"{place}: {problem}; such input is dropped and counted as {rule}")
             self._told.add(rule)
         self._refused.counts.setdefault(rule, Count()).add(documents, size)
+
+    def leave_out(self, documents: int, size: int) -> None:
+        """Counts documents without text, which are no damage: they are dropped always."""
+        self._refused.counts.setdefault("no_text", Count()).add(documents, size)
 
     def lose(self, place: str, problem: str, documents: int) -> None:
         """Drops and counts what a damaged file has lost. Raises UserError where it is not to be dropped."""
@@ -124,6 +132,8 @@ class Rows(NamedTuple):
     rows are none of them; they have gone to the Reading."""
     split: Split | None = None
     """The split that the source itself puts them into."""
+    place: str = "the source"
+    """What errors call the file that they are from."""
 
 
 class FileStart(NamedTuple):
@@ -193,16 +203,15 @@ def check_column(name: str, known: Iterable[str], place: str) -> None:
 
 
 def accepted(table: "pa.Table", reading: Reading, place: Callable[[int], str]) -> "pa.Table":
-    """The rows of a table whose text is one: neither null nor too long, and valid UTF-8, as the other strings are.
+    """The rows of a table whose text is one, neither null nor blank; none of their values is too long, and all strings
+    are valid UTF-8.
 
-    `place` says where a row is from; the bad ones go to `reading`.
+    `place` says where a row is from; the bad ones go to `reading`, and blank ones are counted there.
     """
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    text_D = table[TEXT].combine_chunks()
-    size_D = np.asarray(pc.binary_length(text_D).fill_null(0))
-    good_D = np.ones(len(text_D), bool)
+    size_D = value_sizes(table[TEXT])
+    good_D = np.ones(table.num_rows, bool)
 
     def refuse(rows: Iterable[int], rule: Refusal, problem: str) -> None:
         for row in rows:
@@ -210,18 +219,34 @@ def accepted(table: "pa.Table", reading: Reading, place: Callable[[int], str]) -
                 good_D[row] = False
                 reading.refuse(rule, place(row), problem, int(size_D[row]))
 
-    if text_D.null_count:
-        refuse(np.flatnonzero(text_D.is_null()).tolist(), "no_text", "the text is null")
-    refuse(np.flatnonzero(size_D > DOCUMENT_LIMIT_BYTES).tolist(), "too_long", too_long())
-    for name in table.column_names:
-        if pa.types.is_string(table.schema.field(name).type):
-            refuse(_not_utf8(table[name]), "not_utf8", f"the column '{name}' is no valid UTF-8")
-    return table if good_D.all() else table.filter(pa.array(good_D))
+    if table[TEXT].null_count:
+        refuse(np.flatnonzero(table[TEXT].is_null()).tolist(), "no_text", "the text is null")
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        value_D = size_D if name == TEXT else value_sizes(column)
+        refuse(np.flatnonzero(value_D > DOCUMENT_LIMIT_BYTES).tolist(), "too_long", too_long(name))
+        if pa.types.is_string(column.type):
+            refuse(_not_utf8(column), "not_utf8", f"the column '{name}' is no valid UTF-8")
+    table = table if good_D.all() else table.filter(pa.array(good_D))
+    return table if reading.keeps_blank else _with_text(table, reading)
 
 
-def too_long() -> str:
-    """What is said of a document over the limit."""
-    return f"the document is longer than {DOCUMENT_LIMIT_BYTES >> 20} MiB, more than is kept in memory; divide it"
+def _with_text(table: "pa.Table", reading: Reading) -> "pa.Table":
+    """The rows whose text is more than white space; the others are counted."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    size_D = text_sizes(table)
+    blank_D = (size_D == 0) | np.asarray(pc.utf8_is_space(table[TEXT]))
+    if not blank_D.any():
+        return table
+    reading.leave_out(int(blank_D.sum()), int(size_D[blank_D].sum()))
+    return table.filter(pa.array(~blank_D))
+
+
+def too_long(column: str = TEXT) -> str:
+    """What is said of a document with a value over the limit."""
+    what = "the document" if column == TEXT else f"the value of '{column}'"
+    return f"{what} is longer than {DOCUMENT_LIMIT_BYTES >> 20} MiB, more than is kept in memory; divide it"
 
 
 def _not_utf8(column: "pa.ChunkedArray") -> Iterator[int]:
@@ -240,9 +265,7 @@ def _not_utf8(column: "pa.ChunkedArray") -> Iterator[int]:
 
 def text_sizes(table: "pa.Table") -> NDArray[np.int64]:
     """The bytes of each document."""
-    import pyarrow.compute as pc
-
-    return np.asarray(pc.binary_length(table[TEXT])).astype(np.int64)
+    return value_sizes(table[TEXT])
 
 
 def one_line(error: Exception) -> str:

@@ -51,11 +51,13 @@ class Fractions(FrozenModel):
 
 def text_hashes(table: "pa.Table") -> NDArray[np.uint64]:
     """The first 64 bits of the SHA-256 of each text in UTF-8, as a little-endian number."""
-    text_D = table[TEXT].combine_chunks()
+    import pyarrow as pa
+
+    text_D = table[TEXT].combine_chunks().cast(pa.large_string())
     if not len(text_D):
         return np.empty(0, np.uint64)
     _, offsets, data = text_D.buffers()
-    end_D = np.frombuffer(offsets, np.int32)[text_D.offset : text_D.offset + len(text_D) + 1].tolist()
+    end_D = np.frombuffer(offsets, np.int64)[text_D.offset : text_D.offset + len(text_D) + 1].tolist()
     bytes_ = memoryview(data) if data is not None else memoryview(b"")
     digests = (hashlib.sha256(bytes_[first:last]).digest()[:8] for first, last in pairwise(end_D))
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)

@@ -1,6 +1,7 @@
 """Bytes of files as readers take them: decompressed as far as that goes, and line by line."""
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any, Protocol
 
 from tasks.corpus.sources import DOCUMENT_LIMIT_BYTES, Reading, one_line, too_long
@@ -81,6 +82,7 @@ class Decompressed:
         self._compression = compression
         self._passed = 0
         self._bytewise = False
+        self._damage: str | None = None
         self._stream = self._from_start()
 
     def _from_start(self) -> Any:
@@ -90,6 +92,9 @@ class Decompressed:
 
     def read(self, size: int) -> bytes:
         """The next bytes, none at the end. Raises DamagedFile where the file is damaged."""
+        if self._damage is not None:
+            # A stream that was read once more after its error would give what it had given before.
+            raise DamagedFile(self._damage)
         if not self._bytewise:
             try:
                 data = bytes(self._stream.read(size))
@@ -104,15 +109,25 @@ class Decompressed:
                     left -= len(self._stream.read(min(left, BLOCK_BYTES)))
             else:
                 self._passed += len(data)
+                if not data and not self._passed:
+                    self._check_begun()
                 return data
         found = bytearray()
         try:
             while len(found) < size and (byte := self._stream.read(1)):
                 found += byte
         except ERRORS as error:
+            self._damage = f"the {self._compression} file is damaged or cut off ({damage(error)})"
             if not found:
-                raise DamagedFile(f"the {self._compression} file is damaged or cut off ({damage(error)})") from error
+                raise DamagedFile(self._damage) from error
         return bytes(found)
+
+    def _check_begun(self) -> None:
+        """Raises DamagedFile for a file of no bytes: that of an empty text has some."""
+        with closing(self._opened()) as file:
+            if not file.read(1):
+                self._damage = f"the {self._compression} file is empty"
+                raise DamagedFile(self._damage)
 
     def close(self) -> None:
         """Closes the file."""

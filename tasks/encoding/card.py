@@ -11,6 +11,7 @@ import numpy as np
 from models.tokenizer import Tokenizer
 from models.training.shards import open_shard
 from tasks.encoding.lengths_picture import draw_lengths, quantile
+from tasks.encoding.tokenizer_json import read_description
 
 DATA_CARD, LENGTHS_PICTURE = "data_card.md", "document_lengths.png"
 SAMPLES = 5
@@ -88,7 +89,7 @@ def _split_row(split: str, one: Json) -> list[str]:
 
 
 def _tokenizer_lines(tokens: Json, folder: Path) -> Iterator[str]:
-    description = json.loads((folder / "tokenizer.json").read_bytes())
+    description = read_description(folder)
     backend = Tokenizer(folder).backend
     around = {"before": tokens["bos_id"], "after": tokens["eos_id"]}
     marks = [

@@ -1,17 +1,16 @@
 """Which library encodes a corpus: the fastest whose ids were seen to be the reference's, on texts of that corpus and on
 texts that are known to divide libraries."""
 
-import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from common.config import FrozenModel
-from tasks.encoding.encoders import Candidate, Encoded, Reference, first_difference, text_of, version_of
+from tasks.encoding.encoders import Candidate, Encoded, Reference, first_difference, shown, text_of, version_of
 from tasks.encoding.libraries import LIBRARIES
+from tasks.encoding.tokenizer_json import read_description
 from tasks.encoding.units import Unit, read_documents
 
 WORTH_IT_BYTES = 2 << 20
@@ -97,14 +96,12 @@ def _difference(candidate: Candidate, texts: Sequence[str], expected: Encoded) -
     row = first_difference(encoded, expected)
     if row is None:
         return None
-    shown = texts[row] if len(texts[row]) <= 40 else texts[row][:40] + "…"
-    return f"its ids differ from those of tokenizers for {shown!r}"
+    return f"its ids differ from those of tokenizers for {shown(texts[row])}"
 
 
 def special_tokens(folder: Path) -> list[str]:
     """The added tokens of a tokenizer, special or not."""
-    description: dict[str, Any] = json.loads((folder / "tokenizer.json").read_bytes())
-    return [token["content"] for token in description["added_tokens"]]
+    return [token["content"] for token in read_description(folder)["added_tokens"]]
 
 
 def difficult_texts(tokens: Iterable[str]) -> list[str]:

@@ -3,7 +3,7 @@
 N tokens, D documents. Texts are a pyarrow array of strings, whose buffers go to a library as they are where it can.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -12,10 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
-from models.tokenizer import Tokenizer
-
-AT_ONCE = 1 << 18
-"""Characters that `tokenizers` is given at once; until its ids are taken, each token has a hundred bytes."""
+from models.tokenizer import Tokenizer, in_parts
 
 
 class Encoded(NamedTuple):
@@ -51,7 +48,7 @@ class Reference:
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
         if self._parallel:
-            return [encoding.ids for part in _parts(texts) for encoding in self.tokenizer.encode_batch(part)]
+            return [encoding.ids for part in in_parts(texts) for encoding in self.tokenizer.encode_batch(part)]
         # The library takes a thread per core for a batch, and one for a single text.
         return [self.tokenizer.encode(text) for text in texts]
 
@@ -61,20 +58,6 @@ class Reference:
             return self.tokenizer.encode_parts(prompts, targets)
         pairs = zip(prompts, targets, strict=True)
         return [self.tokenizer.encode_parts([prompt], [target])[0] for prompt, target in pairs]
-
-
-def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Texts in parts of about AT_ONCE characters."""
-    part: list[str] = []
-    size = 0
-    for text in texts:
-        part.append(text)
-        size += len(text)
-        if size >= AT_ONCE:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
 
 
 class Candidate:
@@ -141,6 +124,11 @@ def first_difference(one: Encoded, other: Encoded) -> int | None:
 def version_of(library: str) -> str:
     """The installed version of a library."""
     return metadata.version(library)
+
+
+def shown(text: str) -> str:
+    """A text in quotes for a message, cut where it is long."""
+    return repr(text if len(text) <= 60 else f"{text[:60]}…")
 
 
 def text_of(error: BaseException) -> str:

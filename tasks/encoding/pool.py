@@ -49,6 +49,9 @@ def encode_in_processes(
                     left -= 1
                     if waiting:
                         key.data.give(waiting.popleft())
+                    else:
+                        # It has done its part: what becomes of it now is no matter.
+                        selector.unregister(key.fileobj)
                     unit, reply = done
                     yield unit, reply.result(unit)
         finally:

@@ -20,6 +20,7 @@ from tasks.encoding.encoders import (
     Reference,
     first_difference,
     joined,
+    shown,
     text_of,
 )
 from tasks.encoding.libraries import LIBRARIES
@@ -81,6 +82,8 @@ class EncodedUnit(FrozenModel):
     """UTF-8 bytes of text."""
     lengths: tuple[tuple[int, int], ...]
     """Each length of a document in tokens, rising, and how many documents have it."""
+    library: str
+    """The library that encoded it."""
     note: str | None = None
     """Why the chosen library's ids were not taken."""
 
@@ -170,6 +173,7 @@ def _encode_with(
         documents=int(counts.sum()),
         bytes=text_bytes,
         lengths=tuple(zip(found.tolist(), counts.tolist(), strict=True)),
+        library=encoder.name,
     )
 
 
@@ -222,11 +226,7 @@ def _check(encoded: Encoded, texts: Any, reference: Reference, rows: range) -> N
     ends_D = np.cumsum([len(part) for part in parts], dtype=np.int64)
     different = first_difference(Encoded(np.concatenate(parts), ends_D), reference.encode(sampled))
     if different is not None:
-        raise EncoderFailed(f"the ids of {_shown(sampled[different].as_py())} differ")
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:60]}…")
+        raise EncoderFailed(f"the ids of {shown(sampled[different].as_py())} differ")
 
 
 def _check_ids(encoded: Encoded, unit: Unit, first_row: int, job: Job) -> None:
@@ -244,7 +244,7 @@ def _with_targets(reference: Reference, texts: Any, targets: Any) -> tuple[Encod
     prompts, wanted = [], targets.to_pylist()
     for text, target in zip(texts.to_pylist(), wanted, strict=True):
         if not target or not text.endswith(target) or text == target:
-            raise UserError(f"document {_shown(text)} does not end with its target {_shown(target)} after a prompt")
+            raise UserError(f"document {shown(text)} does not end with its target {shown(target)} after a prompt")
         prompts.append(text[: -len(target)])
     parts = reference.parts(prompts, wanted)
     before_D = np.array([len(prompt) for prompt, _ in parts], np.int64)

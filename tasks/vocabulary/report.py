@@ -1,12 +1,12 @@
 """How well a tokenizer fits a text: tokens per word and bytes per token, beside tokenizers that many know."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from common.errors import UserError
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, in_parts
 from tasks.hub import local_copy, not_found
 from tasks.vocabulary.config import Hub
 from tasks.vocabulary.hub import files_of, resolved, write_hub_tokenizer
@@ -14,7 +14,6 @@ from tasks.vocabulary.hub import files_of, resolved, write_hub_tokenizer
 COMPARED = {"GPT-2": "openai-community/gpt2", "SmolLM2": "HuggingFaceTB/SmolLM2-135M"}
 WIKITEXT, WIKITEXT_FILES = "Salesforce/wikitext", "wikitext-2-raw-v1/test-*.parquet"
 SAMPLE_BYTES = 4 << 20
-ENCODED_AT_ONCE = 1 << 20
 
 
 class Fertility(NamedTuple):
@@ -113,7 +112,7 @@ def _compared(hub_id: str) -> Tokenizer:
 
 
 def _fertility(name: str, tokenizer: Tokenizer, label: str, texts: Sequence[str]) -> Fertility:
-    tokens = sum(len(encoding) for batch in _batches(texts) for encoding in tokenizer.encode_batch(batch))
+    tokens = sum(len(encoding) for batch in in_parts(texts) for encoding in tokenizer.encode_batch(batch))
     return Fertility(
         tokenizer=name,
         text=label,
@@ -122,17 +121,3 @@ def _fertility(name: str, tokenizer: Tokenizer, label: str, texts: Sequence[str]
         bytes=sum(len(text.encode()) for text in texts),
         tokens=tokens,
     )
-
-
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Texts whose encodings fit into memory together: each token takes a hundred bytes or so."""
-    waiting: list[str] = []
-    size = 0
-    for text in texts:
-        waiting.append(text)
-        size += len(text)
-        if size >= ENCODED_AT_ONCE:
-            yield waiting
-            waiting, size = [], 0
-    if waiting:
-        yield waiting

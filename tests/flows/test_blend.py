@@ -54,7 +54,7 @@ def test_portions_are_written_where_the_tokens_are_named(recipe: str) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.base.tokens.large=0", r"stages\.base\.blend\.1\.weight: input should be greater than 0"),
+        ("stages.base.tokens.large=0", r"stages\.base\.tokens\.large\.weight: input should be greater than 0"),
         ("stages.base.tokens.large={wieght: 1}", r"there is no such key; did you mean 'weight'"),
         ("stages.base.tokens.small=1", "there is no stage 'small' before 'base'"),
         ("stages.base.tokens.documents=1", "stage 'documents' makes documents, not tokens; use tokens or large"),
@@ -110,4 +110,9 @@ def test_other_weights_make_no_token_again(recipe: str, cairn: Cairn) -> None:
     for part in ("refined", "14,000,000,000", "12.35", "12,345,678", "123,456,789", "60.0%", "28,000,000,000"):
         assert part in shown.getvalue()
     assert "refined: the budget of a-source-of-a-very-long-name was used up at step 1,234" in shown.getvalue()
+    # A loss that is not finite is a string in the record.
+    unlucky = {"validation": [{"loss": "NaN", "by_source": {"tokens": "Infinity"}}], "blend": base}
+    Console(file=shown, width=100).print(blend_table({"base": records["base"].model_copy(update={"metrics": unlucky})}))
+    assert "nan" in shown.getvalue()
+    assert "inf" in shown.getvalue()
     assert blend_table({"tokens": Store.open().resolve("models/blended@tokens")}) is None

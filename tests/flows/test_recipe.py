@@ -74,6 +74,8 @@ def test_overrides_reach_every_depth_and_keys_left_to_their_defaults() -> None:
         ("stages.base.model.norm=rms_norm", r"norm of gpt2 is 'layer_norm', not 'rms_norm'; use architecture: custom"),
         ("stages.documents.source.maximum=-1", r"minimum 0 exceeds maximum -1"),
         ("stages.base.checkpoints.keep_last=1", r"checkpoints\.keep_last: input should be greater than or equal to 2"),
+        ("stages.base.tokens.x=1", r"'stages\.base\.tokens' is a value, which has no keys; give it whole"),
+        ("stages.base.two={}", r"stages\.base\.two: there is no such key"),
         ("steps", r"is not of the form key\.path=value"),
         ("stages.base.training.steps=[", r"the value is no YAML"),
     ],

@@ -128,6 +128,15 @@ def test_tokens_of_different_tokenizers_are_not_mixed(run_stage: RunStage, both:
         run_stage("pretrain", pretraining({}, {}), LABELS, **both)
 
 
+@pytest.mark.parametrize("role", ["bos", "eos", "pad"])
+def test_tokens_with_other_special_tokens_are_not_mixed(run_stage: RunStage, both: dict[str, Path], role: str) -> None:
+    path = both["tokens.1"] / "tokens.json"
+    description = json.loads(path.read_bytes())
+    path.write_bytes(canonical_json(description | {f"{role}_id": 17}))
+    with pytest.raises(UserError, match=rf"'small' and 'large' have different {role} tokens \(\w+ and 17\): make"):
+        run_stage("pretrain", pretraining({}, {}), LABELS, **both)
+
+
 def test_tokens_of_the_same_name_are_told_apart(run_stage: RunStage, both: dict[str, Path]) -> None:
     labels = {"tokens.0": "tokens", "tokens.1": "tokens"}
     _, metrics = run_stage("pretrain", pretraining({}, {}), labels, **both)
@@ -171,7 +180,8 @@ def test_documents_are_kept_apart_where_it_is_asked_for(run_stage: RunStage, tok
     numbers = np.random.default_rng(0).integers(3, 18, 400)
     write_shard(tmp_path / "train-00000.safetensors", np.repeat(numbers, 5).astype(np.uint16), 5 * np.arange(1, 401))
     shard = {"name": "train-00000.safetensors", "tokens": 2000, "documents": 400}
-    description = {"splits": {"train": {"lengths": [[5, 400]], "shards": [shard]}}}
+    special_ids = {"pad_id": 0, "bos_id": None, "eos_id": None}
+    description = {**special_ids, "splits": {"train": {"lengths": [[5, 400]], "shards": [shard]}}}
     (tmp_path / "tokens.json").write_bytes(canonical_json(description))
     shutil.copytree(tokenizer, tmp_path / "tokenizer")
     changes = {"steps": 150, "batch_size": 8, "optimizer": {"learning_rate": 0.05}}

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from models.engine import Batch, InferenceEngine, inference_engine
 from models.tokenizer import Tokenizer
-from models.weights import initial_weights, whole_pieces
+from models.weights import Array, initial_weights, whole_pieces
+from tasks.checkpoint import ModelFolder, write_model
 from tasks.perplexity import negative_log_likelihood, windows
 from tests.tasks.conftest import RunStage
 from tests.tasks.test_publish import ARCHITECTURES, model_folder
@@ -77,7 +78,7 @@ def test_a_window_as_long_as_the_text_gives_the_plain_loss(
     engine = inference_engine("torch", config, "float32", whole_pieces(initial_weights(config, 3)))
     total, count = 0.0, 0
     for text in TEXTS:
-        ids = np.array([[tokenizer.eos_id, *tokenizer.encode(text)]], np.int32)
+        ids = np.array([[tokenizer.bos_id, *tokenizer.encode(text)]], np.int32)
         row = Batch(ids[:, :-1], ids[:, 1:], np.ones_like(ids[:, 1:], np.bool_))
         total -= float(engine.log_probabilities(row).sum(dtype=np.float64))
         count += ids.size - 1
@@ -114,6 +115,17 @@ def test_a_split_of_empty_texts_has_no_perplexity(run_stage: RunStage, tmp_path:
     pq.write_table(pa.table({"text": ["", ""]}), folder / "test-00000.parquet")
     with pytest.raises(UserError, match="no text"):
         run_stage("perplexity", {}, model=model, documents=folder)
+
+
+def test_a_model_that_says_nothing_finite_has_no_perplexity(
+    run_stage: RunStage, documents: Path, tmp_path: Path
+) -> None:
+    model, config = model_folder(tmp_path / "model", ARCHITECTURES["llama"])
+    arrays: dict[str, Array] = dict(initial_weights(config, 3))
+    arrays["model.norm.weight"] = np.full_like(arrays["model.norm.weight"], np.nan)
+    write_model(model, ModelFolder(config, arrays, None, None))
+    with pytest.raises(UserError, match="not finite: look at the losses"):
+        run_stage("perplexity", {}, model=model, documents=documents)
 
 
 def test_the_model_card_says_what_was_measured(run_stage: RunStage, documents: Path, tmp_path: Path) -> None:

@@ -257,6 +257,12 @@ def test_what_is_finished_is_not_done_again(run: Run, tokenizer: Path, many: Pat
     output, metrics = run(many, tokenizer, **scratch)
     assert metrics["units"] == {"encoded": 9 - len(finished), "found_finished": len(finished)}
     assert [path.stat().st_mtime_ns for path in finished] == times
+    assert metrics["encoded_by"] == {"gigatoken": 9}
+    assert describe_files(output) == describe_files(whole)
+    # Nothing is left to choose a library for; what was done says what did it.
+    output, metrics = run(many, tokenizer, **scratch)
+    assert metrics["encoder"] is None
+    assert metrics["encoded_by"] == {"gigatoken": 9}
     assert describe_files(output) == describe_files(whole)
     again, metrics = run(many, tokenizer, **scratch)
     assert metrics["units"] == {"encoded": 0, "found_finished": 9}

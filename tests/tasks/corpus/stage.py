@@ -75,6 +75,7 @@ def reference(
     kept = {"documents": 0, "bytes": 0}
     seen: set[str] = set()
     shards: dict[str, list[list[str]]] = {}
+    sizes: dict[str, list[int]] = {}
     for row in rows:
         size = len(row["text"].encode())
         broken = [number for number, rule in enumerate(config.get("rules", ())) if not _passes(rule, row)]
@@ -85,7 +86,10 @@ def reference(
                 break
             seen.add(row["text"])
             _count(kept, size)
-            _place(shards.setdefault(_split(config.get("split"), row["text"]), []), row["text"], config["shard_bytes"])
+            split = _split(config.get("split"), row["text"])
+            taken = 16 + size + sum(len(row[name].encode()) for name in config.get("columns", ()))
+            place = (shards.setdefault(split, []), sizes.setdefault(split, []))
+            _place(*place, row["text"], taken, config["shard_bytes"])
         else:
             _count(drops[broken[0]], size)
         _count(read, size)
@@ -116,7 +120,9 @@ def _split(split: Any, text: str) -> str:
     return "test" if number >= 1 - split.get("test", 0) else "train"
 
 
-def _place(shards: list[list[str]], text: str, limit: int) -> None:
-    if not shards or sum(len(other.encode()) for other in shards[-1]) + len(text.encode()) > limit:
+def _place(shards: list[list[str]], sizes: list[int], text: str, size: int, limit: int) -> None:
+    if not shards or sizes[-1] + size > limit:
         shards.append([])
+        sizes.append(0)
     shards[-1].append(text)
+    sizes[-1] += size

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from tasks.corpus import batching
 from tasks.corpus.batching import Batch, Batcher
+from tasks.corpus.sizes import ROW_BYTES
 from tasks.corpus.sources import FileStart, Reading, Rows
 from tests.tasks.corpus.conftest import Told, documents, texts
 
@@ -67,7 +68,7 @@ def test_batches_have_bounds_that_depend_on_the_rows_alone(
     assert texts(batch.table for batch in found) == [row for rows in files for row in rows]
     for number, batch in enumerate(found):
         assert batch.table["text"].num_chunks == 1
-        weights = [len(text.encode()) + batching.ROW_BYTES for text in texts([batch.table])]
+        weights = [len(text.encode()) + ROW_BYTES for text in texts([batch.table])]
         assert sum(weights[:-1]) < limit
         # All are full but the last, and those after which a file begins.
         if number + 1 < len(found):
@@ -121,5 +122,22 @@ def test_columns_that_change_their_type_are_converted_or_refused() -> None:
     words = pa.table({"text": ["a"], "score": ["high"]})
     (batch,) = batches([Rows(floats), Rows(integers)])
     assert batch.table["score"].to_pylist() == [1.5, 2.0]
-    with pytest.raises(UserError, match="the source's columns do not fit those that it began with"):
-        batches([Rows(floats), Rows(words)])
+    with pytest.raises(UserError, match=r"b\.parquet: the column 'score' is string, and it was double before"):
+        batches([Rows(floats), Rows(words, place="b.parquet")])
+    sevens = pa.table({"text": ["a"], "score": ["7"]})
+    with pytest.raises(UserError, match=r"b\.parquet: the column 'score' is string, and it was int32 before"):
+        batches([Rows(integers.select(["text", "score"])), Rows(sevens, place="b.parquet")])
+    with pytest.raises(UserError, match=r"b\.parquet has no column 'score'"):
+        batches([Rows(floats), Rows(sevens.select(["text"]), place="b.parquet")])
+    halves = pa.table({"text": ["a"], "score": [0.5]})
+    with pytest.raises(UserError, match=r"b\.parquet: the column 'score' is double, and it was int32 before"):
+        batches([Rows(integers.select(["text", "score"])), Rows(halves, place="b.parquet")])
+    nulls = pa.table({"text": ["b"], "score": pa.nulls(1)})
+    (batch,) = batches([Rows(floats), Rows(nulls)])
+    assert batch.table["score"].to_pylist() == [1.5, None]
+
+
+def test_other_columns_fill_a_batch_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "BATCH_BYTES", 1000)
+    rows = pa.table({"text": ["t"] * 20, "meta": ["m" * 400] * 20, "tags": [["u" * 40] * 2] * 20})
+    assert [batch.table.num_rows for batch in batches([Rows(rows)])] == [3, 3, 3, 3, 3, 3, 2]

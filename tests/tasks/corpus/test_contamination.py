@@ -15,7 +15,9 @@ from tasks.corpus.benchmarks import Benchmark, known_benchmarks
 from tasks.corpus.contamination import Contamination, ContaminationConfig, resolved
 from tasks.corpus.text import Texts
 from tests.tasks.corpus import reference
+from tests.tasks.corpus.conftest import json_lines
 from tests.tasks.corpus.reference import TEXTS
+from tests.tasks.corpus.stage import Run
 
 
 @pytest.fixture
@@ -93,6 +95,24 @@ def test_case_punctuation_and_white_space_do_not_count(hub: Path) -> None:
     assert contamination.names == ("test/rows",)
     (described,) = contamination.described
     assert {**described, "sha256": ""} == {"benchmark": "test/rows", "texts": 4, "compared": 2, "sha256": ""}
+
+
+def test_the_stage_drops_counts_and_says_what_it_compared_with(hub: Path, tmp_path: Path) -> None:
+    write(hub, "test/rows", [{"text": ROW}, {"text": "too short"}])
+    texts = ["One of its own.", f"Quoted: {ROW.upper()}!", "Another.", " ".join(ROW.split()[1:14])]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_bytes(json_lines({"text": text} for text in texts))
+    benchmark = {"id": "test/rows", "columns": ["text"]}
+    source = {"kind": "files", "path": str(tmp_path / "data")}
+    run = Run(tmp_path / "run", {"source": source, "contamination": {"benchmarks": [benchmark]}})
+    metrics = run.start()
+    assert run.texts() == {"train": [[texts[0], texts[2]]]}
+    dropped = {"documents": 2, "bytes": len(texts[1].encode()) + len(texts[3].encode())}
+    parameters = {"benchmark": "test/rows", "ngram": 13}
+    assert run.described()["dropped"] == [{"rule": "contamination", "parameters": parameters, **dropped}]
+    assert metrics["dropped"] == {"contamination": dropped}
+    (compared,) = metrics["compared_with"]
+    assert (compared["benchmark"], compared["texts"], compared["compared"]) == ("test/rows", 2, 1)
 
 
 def test_texts_of_any_shape_are_read(hub: Path) -> None:

@@ -52,6 +52,13 @@ def test_a_pattern_is_followed_into_folders(tmp_path: Path, monkeypatch: pytest.
     assert list(source("x").model_copy(update={"format": "jsonl"}).files()) == ["x/a.jsonl", "x/y/b.jsonl"]
 
 
+def test_a_pattern_stands_for_nothing_that_is_hidden(tmp_path: Path) -> None:
+    for name in (".git/x.txt", "a/.cache/y.txt", "a/_old/z.txt", "a/b.txt"):
+        write(tmp_path / ".home", name, b"text")
+    assert list(source(tmp_path / ".home/**/*.txt").files()) == [str(tmp_path / ".home/a/b.txt")]
+    assert list(source(tmp_path / ".home/.git/*.txt").files()) == [str(tmp_path / ".home/.git/x.txt")]
+
+
 def test_a_path_in_the_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, "a.txt", b"text")

@@ -1,4 +1,5 @@
 import hashlib
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.corpus import minhash
 from tasks.corpus.minhash import NearConfig, bands_and_rows, signatures
 from tasks.corpus.text import Texts
 from tests.tasks.corpus import reference
@@ -39,6 +41,21 @@ def test_signatures_do_not_depend_on_the_batch(batch: list[str]) -> None:
         assert together.has_words_D[row] == alone.has_words_D[0]
         assert (together.signature_DP[row] == alone.signature_DP[0]).all()
         assert (together.band_DB[row] == alone.band_DB[0]).all()
+
+
+def test_many_short_documents_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{number:x}" for number in range(8000)]
+    tracemalloc.start()
+    try:
+        found = signatures(Texts.of(texts), NearConfig())
+        # All numbers of the signatures as Python's take 41 MB.
+        assert tracemalloc.get_traced_memory()[1] < 36e6
+    finally:
+        tracemalloc.stop()
+    monkeypatch.setattr(minhash, "_NUMBERS_AT_ONCE", 128 * 7)
+    again = signatures(Texts.of(texts[:100]), NearConfig())
+    assert (again.signature_DP == found.signature_DP[:100]).all()
+    assert (again.band_DB == found.band_DB[:100]).all()
 
 
 def test_the_share_of_equal_numbers_estimates_the_similarity() -> None:

@@ -2,6 +2,8 @@
 
 import errno
 import itertools
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from hypothesis import strategies as st
 
 from artifacts.identity import describe_files
 from common.errors import StageInterrupted, UserError
-from tasks.corpus import batching, pipeline, shards
+from tasks.corpus import batching, examining, pipeline, shards
 from tasks.corpus.config import Config
 from tasks.corpus.formats import file_tables
+from tasks.corpus.rules import Length
 from tests.tasks.corpus.conftest import json_lines, parquet_bytes, write
 from tests.tasks.corpus.stage import Run, reference
 
@@ -26,10 +29,14 @@ RULES: list[dict[str, Any]] = [
     {"rule": "regex", "pattern": "[xy]z"},
 ]
 ROWS = st.fixed_dictionaries(
-    {"text": st.text("xyzé ", max_size=6), "score": st.none() | st.integers(0, 9), "url": st.text(max_size=3)}
+    {
+        "text": st.text("xyzé ", max_size=6).filter(str.strip),
+        "score": st.none() | st.integers(0, 9),
+        "url": st.text(max_size=3),
+    }
 )
 CONFIGS = st.fixed_dictionaries(
-    {"shard_bytes": st.integers(1, 60), "rules": st.lists(st.sampled_from(RULES), max_size=3, unique_by=str)},
+    {"shard_bytes": st.integers(1, 120), "rules": st.lists(st.sampled_from(RULES), max_size=3, unique_by=str)},
     optional={
         "split": st.sampled_from(["test", {"validation": 0.3, "test": 0.2}, {"validation": 0.5}]),
         "duplicates": st.just({}),
@@ -123,6 +130,57 @@ def test_the_bytes_are_the_same_for_any_number_of_threads_and_of_kept_batches(
     assert len(outputs[0][1]["splits"]["train"]["shards"]) > 3
     assert outputs[0][1]["dropped"][-1]["documents"] > 0
     assert all(output == outputs[0] for output in outputs)
+
+
+def test_categories_are_kept_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "BATCH_BYTES", 100)
+    languages = [["en", "de", None][number % 3] for number in range(60)]
+    # Other categories in each file.
+    for number, part in enumerate((languages[:20], languages[21:22], languages[22:])):
+        column = pa.array(part).dictionary_encode()
+        words = [f"text {row}" for row in range(len(part))]
+        write(tmp_path, f"data/{number}.parquet", parquet_bytes({"text": words, "language": column}))
+    source = {"kind": "files", "path": str(tmp_path / "data")}
+    rules = [{"rule": "column", "column": "language", "one_of": ["en", "de"]}]
+    run = Run(tmp_path / "run", {"source": source, "columns": ["language"], "rules": rules})
+    run.start()
+    table = pq.read_table(run.output / "train-00000.parquet")
+    assert table.schema.field("language").type == pa.string()
+    assert table["language"].to_pylist() == [one for one in languages[:20] + languages[21:] if one]
+
+
+def test_long_documents_are_examined_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examining, "ALONE_BYTES", 500)
+    monkeypatch.setattr(batching, "BATCH_BYTES", 1000)
+    inside, most = 0, 0
+    counted = threading.Lock()
+    passes = Length.passes
+
+    def watched(self: Length, texts: Any) -> Any:
+        nonlocal inside, most
+        with counted:
+            inside += 1
+            most = max(most, inside)
+        time.sleep(0.002)
+        found = passes(self, texts)
+        with counted:
+            inside -= 1
+        return found
+
+    monkeypatch.setattr(Length, "passes", watched)
+    run = Run(tmp_path, {"source": files(tmp_path, some_rows(300)), "rules": RULES[:1]}, 4)
+    run.start()
+    assert most == 1
+    monkeypatch.setattr(examining, "ALONE_BYTES", 1 << 20)
+    run = Run(tmp_path / "again", run.config.model_dump(), 4)
+    run.start()
+    assert most > 1
+
+
+def test_what_benchmarks_say_is_left_out_where_there_are_none(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"source": files(tmp_path, some_rows(20))})
+    assert run.start()["compared_with"] == []
+    assert "compared_with" not in run.described()
 
 
 # Stopped and started again.

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from artifacts.identity import describe_files
 from tasks.corpus import shards
 from tasks.corpus.shards import Shards
+from tasks.corpus.sizes import ROW_BYTES
 
 
 def at_once(function: Any, *arguments: Any) -> "Future[None]":
@@ -31,11 +32,11 @@ def expected(texts: list[str], limit: int) -> list[list[str]]:
     found: list[list[str]] = []
     size = 0
     for text in texts:
-        if not found or size + len(text.encode()) > limit:
+        if not found or size + len(text.encode()) + ROW_BYTES > limit:
             found.append([])
             size = 0
         found[-1].append(text)
-        size += len(text.encode())
+        size += len(text.encode()) + ROW_BYTES
     return found
 
 
@@ -55,7 +56,7 @@ PARTS = st.lists(st.tuples(st.sampled_from(["train", "test"]), st.lists(st.text(
 
 
 @settings(max_examples=40, deadline=None)
-@given(parts=PARTS, limit=st.integers(1, 60), data=st.data())
+@given(parts=PARTS, limit=st.integers(1, 120), data=st.data())
 def test_shards_are_the_same_however_documents_come_and_where_it_goes_on(
     parts: list[tuple[str, list[str]]], limit: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -103,24 +104,24 @@ def test_shards_are_the_same_however_documents_come_and_where_it_goes_on(
 
 
 def test_what_is_newer_than_the_state_is_removed_and_what_is_missing_is_noticed(tmp_path: Path) -> None:
-    first = Shards(tmp_path, 10, at_once)
+    first = Shards(tmp_path, 45, at_once)
     first.append("train", table(["x" * 8, "y" * 8, "z"]))
     state = first.state()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["segment-1.arrow", "train-00000.parquet"]
     first.append("train", table(["more " * 3]))
     first.state()
-    Shards(tmp_path, 10, at_once).restore(state)
+    Shards(tmp_path, 45, at_once).restore(state)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["segment-1.arrow", "train-00000.parquet"]
     for name in ("segment-1.arrow", "train-00000.parquet"):
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).unlink()
         with pytest.raises((ValueError, OSError)):
-            Shards(tmp_path, 10, at_once).restore(state)
+            Shards(tmp_path, 45, at_once).restore(state)
         (tmp_path / name).write_bytes(data[:-1])
         with pytest.raises((ValueError, OSError)):
-            Shards(tmp_path, 10, at_once).restore(state)
+            Shards(tmp_path, 45, at_once).restore(state)
         (tmp_path / name).write_bytes(data)
-    Shards(tmp_path, 10, at_once).restore(state)
+    Shards(tmp_path, 45, at_once).restore(state)
 
 
 def test_row_groups_hold_little_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +135,19 @@ def test_row_groups_hold_little_text(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert groups == expected(texts, 100)
 
 
+def test_other_columns_and_empty_texts_fill_row_groups_and_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 10 * ROW_BYTES)
+    made = Shards(make(tmp_path, "parts"), 100 * (ROW_BYTES + 40), at_once)
+    made.append("train", table([""] * 200))
+    made.append("test", pa.table({"text": [""] * 200, "meta": ["m" * 40] * 200}))
+    described = made.publish(tmp_path)
+    assert pq.ParquetFile(tmp_path / "train-00000.parquet").num_row_groups == 20
+    assert [shard["documents"] for shard in described["test"]["shards"]] == [100, 100]
+    assert described["test"]["bytes"] == 0
+
+
 def test_what_goes_wrong_while_a_shard_is_written_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 5)
 
@@ -142,19 +156,19 @@ def test_what_goes_wrong_while_a_shard_is_written_is_raised(tmp_path: Path, monk
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     with ThreadPoolExecutor(1) as pool:
-        made = Shards(tmp_path, 10, pool.submit)
+        made = Shards(tmp_path, 45, pool.submit)
         with pytest.raises(OSError, match="no space left"):
             made.append("train", table(["x" * 8, "y" * 8, "z" * 8]))
         made.close()
 
 
 def test_shards_that_are_given_up_leave_what_was_saved(tmp_path: Path) -> None:
-    first = Shards(tmp_path, 10, at_once)
+    first = Shards(tmp_path, 45, at_once)
     first.append("train", table(["x" * 8, "y" * 8]))
     state = first.state()
     first.append("train", table(["lost"]))
     first.close()
-    again = Shards(tmp_path, 10, at_once)
+    again = Shards(tmp_path, 45, at_once)
     again.restore(state)
     again.append("train", table(["z"]))
     output = make(tmp_path, "output")

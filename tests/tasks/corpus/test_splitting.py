@@ -38,6 +38,8 @@ def test_the_split_is_that_of_the_hash(texts: list[str], first: int, validation:
 def test_the_hash_is_the_one_that_duplicates_are_found_by(texts: list[str]) -> None:
     prints = fingerprints(Texts(table(texts)), DuplicatesConfig())
     assert prints.hash_D.tolist() == text_hashes(table(texts)).tolist()
+    large = table(texts).cast(pa.schema([("text", pa.large_string())]))
+    assert text_hashes(large).tolist() == prints.hash_D.tolist()
 
 
 def test_the_split_is_pinned() -> None:

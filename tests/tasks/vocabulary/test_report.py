@@ -60,7 +60,7 @@ def test_wikitext_is_whole() -> None:
 
 
 def test_the_count_is_that_of_encoding_each_text_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.vocabulary.report.ENCODED_AT_ONCE", 1000)
+    monkeypatch.setattr("models.tokenizer.ENCODED_AT_ONCE", 1000)
     monkeypatch.setattr("tasks.vocabulary.report.COMPARED", {})
     monkeypatch.setattr("tasks.vocabulary.report.wikitext", lambda: ["a", "", "b c"])
     texts = english(20)
