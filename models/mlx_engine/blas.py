@@ -2,13 +2,20 @@
 
 OpenBLAS, where the system has it, is loaded before MLX and with its symbols for all to see, so that MLX's matrix
 products in fp32 find them first: that made one of 2,048 × 384 × 1,024 twenty times faster. The OpenBLAS inside
-NumPy's and SciPy's wheels cannot serve: its symbols have a prefix. On macOS MLX has Accelerate and Metal.
+NumPy's and SciPy's wheels, and in `scipy-openblas32`, cannot serve: its symbols have a prefix. On macOS MLX has
+Accelerate and Metal.
+
+As a program, `python -P models/mlx_engine/blas.py` says where the library is missing how to get it.
 """
 
 import ctypes
 import sys
 
 NAMES = ("libopenblas.so.0", "libopenblas.so")
+HINT = (
+    "hint: libopenblas.so.0 is not on this machine, and matrix products of the engine 'mlx' on the CPU are many times "
+    "slower without; on Debian and Ubuntu: apt-get install libopenblas0-pthread"
+)
 
 
 def preload(names: tuple[str, ...] = NAMES) -> str | None:
@@ -25,3 +32,7 @@ def preload(names: tuple[str, ...] = NAMES) -> str | None:
             continue
         return name
     return None
+
+
+if __name__ == "__main__" and sys.platform == "linux" and preload() is None:
+    print(HINT)
