@@ -56,7 +56,8 @@ def stacked(micro_batches: Sequence[Batch], rows: int, length: int) -> HostBatch
         documents_ABT = np.zeros(shape, np.int32)
     found = HostBatches(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.bool_), documents_ABT)
     for number, batch in enumerate(micro_batches):
-        place = (number, *(slice(size) for size in batch.tokens_BT.shape))
+        of_batch, positions = batch.tokens_BT.shape
+        place = (number, slice(of_batch), slice(positions))
         found.tokens_ABT[place] = batch.tokens_BT
         found.targets_ABT[place] = np.where(batch.loss_mask_BT, batch.targets_BT, 0)
         found.counted_ABT[place] = batch.loss_mask_BT

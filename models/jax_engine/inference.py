@@ -5,7 +5,7 @@ Suffixes: B rows, T positions, C capacity of a cache, V vocab_size.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,9 @@ class Reading:
     def __init__(self, config: ModelConfig, computing: Computing) -> None:
         self._config, self._sharding = config, computing.sharding
         self._model = Transformer(config, computing)
-        whole = self._sharding.of()
+        whole, rows = self._sharding.of(), self._sharding.of("rows")
         keys = self._sharding.of("layers", "rows", "whole", "groups", "whole")
-        cache = Cache(keys, keys, self._sharding.of("rows"))
+        cache = Cache(*cast(Any, (keys, keys, rows)))  # shardings in the places of arrays
         self.logits = jax.jit(self._all_logits, out_shardings=whole)
         self.targets = jax.jit(self._target_log_probabilities, out_shardings=whole)
         self.prefill = jax.jit(self._read_prompts, static_argnames="capacity", out_shardings=(cache, whole))

@@ -112,7 +112,8 @@ class Block(nnx.Module):
         self.input_norm = Norm(config)
         self.attention = Attention(config)
         self.post_attention_norm = Norm(config)
-        self.mlp: Dense | Gated | Mixture = {"dense": Dense, "gated": Gated, "mixture": Mixture}[config.mlp](config)
+        kinds: dict[str, type[Dense | Gated | Mixture]] = {"dense": Dense, "gated": Gated, "mixture": Mixture}
+        self.mlp = kinds[config.mlp](config)
 
     def after_attention(
         self, x_BTD: jax.Array, mixed_BTHK: jax.Array, real_BT: jax.Array | None, keys: Any
@@ -242,9 +243,8 @@ class Transformer:
 
     def _state(self, parameters: Arrays) -> Any:
         gathered = self.computing.sharding.gathered
-        return nnx.from_flat_state(
-            {tuple(name.split(".")): gathered(name, array) for name, array in parameters.items()}
-        )
+        flat: dict[Any, Any] = {tuple(name.split(".")): gathered(name, array) for name, array in parameters.items()}
+        return nnx.from_flat_state(flat)
 
 
 def positions_of(rows: Rows) -> jax.Array:

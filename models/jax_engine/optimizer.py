@@ -130,4 +130,4 @@ def clipped(config: OptimizerConfig, gradients: Arrays, norm: jax.Array) -> Arra
     if config.clip is None:
         return gradients
     shrink = jnp.minimum(1.0, config.clip / (norm + 1e-6))
-    return jax.tree.map(lambda gradient: gradient * shrink, gradients)
+    return {name: gradient * shrink for name, gradient in gradients.items()}

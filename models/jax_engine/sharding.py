@@ -59,9 +59,10 @@ _PARAMETER_AXES: Mapping[str, tuple[Axis, ...]] = {
 
 def parameter_axes(name: str, dimensions: int) -> tuple[Axis, ...]:
     """What the dimensions of a parameter mean, by its name among stacked ones or among those of one layer."""
-    axes = _PARAMETER_AXES.get(name.removeprefix("layers."))
     stacked: tuple[Axis, ...] = ("layers",) if name.startswith("layers.") else ()
-    return stacked + (axes or ("whole",) * (dimensions - len(stacked)))
+    whole: Axis = "whole"
+    vector = (whole,) * (dimensions - len(stacked))
+    return stacked + _PARAMETER_AXES.get(name.removeprefix("layers."), vector)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Sharding:
     @property
     def row_parts(self) -> int:
         """Parts that the rows of a batch are divided into: their number has to be a multiple of it."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        parts: int = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return parts
 
     def spec(self, axes: Sequence[Axis], *, gathered: bool = False) -> PartitionSpec:
         """The mesh axes of each dimension; `gathered` leaves out those that divide weights for storage alone."""
@@ -92,19 +94,20 @@ class Sharding:
 
     def constrained(self, x: jax.Array, *axes: Axis) -> jax.Array:
         """The same array, told to the compiler to lie so."""
-        return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, self.of(*axes))
+        return x if self.mesh.size == 1 else _lying(x, self.of(*axes))
 
     def gathered(self, name: str, weight: jax.Array) -> jax.Array:
         """A layer's weight as it is computed with: whole along `fsdp`, still divided along `tensor`."""
         if self.mesh.shape["fsdp"] == 1:
             return weight
         spec = self.spec(parameter_axes(name, weight.ndim), gathered=True)
-        return jax.lax.with_sharding_constraint(weight, NamedSharding(self.mesh, spec))
+        return _lying(weight, NamedSharding(self.mesh, spec))
 
     def put(self, array: NDArray[np.generic], sharding: NamedSharding) -> jax.Array:
         """A host array that every process has whole, laid over the devices of all."""
         if sharding.is_fully_addressable:
-            return jax.device_put(array, sharding)
+            there: jax.Array = jax.device_put(array, sharding)
+            return there
         return jax.make_array_from_callback(array.shape, sharding, lambda region: array[region])
 
     def on_host(self, array: jax.Array) -> NDArray[np.generic]:
@@ -131,6 +134,11 @@ def sharding_of(layout: Layout, model: ModelConfig, devices: Sequence[jax.Device
     _check_divides(layout, model)
     places = np.array(devices[:needed], dtype=object).reshape(data, layout.fsdp, layout.tensor)
     return Sharding(Mesh(places, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3))
+
+
+def _lying(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    found: jax.Array = jax.lax.with_sharding_constraint(x, sharding)
+    return found
 
 
 def _check_divides(layout: Layout, model: ModelConfig) -> None:

@@ -4,7 +4,7 @@ Suffixes: A micro-batches, B rows, T positions, D hidden_size, E experts.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +49,12 @@ class Steps:
     def __init__(self, config: ModelConfig, optimizer: OptimizerConfig, computing: Computing) -> None:
         self._config, self._optimizer = config, optimizer
         self._model, self._sharding = Transformer(config, computing), computing.sharding
-        lying = {
+        # Shardings stand in the places of the arrays that they are of.
+        lying: dict[str, Any] = {
             name: self._sharding.of_parameter(name, len(stacked_shape(name, parameters)))
             for name, parameters in stacks(config).items()
         }
-        whole = self._sharding.of()
+        whole: Any = self._sharding.of()
         state = OptimizerState(prefixed(optimizer, lying), whole)
         self.fresh = jax.jit(lambda parameters: fresh(optimizer, parameters), out_shardings=state)
         """Parameters to the optimizer's state before the first update."""
@@ -86,7 +87,8 @@ class Steps:
         totals = self._totals(parameters, micro, key)
         of_one = jax.grad(self._objective, has_aux=True)
         if micro.tokens.shape[0] == 1:
-            return of_one(parameters, _only(micro), totals, key)
+            found: tuple[Arrays, jax.Array] = of_one(parameters, _only(micro), totals, key)
+            return found
 
         def added(carry: tuple[Arrays, jax.Array], one: Micro) -> tuple[tuple[Arrays, jax.Array], None]:
             return jax.tree.map(jnp.add, carry, of_one(parameters, one, totals, key)), None

@@ -48,6 +48,7 @@ class JaxTraining:
         """As the contract says. UserError where no target counts; ValueError for a token beyond the vocabulary."""
         assert self._state is not None  # weights are restored first
         micro = self._micro(micro_batches)
+        result: StepResult
         self._held.parameters, self._state, result = self._compiled.step(
             self._held.parameters, self._state, micro, np.float32(learning_rate_scale), _words(dropout_key)
         )
@@ -116,9 +117,12 @@ class JaxTraining:
     def _on_devices(self, micro_batches: Sequence[Batch], rows: int, length: int) -> Micro:
         host = stacked(micro_batches, multiple(rows, self._sharding.row_parts), length)
         lying = self._sharding.of("whole", "rows", "whole")
-        arrays = [None if array is None else self._sharding.put(array, lying) for array in host]
+        tokens, targets, counted = (
+            self._sharding.put(array, lying) for array in (host.tokens_ABT, host.targets_ABT, host.counted_ABT)
+        )
+        documents = None if host.documents_ABT is None else self._sharding.put(host.documents_ABT, lying)
         numbers = self._sharding.put(np.arange(len(micro_batches), dtype=np.int32), self._sharding.of())
-        return Micro(*arrays, numbers)  # type: ignore[arg-type]  # only the documents may be None
+        return Micro(tokens, targets, counted, documents, numbers)
 
 
 def _words(dropout_key: int) -> np.ndarray[Any, np.dtype[np.uint32]]:

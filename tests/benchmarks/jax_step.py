@@ -171,7 +171,8 @@ def bare(precision: str) -> Step:
             gated = jax.nn.silu(linear(inner, block + "mlp.gate_proj")) * linear(inner, block + "mlp.up_proj")
             x = x + linear(gated, block + "mlp.down_proj")
         logits = linear(norm(x, parameters["model.norm.weight"]), "lm_head").astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+        found: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+        return found
 
     def stepped(parameters: Any, state: Any, tokens: jax.Array, targets: jax.Array) -> tuple[Any, Any, jax.Array]:
         found, gradients = jax.value_and_grad(loss)(parameters, tokens, targets)
@@ -180,7 +181,7 @@ def bare(precision: str) -> Step:
 
     compiled = jax.jit(stepped, donate_argnums=(0, 1))
     batch = rows()
-    held = [parameters, optimizer.init(parameters)]  # type: ignore[arg-type]
+    held = [parameters, optimizer.init(parameters)]
 
     def step() -> float:
         held[0], held[1], found = compiled(

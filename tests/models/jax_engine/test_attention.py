@@ -82,8 +82,8 @@ def test_splash_has_the_gradients_of_plain_attention(in_documents: bool) -> None
     documents = jnp.asarray(documents_of(2, 256)) if in_documents else None
     weights = jax.random.normal(jax.random.key(1), parts[0].shape)
 
-    def total(kind: Kind, *parts: jax.Array) -> jax.Array:
-        return (causal_attention(*parts, documents, kind=kind, sharding=one_device()) * weights).sum()
+    def total(kind: Kind, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return (causal_attention(q, k, v, documents, kind=kind, sharding=one_device()) * weights).sum()
 
     found, expected = (jax.grad(total, argnums=(1, 2, 3))(kind, *parts) for kind in ("splash_interpreted", "xla"))
     for one, other in zip(found, expected, strict=True):

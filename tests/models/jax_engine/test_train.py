@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +42,7 @@ def compilations() -> Iterator[Callable[[], int]]:
     """Counts what XLA compiles."""
     found: list[str] = []
 
-    def heard(event: str, seconds: float, **details: Any) -> None:
+    def heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             found.append(event)
 
@@ -90,7 +89,7 @@ def test_documents_are_no_shapes() -> None:
 def test_a_restored_engine_does_not_compile_its_step_again() -> None:
     engine = trainer(tiny("llama"))
     engine.step([batch()], 1.0, 0)
-    saved = {state: list(engine.export(state)) for state in ("weights", "optimizer")}  # type: ignore[arg-type]
+    saved = {state: list(engine.export(state)) for state in ("weights", "optimizer")}
     with compilations() as count:
         engine.restore("weights", saved["weights"])
         engine.restore("optimizer", saved["optimizer"])

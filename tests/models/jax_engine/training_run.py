@@ -75,7 +75,7 @@ def save(engine: TrainingEngine, job: dict[str, Any], config: Any) -> None:
     """Writes the engine's arrays where the job says, in process 0; every process takes part."""
     shapes = weights.canonical_shapes(config)
     for state in ("weights", "optimizer"):
-        exported = list(engine.export(state))  # type: ignore[arg-type]  # mypy sees a str
+        exported = list(engine.export(state))
         if "save" in job and engine.process == 0:
             Path(job["save"]).mkdir(exist_ok=True)
             arrays = weights.assemble(exported, shapes)
