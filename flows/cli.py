@@ -47,6 +47,10 @@ RefArgument = Annotated[
     str,
     typer.Argument(help="A name such as models/arithmetic@base, or the start of a key or digest."),
 ]
+EngineOption = Annotated[
+    Literal["torch", "jax", "mlx"] | None,
+    typer.Option(help="The engine; the one that suits this machine unless given.", show_default=False),
+]
 StoreOption = Annotated[
     str | None, typer.Option(help="Folder or URL of the store.", envvar="CAIRN_STORE", show_default="~/.cairn/store")
 ]
@@ -171,6 +175,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draws among the likeliest of this mass.")] = None,
     repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1 makes repetition less likely.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Keys the draws.")] = 0,
+    engine: EngineOption = None,
 ) -> None:
     """Continues prompts with a model."""
     from flows.inference import continue_prompts, read_prompts, write_lines
@@ -186,7 +191,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    texts = continue_prompts(Store.open(store), ref, prompts, settings)
+    texts = continue_prompts(Store.open(store), ref, prompts, settings, engine)
     if output is not None:
         write_lines(output, texts)
         console.print(f"{len(texts)} texts in {escape(str(output))}", highlight=False)
@@ -200,12 +205,13 @@ def evaluate(
     ref: RefArgument,
     store: StoreOption = None,
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="The split of its documents.")] = "test",
+    engine: EngineOption = None,
 ) -> None:
     """Scores a model on the documents that it was made from; a score that is in the store is not made again."""
     from flows.console import evaluation_tables
     from flows.inference import evaluate_ref
 
-    console.print(evaluation_tables(evaluate_ref(Store.open(store), ref, split)))
+    console.print(evaluation_tables(evaluate_ref(Store.open(store), ref, split, engine)))
 
 
 @app.command(epilog="Example: cairn gc --grace-days 2")

@@ -9,6 +9,8 @@ from pydantic import ValidationError
 from artifacts.record import InputReference, Record
 from artifacts.store import Store
 from common.errors import UserError
+from models.engine import EngineName, check_engine
+from models.machine import default_engine
 from tasks.process import engine_process
 from tasks.registry import STAGES
 from tasks.stage import Kind
@@ -56,8 +58,13 @@ def write_lines(path: Path, texts: Sequence[str]) -> None:
         raise UserError(f"{path} cannot be written: {error}") from error
 
 
-def continue_prompts(store: Store, ref: str, prompts: list[str], settings: dict[str, Any]) -> list[str]:
-    """What a model writes after each prompt. Raises UserError for a character that its tokenizer does not know."""
+def continue_prompts(
+    store: Store, ref: str, prompts: list[str], settings: dict[str, Any], engine_name: EngineName | None = None
+) -> list[str]:
+    """What a model writes after each prompt, with the engine that suits the machine unless one is named.
+
+    Raises UserError for a character that its tokenizer does not know.
+    """
     from models.engine import inference_engine
     from models.generation import generate
     from models.sampling import SamplingConfig
@@ -72,7 +79,7 @@ def continue_prompts(store: Store, ref: str, prompts: list[str], settings: dict[
     folder = store.fetch(model_behind(store, store.resolve(ref)))
     model = read_model(folder)
     tokenizer = tokenizer_of(folder, model.config)
-    engine = inference_engine("torch", model.config, "float32", whole_pieces(model.weights))
+    engine = inference_engine(engine_name or default_engine(), model.config, "float32", whole_pieces(model.weights))
     encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     longest = model.config.max_position_embeddings
     for text, ids in zip(prompts, encoded, strict=True):
@@ -82,13 +89,16 @@ def continue_prompts(store: Store, ref: str, prompts: list[str], settings: dict[
     return [tokenizer.decode_after(ids, answer) for ids, answer in zip(encoded, answers, strict=True)]
 
 
-def evaluate_ref(store: Store, ref: str, split: str) -> Record:
-    """The record of a model's score on the documents that it was trained on."""
+def evaluate_ref(store: Store, ref: str, split: str, engine_name: EngineName | None = None) -> Record:
+    """The record of a model's score on the documents that it was made from, by the engine that suits the machine unless
+    one is named."""
     model = model_behind(store, store.resolve(ref))
     documents = _input(store, model, Kind.DOCUMENTS)
     if documents is None:
         raise UserError(f"the documents that '{ref}' was made from are not in the store")
-    config = STAGES["evaluate"].config.model_validate({"split": split})
+    engine = engine_name or default_engine()
+    check_engine(engine)
+    config = STAGES["evaluate"].config.model_validate({"split": split, "engine": engine})
     work = Work(
         name="evaluation",
         stage="evaluate",

@@ -227,6 +227,8 @@ def test_prompts_are_continued(command: Command, own_store: Path, tmp_path: Path
         command("generate", MODEL, "--prompt", "1+1=", "--temperature", "5", "--seed", seed).out for seed in "0011"
     ]
     assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
+    by_engine = [command("generate", MODEL, "--prompt", "1+1=", "--engine", engine) for engine in ("jax", "mlx")]
+    assert by_engine == [command("generate", MODEL, "--prompt", "1+1=")] * 2
 
 
 @pytest.mark.parametrize(
@@ -257,6 +259,12 @@ def test_documents_are_no_model(command: Command, own_store: Path) -> None:
     ran = command("generate", f"{MODEL}@documents", "--prompt", "1+1=")
     assert ran.code == 1
     assert_one_line(ran.error, "'documents' (documents) is no model and was made from none")
+
+
+def test_a_score_is_made_by_the_engine_that_is_named(command: Command, own_store: Path) -> None:
+    first, again = command("evaluate", MODEL), command("evaluate", MODEL, "--engine", "mlx")
+    assert again == first
+    assert {record.engine for record in Store.open().records() if record.stage == "evaluate"} == {"torch", "mlx"}
 
 
 def test_a_score_is_made_once(command: Command, own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
