@@ -226,7 +226,8 @@ def _stage(
     models = {key: model for key, value in inputs.items() if (model := before[value].model) is not None}
     try:
         if stage.has_engine:
-            check_engine(continue_on or config_keys["engine"], config_keys.get("precision", "float32"))
+            precision, bits = config_keys.get("precision", "float32"), getattr(config, "bits", None)
+            check_engine(continue_on or config_keys["engine"], precision, bits)
         model = stage.model_of(config, models) if stage.model_of else None
     except UserError as error:
         raise UserError(f"{where}: {error}") from error

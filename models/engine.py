@@ -19,6 +19,8 @@ from models.weights import Piece
 
 EngineName = Literal["torch", "jax", "mlx"]
 Precision = Literal["float32", "bfloat16", "float16"]
+Bits = Literal[4, 8]
+"""Bits per weight in inference, where they are few."""
 State = Literal["weights", "optimizer"]
 
 
@@ -104,12 +106,16 @@ class TrainingEngine(Protocol):
         ...
 
     def export(self, state: State) -> Iterator[Piece]:
-        """Copies of the named arrays: weights by canonical name, moments as `exp_avg:<name>`, and `updates`."""
+        """Copies of the named arrays: weights by canonical name, moments as `exp_avg:<name>`, and `updates`.
+
+        An engine that scales its loss exports the scale with the moments (`models.optimizer.LOSS_SCALE`).
+        """
         ...
 
     def restore(self, state: State, arrays: Iterable[Piece]) -> None:
         """Takes over arrays as exported, whole or in pieces; ValueError names what is missing, odd or misshapen.
 
+        A loss scale is passed over by an engine that has none, and begins afresh where one has and the state does not.
         Weights come first: restoring them leaves the optimizer as fresh as before its first update.
         """
         ...
@@ -160,17 +166,19 @@ def is_installed(engine: EngineName) -> bool:
     return all(importlib.util.find_spec(package) is not None for package in _PACKAGES[engine])
 
 
-def check_engine(engine: EngineName, precision: Precision = "float32") -> None:
-    """Raises UserError for an engine that is not there, naming the extra that brings it, and for a precision that it
-    does not have; imports nothing."""
+def check_engine(engine: EngineName, precision: Precision = "float32", bits: Bits | None = None) -> None:
+    """Raises UserError for an engine that is not there, naming the extra that brings it, and for a precision or bits
+    that it does not have; imports nothing."""
     if not is_installed(engine):
         raise UserError(f"engine '{engine}' is not installed; run: pip install 'cairn[{engine}]'")
     if precision == "float16" and engine != "mlx":
         raise UserError(f"engine '{engine}' does not compute in float16; use bfloat16, or engine: mlx")
+    if bits is not None and engine != "mlx":
+        raise UserError(f"engine '{engine}' does not read weights of {bits} bits; use bits: null, or engine: mlx")
 
 
-def _module(engine: EngineName, precision: Precision) -> Any:
-    check_engine(engine, precision)
+def _module(engine: EngineName, precision: Precision, bits: Bits | None = None) -> Any:
+    check_engine(engine, precision, bits)
     return importlib.import_module(f"models.{engine}_engine")
 
 
@@ -191,8 +199,17 @@ def training_engine(
 
 
 def inference_engine(
-    engine: EngineName, model: ModelConfig, precision: Precision, weights: Iterable[Piece]
+    engine: EngineName,
+    model: ModelConfig,
+    precision: Precision,
+    weights: Iterable[Piece],
+    *,
+    bits: Bits | None = None,
 ) -> InferenceEngine:
-    """An engine that only reads: no gradients, no optimizer. Raises UserError where it is not installed."""
-    reader: InferenceEngine = _module(engine, precision).inference_engine(model, precision, weights)
+    """An engine that only reads: no gradients, no optimizer. With `bits`, it holds its matrices in so few per weight.
+
+    Raises UserError where it is not installed, has no such bits, or the model no matrix that they fit.
+    """
+    few = {} if bits is None else {"bits": bits}
+    reader: InferenceEngine = _module(engine, precision, bits).inference_engine(model, precision, weights, **few)
     return reader

@@ -11,7 +11,7 @@ from pydantic import Field
 from common.config import FrozenModel
 from common.errors import UserError
 from common.files import canonical_json
-from models.engine import EngineName, Precision, inference_engine
+from models.engine import Bits, EngineName, Precision, inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
 from models.weights import whole_pieces
@@ -28,6 +28,9 @@ class Config(FrozenModel):
     """The engine that generates."""
     precision: Precision = "float32"
     """What it computes in."""
+    # Null stands in no key: what was measured before there were bits counts as it did.
+    bits: Bits | None = Field(default=None, exclude_if=lambda bits: bits is None)
+    """Bits per weight in inference; null for whole weights; MLX alone."""
     split: Literal["train", "validation", "test"] = "test"
     """The split of the documents."""
     max_new_tokens: int = Field(default=16, gt=0)
@@ -49,7 +52,9 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     prompts, targets = read_problems(inputs["documents"], config.split)
     model = read_model(inputs["model"])
     tokenizer = tokenizer_of(inputs["model"], model.config)
-    engine = inference_engine(config.engine, model.config, config.precision, whole_pieces(model.weights))
+    engine = inference_engine(
+        config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
+    )
     parts = tokenizer.encode_parts(prompts, targets)
     encoded = [[tokenizer.bos_id, *prompt] for prompt, _ in parts]
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
@@ -66,6 +71,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     pq.write_table(pa.table(columns), context.output / SAMPLES, compression="zstd")
     results = {
         "split": config.split,
+        **config.model_dump(include={"bits"}),  # nothing where it is null
         **summarise(targets, correct),
         "samples": [
             {name: column[row] for name, column in columns.items()}

@@ -17,7 +17,7 @@ from common.config import FrozenModel
 from common.errors import StageInterrupted, UserError
 from common.files import canonical_json
 from models.config import ModelConfig
-from models.engine import Batch, EngineName, InferenceEngine, Precision, inference_engine
+from models.engine import Batch, Bits, EngineName, InferenceEngine, Precision, inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
@@ -37,6 +37,9 @@ class Config(FrozenModel):
     """The engine that reads and generates."""
     precision: Precision = "float32"
     """What it computes in."""
+    # Null stands in no key: what was measured before there were bits counts as it did.
+    bits: Bits | None = Field(default=None, exclude_if=lambda bits: bits is None)
+    """Bits per weight in inference; null for whole weights; MLX alone."""
     split: Literal["train", "validation", "test"] = "test"
     """The split of the documents."""
     window: int | None = Field(default=None, gt=0)
@@ -78,7 +81,9 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     tokenizer = tokenizer_of(inputs["model"], model.config)
     window = _window(config, model.config)
     stride = config.stride or max(1, window // 2)
-    engine = inference_engine(config.engine, model.config, config.precision, whole_pieces(model.weights))
+    engine = inference_engine(
+        config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
+    )
     first = tokenizer.bos_id
     total, tokens, words, size = 0.0, 0, 0, 0
     told = time.monotonic()
@@ -112,6 +117,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         "window": window,
         "stride": stride,
         "precision": config.precision,
+        **config.model_dump(include={"bits"}),  # nothing where it is null
         "samples": _samples(config, engine, tokenizer, first),
     }
     (context.output / RESULTS).write_bytes(canonical_json(results))

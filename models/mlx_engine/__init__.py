@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from models.config import ModelConfig
-from models.engine import Layout, Precision
+from models.engine import Bits, Layout, Precision
 from models.mlx_engine.blas import preload
 from models.optimizer import OptimizerConfig
 from models.weights import Piece
@@ -13,7 +13,7 @@ preload()  # before the first import of mlx
 from models.mlx_engine.inference import MlxInference  # noqa: E402
 from models.mlx_engine.model import Transformer, compute_dtype, load_weights  # noqa: E402
 from models.mlx_engine.processes import Processes  # noqa: E402
-from models.mlx_engine.quantization import Bits, quantized  # noqa: E402
+from models.mlx_engine.quantization import quantized  # noqa: E402
 from models.mlx_engine.train import MlxTraining  # noqa: E402
 
 
@@ -29,7 +29,7 @@ def inference_engine(
 ) -> MlxInference:
     """An engine that only reads, its matrices in groups of integers of so many bits where that is asked for.
 
-    Raises ValueError where the weights are not the model's.
+    Raises ValueError where the weights are not the model's, UserError where no matrix fits the bits.
     """
     module = Transformer(model, compute_dtype(precision))
     load_weights(module, weights)

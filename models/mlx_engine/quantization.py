@@ -3,17 +3,18 @@
 N positions, X experts of a position, A = N · X, D hidden_size.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_map
 
+from common.errors import UserError
+from models.engine import Bits
 from models.mlx_engine.layers import Linear
 from models.mlx_engine.mixture import Experts
 from models.mlx_engine.model import Transformer
 
-Bits = Literal[2, 3, 4, 6, 8]
 _GROUPS = (64, 32)
 """Weights that share a scale and an offset; the first that divides a matrix's width is taken."""
 _STACKS = ("gate_proj", "up_proj", "down_proj")
@@ -49,7 +50,7 @@ def quantized(model: Transformer, bits: Bits) -> Transformer:
     """The model with its projections, embeddings, experts and head as integers of so many bits, in place.
 
     Norms, biases, learned positions, routers, and matrices whose width no group divides stay as they are. Raises
-    ValueError where that leaves nothing to quantise.
+    UserError where that leaves nothing to quantise.
     """
     found: list[str] = []
 
@@ -76,7 +77,10 @@ def quantized(model: Transformer, bits: Bits) -> Transformer:
                 found.append("experts")
                 block.mlp.experts = QuantizedExperts(block.mlp.experts, group_size, bits)
     if not found:
-        raise ValueError(f"no matrix has a width that is a multiple of {min(_GROUPS)}: there is nothing to quantise")
+        raise UserError(
+            f"the model has no matrix whose width is a multiple of {min(_GROUPS)}, as weights of {bits} bits need it; "
+            "use bits: null"
+        )
     mx.eval(model.parameters())
     return model
 

@@ -5,6 +5,7 @@ import yaml
 
 from common.errors import UserError
 from flows.recipe import known_recipes, load_recipe
+from models.engine import is_installed
 from models.weights import parameter_count
 
 
@@ -76,6 +77,7 @@ def test_overrides_reach_every_depth_and_keys_left_to_their_defaults() -> None:
         ("stages.base.checkpoints.keep_last=1", r"checkpoints\.keep_last: input should be greater than or equal to 2"),
         ("stages.base.tokens.x=1", r"'stages\.base\.tokens' is a value, which has no keys; give it whole"),
         ("stages.base.two={}", r"stages\.base\.two: there is no such key"),
+        ("stages.evaluation.bits=3", r"stages\.evaluation\.bits: input should be 4 or 8 \(given: 3\)"),
         ("steps", r"is not of the form key\.path=value"),
         ("stages.base.training.steps=[", r"the value is no YAML"),
     ],
@@ -83,6 +85,23 @@ def test_overrides_reach_every_depth_and_keys_left_to_their_defaults() -> None:
 def test_what_is_wrong_is_named_with_its_path(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_recipe("arithmetic-tiny", [override])
+
+
+def test_few_bits_are_refused_where_the_engine_has_none() -> None:
+    with pytest.raises(
+        UserError, match=r"stages\.evaluation: engine 'torch' does not read weights of 4 bits; use bits"
+    ):
+        load_recipe("arithmetic-tiny", ["engine=torch", "stages.evaluation.bits=4"])
+
+
+def test_whole_weights_are_no_part_of_what_a_key_is_made_of() -> None:
+    # Or evaluations that were done before there were bits would all be done again.
+    for engine, bits in (("torch", None), ("mlx", 4)):
+        settings = ["stages.evaluation.engine=" + engine] + ([f"stages.evaluation.bits={bits}"] if bits else [])
+        if engine == "mlx" and not is_installed("mlx"):
+            continue
+        config = load_recipe("arithmetic-tiny", ["engine=torch", *settings]).stages[-2].config.model_dump(mode="json")
+        assert ("bits" in config) == (bits is not None)
 
 
 def test_an_unknown_recipe_gets_the_nearest_name() -> None:

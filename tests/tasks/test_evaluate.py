@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -5,14 +6,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.errors import UserError
-from models.engine import inference_engine
+from models.engine import Bits, inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
 from models.weights import initial_weights, whole_pieces
 from tasks.evaluate import summarise
 from tests.tasks.conftest import RunStage
-from tests.tasks.test_publish import ARCHITECTURES, model_folder
+from tests.tasks.test_publish import ARCHITECTURES, WIDE, model_folder
 
 
 def test_every_row_of_the_split_is_scored_by_tokens(run_stage: RunStage, tmp_path: Path) -> None:
@@ -39,6 +40,29 @@ def test_every_row_of_the_split_is_scored_by_tokens(run_stage: RunStage, tmp_pat
     assert measured["n"] == 200
     assert measured["exact_match"] == sum(ended) / 200
     assert len(measured["samples"]) == 3
+
+
+def test_few_bits_are_asked_for_and_said(run_stage: RunStage, tmp_path: Path) -> None:
+    pytest.importorskip("models.mlx_engine")
+    model, config = model_folder(tmp_path / "model", WIDE)
+    source = {"kind": "arithmetic", "train": 20, "validation": 10, "test": 50}
+    documents, _ = run_stage("documents", {"source": source})
+    tokenizer = Tokenizer(model / "tokenizer")
+    predictions: dict[Bits | None, list[str]] = {}
+    every: tuple[Bits | None, ...] = (None, 4, 8)
+    for bits in every:
+        settings = {"engine": "mlx", "bits": bits, "max_new_tokens": 5, "shown_samples": 50}
+        folder, metrics = run_stage("evaluate", settings, model=model, documents=documents)
+        written = json.loads((folder / "results.json").read_bytes())
+        assert metrics.get("bits") == written.get("bits") == bits
+        predictions[bits] = [sample["prediction"] for sample in metrics["samples"]]
+        pieces = whole_pieces(initial_weights(config, 3))
+        engine = inference_engine("mlx", config, "float32", pieces, bits=bits)
+        encoded = [[tokenizer.bos_id, *tokenizer.encode(sample["prompt"])] for sample in metrics["samples"]]
+        answers = generate(engine, encoded, SamplingConfig(max_new_tokens=5), [tokenizer.eos_id])
+        expected = [tokenizer.decode_after(ids, answer) for ids, answer in zip(encoded, answers, strict=True)]
+        assert predictions[bits] == expected
+    assert predictions[4] != predictions[None]
 
 
 def test_the_summary_by_length() -> None:

@@ -17,7 +17,7 @@ from models.weights import Array, initial_weights, whole_pieces
 from tasks.checkpoint import ModelFolder, write_model
 from tasks.perplexity import negative_log_likelihood, windows
 from tests.tasks.conftest import RunStage
-from tests.tasks.test_publish import ARCHITECTURES, model_folder
+from tests.tasks.test_publish import ARCHITECTURES, WIDE, model_folder
 
 TEXTS = ["12+30=42", "1+1=2", "999+1=1000", "7*8=5612+30=42"]
 
@@ -90,6 +90,23 @@ def test_a_window_as_long_as_the_text_gives_the_plain_loss(
     assert metrics["bits_per_byte"] == pytest.approx(total / count / math.log(2))
     assert [sample["prompt"] for sample in metrics["samples"]] == ["1+", "2"]
     assert json.loads((folder / "results.json").read_bytes())["loss"] == metrics["loss"]
+
+
+def test_few_bits_are_asked_for_and_said(run_stage: RunStage, documents: Path, tmp_path: Path) -> None:
+    pytest.importorskip("models.mlx_engine")
+    model, _ = model_folder(tmp_path / "model", WIDE)
+    losses: dict[int | None, float] = {}
+    for bits in (None, 4, 8):
+        folder, metrics = run_stage("perplexity", {"engine": "mlx", "bits": bits}, model=model, documents=documents)
+        assert metrics.get("bits") == json.loads((folder / "results.json").read_bytes()).get("bits") == bits
+        losses[bits] = metrics["loss"]
+    assert len(set(losses.values())) == 3
+    assert all(loss == pytest.approx(losses[None], rel=0.05) for loss in losses.values())
+    with pytest.raises(UserError, match="engine 'torch' does not read weights of 4 bits"):
+        run_stage("perplexity", {"engine": "torch", "bits": 4}, model=model, documents=documents)
+    narrow, _ = model_folder(tmp_path / "narrow", ARCHITECTURES["llama"])
+    with pytest.raises(UserError, match="no matrix whose width is a multiple of 32"):
+        run_stage("perplexity", {"engine": "mlx", "bits": 4}, model=narrow, documents=documents)
 
 
 @pytest.mark.parametrize(

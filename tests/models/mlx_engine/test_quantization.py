@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from models import weights
-from models.engine import Precision
+from models.engine import Bits, Precision
 from models.generation import generate
 from models.sampling import SamplingConfig
 from tests.models.tiny import COMPOSITIONS, batch, pieces, tiny
@@ -17,7 +18,6 @@ from mlx import nn
 from models.mlx_engine import inference_engine
 from models.mlx_engine.inference import MlxInference
 from models.mlx_engine.model import Parameters, Transformer, load_weights, parameters_of, replace_parameters
-from models.mlx_engine.quantization import Bits
 
 SIZE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "initializer_range": 0.1}
 
@@ -89,5 +89,5 @@ def test_a_quantised_model_writes_with_its_cache_what_it_would_without(name: str
 
 def test_a_model_too_narrow_to_quantise_is_refused() -> None:
     config = tiny("llama")
-    with pytest.raises(ValueError, match="multiple of 32"):
+    with pytest.raises(UserError, match=r"no matrix whose width is a multiple of 32.*use bits: null"):
         inference_engine(config, "float32", pieces(dict(weights.initial_weights(config, 1))), 4)
