@@ -26,6 +26,12 @@ from common.config import FrozenModel
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 UPDATES = "updates"
 """The name of the number of updates done (t above), an int64 array of shape (), in an optimizer's exported state."""
+LOSS_SCALE, LOSS_SCALE_UPDATES = "loss_scale", "loss_scale_updates"
+"""What an exported state has more where training was in float16: the factor of the loss (fp32), and for how many
+updates it has been that (int64), arrays of shape (). A state without them is whole, too; see `OPTIONAL`."""
+OPTIONAL = frozenset({LOSS_SCALE, LOSS_SCALE_UPDATES})
+"""Names in an exported state that an engine passes over where it has no use for them, and does without where they are
+missing: training goes on in any precision from what any other left."""
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 MUON_MOMENTS = ("momentum_buffer",)
 """The prefixes of moments in an exported state: `exp_avg:model.norm.weight`."""

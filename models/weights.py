@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save
 from common.errors import UserError
 from common.files import sha256_bytes, write_atomically
 from models.config import ModelConfig
+from models.optimizer import OPTIONAL
 
 Array = NDArray[np.generic]
 
@@ -216,14 +217,16 @@ def assemble(pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]) -> 
 def gather(pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
     """Exactly the arrays that `shapes` names, whole, out of their pieces.
 
-    Raises ValueError that names what is missing (wholly or in part), unexpected or misshapen. Pieces are taken to
-    not overlap.
+    Raises ValueError that names what is missing (wholly or in part), unexpected or misshapen. What an optimizer's state
+    may have or not (`models.optimizer.OPTIONAL`) is never unexpected. Pieces are taken to not overlap.
     """
     arrays: dict[str, Array] = {}
     filled: dict[str, int] = {}
     faults: list[str] = []
     for name, region, array in pieces:
         if name not in shapes:
+            if name in OPTIONAL:
+                continue
             faults.append(f"{name} is unexpected")
             continue
         if name not in arrays:

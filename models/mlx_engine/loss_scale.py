@@ -9,11 +9,6 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-SCALE = "loss_scale"
-"""The scale in an exported state, an fp32 array of shape ()."""
-STEADY = "loss_scale_updates"
-"""The number of updates since it last changed, an int64 array of shape ()."""
-
 _FIRST, _LARGEST, _SMALLEST = 2.0**15, 2.0**24, 1.0
 _PATIENCE = 1000
 """Updates without a skip after which the scale is doubled."""

@@ -17,7 +17,7 @@ from models.mlx_engine.attention import row_places
 from models.mlx_engine.batches import check_batch, real_positions, rows_of
 from models.mlx_engine.head import parts_of, summed_loss, target_log_probabilities
 from models.mlx_engine.inference import MlxInference, described
-from models.mlx_engine.loss_scale import SCALE, STEADY, LossScale, fresh_scale, next_scale
+from models.mlx_engine.loss_scale import LossScale, fresh_scale, next_scale
 from models.mlx_engine.mixture import Routing, balance_loss, total
 from models.mlx_engine.model import (
     Parameters,
@@ -29,7 +29,16 @@ from models.mlx_engine.model import (
 )
 from models.mlx_engine.optimizer import Moments, Rates, fresh_moments, gradient_norm, updated
 from models.mlx_engine.processes import Processes
-from models.optimizer import ADAMW_MOMENTS, MUON_MOMENTS, UPDATES, OptimizerConfig, takes_muon
+from models.optimizer import (
+    ADAMW_MOMENTS,
+    LOSS_SCALE,
+    LOSS_SCALE_UPDATES,
+    MUON_MOMENTS,
+    OPTIONAL,
+    UPDATES,
+    OptimizerConfig,
+    takes_muon,
+)
 from models.weights import Piece
 
 Arrays = dict[str, mx.array]
@@ -123,8 +132,8 @@ class MlxTraining:
         if state == "optimizer":
             yield Piece(UPDATES, (), np.array(self._updates).astype(np.int64))
             if self._is_fp16:
-                yield Piece(SCALE, (), np.array(self._scale.scale))
-                yield Piece(STEADY, (), np.array(self._scale.steady).astype(np.int64))
+                yield Piece(LOSS_SCALE, (), np.array(self._scale.scale))
+                yield Piece(LOSS_SCALE_UPDATES, (), np.array(self._scale.steady).astype(np.int64))
 
     def restore(self, state: State, arrays: Iterable[Piece]) -> None:
         if state == "weights":
@@ -132,16 +141,19 @@ class MlxTraining:
             self._moments, self._updates, self._scale = self._fresh()
             return
         pieces = list(arrays)
-        scaling = {piece.name: piece.array for piece in pieces if piece.name in (SCALE, STEADY)}
-        found = weights.gather([piece for piece in pieces if piece.name not in scaling], self._optimizer_shapes())
+        scaled = self._is_fp16 and {piece.name for piece in pieces} >= OPTIONAL
+        shapes = self._optimizer_shapes() | (dict.fromkeys(OPTIONAL, ()) if scaled else {})
+        found = weights.gather(pieces, shapes)
         for parameter in weights.parameters(self._config):
             for moment, moments in self._moments.items():
                 if parameter.name in moments:
                     array = weights.from_canonical(parameter, found.__getitem__, f"{moment}:")
                     moments[parameter.name] = mx.array(array)
         self._updates = mx.array(int(found[UPDATES]), mx.int32)
-        if self._is_fp16 and len(scaling) == 2:
-            self._scale = LossScale(mx.array(float(scaling[SCALE])), mx.array(int(scaling[STEADY]), mx.int32))
+        if scaled:
+            self._scale = LossScale(
+                mx.array(float(found[LOSS_SCALE])), mx.array(int(found[LOSS_SCALE_UPDATES]), mx.int32)
+            )
 
     def inference(self) -> MlxInference:
         return MlxInference(self._model)

@@ -82,6 +82,14 @@ def test_gather_names_what_is_missing_unexpected_and_misshapen() -> None:
     assert "whole" not in message.replace("in whole", "")
 
 
+def test_gather_passes_over_what_a_state_may_have_or_not() -> None:
+    state = pieces({"updates": np.array(3), "loss_scale": np.array(8.0, np.float32)})
+    assert weights.gather(state, {"updates": ()}).keys() == {"updates"}
+    assert weights.gather(state, {"updates": (), "loss_scale": ()})["loss_scale"] == 8
+    with pytest.raises(ValueError, match="loss_scale is missing"):
+        weights.gather(pieces({"updates": np.array(3)}), {"updates": (), "loss_scale": ()})
+
+
 def test_arrays_survive_their_file_and_equal_arrays_give_equal_bytes(tmp_path: Path) -> None:
     arrays: dict[str, Array] = dict(weights.initial_weights(tiny("llama"), 0))
     weights.write_arrays(tmp_path / "a.safetensors", {**arrays, "updates": np.array(3)})

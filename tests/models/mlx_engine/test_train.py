@@ -10,8 +10,8 @@ import pytest
 from common.errors import UserError
 from models import weights
 from models.config import ModelConfig
-from models.engine import Batch, Layout, Precision, training_engine
-from models.optimizer import OptimizerConfig
+from models.engine import Batch, EngineName, Layout, Precision, State, TrainingEngine, is_installed, training_engine
+from models.optimizer import OPTIONAL, OptimizerConfig
 from tests.models.test_engine_documents import LENGTHS, packed
 from tests.models.test_engines import assert_same, exported, gradients
 from tests.models.tiny import Arrays, batch, cut, pieces, tiny
@@ -24,6 +24,7 @@ from models.mlx_engine.processes import Processes
 from models.mlx_engine.train import MlxTraining
 
 ADAMW = OptimizerConfig(learning_rate=0.01)
+STATES: tuple[State, ...] = ("weights", "optimizer")
 MUON = OptimizerConfig(name="muon", learning_rate=0.01, muon_learning_rate=0.02)
 
 
@@ -47,7 +48,7 @@ def trainer(
     return engine
 
 
-def losses(engine: MlxTraining, steps: Sequence[int]) -> list[float]:
+def losses(engine: TrainingEngine, steps: Sequence[int]) -> list[float]:
     return [float(engine.step(cut(batch(seed=step), 1 + step % 2), 1.0, step).loss) for step in steps]
 
 
@@ -172,6 +173,11 @@ def test_an_fp16_run_goes_on_bitwise_from_its_scale() -> None:
     assert_same(exported(halves), exported(straight))
 
 
+def hand_over(one: TrainingEngine, other: TrainingEngine) -> None:
+    for state in STATES:
+        other.restore(state, list(one.export(state)))
+
+
 def test_other_precisions_have_no_scale_and_take_a_state_with_one() -> None:
     fp16, fp32 = trainer(tiny("llama"), precision="float16"), trainer(tiny("llama"))
     losses(fp16, range(2))
@@ -182,6 +188,26 @@ def test_other_precisions_have_no_scale_and_take_a_state_with_one() -> None:
     fp16.restore("weights", fp32.export("weights"))
     fp16.restore("optimizer", fp32.export("optimizer"))
     assert scaling(fp16) == (2.0**15, 0)
+
+
+@pytest.mark.parametrize("other", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+def test_an_fp16_run_goes_on_with_another_engine_and_back(other: EngineName) -> None:
+    if not is_installed(other):
+        pytest.skip(f"{other} is not installed")
+    config = tiny("llama")
+    fp16, fp32 = trainer(config, precision="float16"), trainer(config)
+    fp16._scale = fp16._scale._replace(scale=mx.array(2.0**10))
+    expected = losses(fp32, range(6))
+    losses(fp16, range(2))
+    assert scaling(fp16) == (2.0**10, 2)
+    between = training_engine(other, config, ADAMW, "float32")
+    hand_over(fp16, between)
+    assert_same(exported(between), {n: array for n, array in exported(fp16).items() if n not in OPTIONAL})
+    found = losses(between, range(2, 4))
+    hand_over(between, fp16)
+    assert scaling(fp16) == (2.0**15, 0)
+    assert_same({n: array for n, array in exported(fp16).items() if n not in OPTIONAL}, exported(between))
+    assert found + losses(fp16, range(4, 6)) == pytest.approx(expected[2:], rel=0.02)
 
 
 @pytest.mark.parametrize(
