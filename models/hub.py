@@ -1,20 +1,45 @@
-"""A model in the words of the `transformers` class that it is, so that it opens without custom code."""
+"""A model in the words of `transformers`: of the class that it is, or of one that is published beside the weights.
 
-from typing import Any
+The latter is `published/`: two files that go into the folder as they are, so that it opens where Cairn is not
+installed. They are data here. Nothing imports them, since they import PyTorch and `transformers`, which stay out of
+everything but engines and tests; the folder is no package and the import contracts do not see it. Their tests open
+published folders in a process without Cairn.
+"""
 
-from common.errors import UserError
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
 from models.config import ModelConfig
+from models.weights import Array, assemble, canonical_shapes, from_canonical, parameters, to_canonical
+
+Native = Literal["gpt2", "llama", "mixtral"]
 
 _CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM"}
+CODE = tuple(Path(__file__).parent / "published" / f"{part}_cairn.py" for part in ("configuration", "modeling"))
+"""What `transformers` runs for a model of no class of its own."""
+
+
+def native_class(config: ModelConfig) -> Native | None:
+    """The `transformers` class that has exactly this composition, whatever the config calls it; None if none has."""
+    parts = (config.norm, config.position_embedding, config.mlp)
+    if parts == ("layer_norm", "learned", "dense"):
+        whole = config.num_key_value_heads == config.num_attention_heads and config.query_size == config.hidden_size
+        return "gpt2" if whole and config.attention_bias and config.mlp_bias else None
+    # LlamaConfig refuses widths that its heads do not divide, whatever head_dim is.
+    if parts == ("rms_norm", "rope", "gated") and config.hidden_size % config.num_attention_heads == 0:
+        return "llama"
+    if parts == ("rms_norm", "rope", "mixture") and not config.attention_bias:
+        return "mixtral"
+    return None
 
 
 def hub_config(config: ModelConfig, bos_id: int, eos_id: int, pad_id: int) -> dict[str, Any]:
-    """The `config.json` of a published folder. Raises UserError for a composition that no class has."""
-    if config.architecture not in _CLASSES:
-        raise UserError("no transformers class has this model's composition; publish a gpt2, llama or mixtral")
+    """The `config.json` of a published folder; of a composition that no class has, it names the classes of `CODE`."""
+    native = native_class(config)
     common = {
-        "architectures": [_CLASSES[config.architecture]],
-        "model_type": config.architecture,
+        "architectures": [_CLASSES[native] if native else "CairnForCausalLM"],
+        "model_type": native or "cairn",
         "vocab_size": config.vocab_size,
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tie_word_embeddings,
@@ -24,7 +49,24 @@ def hub_config(config: ModelConfig, bos_id: int, eos_id: int, pad_id: int) -> di
         "dtype": "float32",
         "use_cache": True,
     }
-    return common | (_gpt2(config) if config.architecture == "gpt2" else _llama(config))
+    if native is None:
+        return common | _cairn(config)
+    return common | (_gpt2(config) if native == "gpt2" else _llama(config, native))
+
+
+def hub_weights(config: ModelConfig, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Canonical weights under the names that the published class has for them."""
+    # GPT-2 alone has names of its own, and matrices the other way round.
+    if native_class(config) != "gpt2" or config.architecture == "gpt2":
+        return dict(weights)
+    # A copy is not checked again: the activation, which gpt2 fixes in recipes, is free in its class.
+    published = config.model_copy(update={"architecture": "gpt2"})
+    pieces = [
+        piece
+        for known, named in zip(parameters(config), parameters(published), strict=True)
+        for piece in to_canonical(named, from_canonical(known, weights.__getitem__))
+    ]
+    return assemble(pieces, canonical_shapes(published))
 
 
 def _gpt2(config: ModelConfig) -> dict[str, Any]:
@@ -43,7 +85,7 @@ def _gpt2(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _llama(config: ModelConfig) -> dict[str, Any]:
+def _llama(config: ModelConfig, native: Native) -> dict[str, Any]:
     found = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -59,10 +101,21 @@ def _llama(config: ModelConfig) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_dropout": config.dropout,
     }
-    if config.architecture == "llama":
+    if native == "llama":
         return found | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
     return found | {
         "num_local_experts": config.num_local_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "router_aux_loss_coef": config.router_aux_loss_coef,
+    }
+
+
+def _cairn(config: ModelConfig) -> dict[str, Any]:
+    """The composition part by part, under the names of `published/configuration_cairn.py`."""
+    left_out = {"architecture", "vocab_size", "initializer_range", "tie_word_embeddings", "router_aux_loss_coef"}
+    return config.model_dump(exclude=left_out, exclude_none=True) | {
+        "auto_map": {
+            "AutoConfig": "configuration_cairn.CairnConfig",
+            "AutoModelForCausalLM": "modeling_cairn.CairnForCausalLM",
+        },
     }

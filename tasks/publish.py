@@ -1,4 +1,8 @@
-"""Stage `publish`: a folder that `transformers` opens with no custom code, with a model card."""
+"""Stage `publish`: a folder that `transformers` opens, with a model card.
+
+A model that has a class in `transformers` needs no custom code; beside any other lie two Python files that are all
+it needs (see `models.hub`).
+"""
 
 import json
 import shutil
@@ -9,7 +13,8 @@ from typing import Any
 from pydantic import Field
 
 from common.config import FrozenModel
-from models.hub import hub_config
+from models.config import ModelConfig
+from models.hub import CODE, hub_config, hub_weights, native_class
 from models.tokenizer import tokenizer_files
 from models.weights import parameter_count, write_arrays
 from tasks.checkpoint import WEIGHTS, ModelFolder, read_model, tokenizer_of
@@ -29,24 +34,23 @@ class Config(FrozenModel):
 
 
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
-    """Writes config.json, generation_config.json, model.safetensors, the tokenizer and README.md.
-
-    Raises UserError for a model whose composition no `transformers` class has.
-    """
+    """Writes config.json, generation_config.json, model.safetensors, the tokenizer, README.md, and the model's own
+    code where no `transformers` class has its composition."""
     model = read_model(inputs["model"])
     tokenizer = tokenizer_of(inputs["model"], model.config)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     description = hub_config(model.config, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     _write_json(context.output / "config.json", description)
     _write_json(context.output / "generation_config.json", {**ids, "do_sample": False})
-    write_arrays(context.output / WEIGHTS, model.weights, {"format": "pt"})
-    for path in tokenizer_files(inputs["model"] / "tokenizer"):
+    write_arrays(context.output / WEIGHTS, hub_weights(model.config, model.weights), {"format": "pt"})
+    code = () if native_class(model.config) else CODE
+    for path in (*code, *tokenizer_files(inputs["model"] / "tokenizer")):
         shutil.copyfile(path, context.output / path.name)
     results = json.loads((inputs["evaluation"] / RESULTS).read_bytes()) if "evaluation" in inputs else None
     card = _card(config, model, results, context.lineage)
     (context.output / "README.md").write_text(card, encoding="utf-8")
     parameters = parameter_count(model.config)
-    metrics: Metrics = {"summary": f"{model.config.architecture}, {parameters:,} parameters", "parameters": parameters}
+    metrics: Metrics = {"summary": f"{_kind(model.config)}, {parameters:,} parameters", "parameters": parameters}
     for score in ("exact_match", "token_perplexity", "word_perplexity", "bits_per_byte"):
         if results is not None and score in results:
             metrics[score] = results[score]
@@ -63,17 +67,21 @@ def _card(config: Config, model: ModelFolder, results: dict[str, Any] | None, li
         f"---\nlicense: {json.dumps(config.license)}\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         f"# {config.title}",
         config.description,
-        f"{shape.architecture}, {parameter_count(shape):,} parameters: {shape.num_hidden_layers} layers, "
+        f"{_kind(shape)}, {parameter_count(shape):,} parameters: {shape.num_hidden_layers} layers, "
         f"{shape.hidden_size} wide, {shape.num_attention_heads} heads, {shape.intermediate_size} inner, "
         f"{shape.vocab_size:,} tokens in the vocabulary, {shape.max_position_embeddings:,} positions.",
     ]
     if results is not None:
         sections.append(_results(results))
     prompt = results["samples"][0]["prompt"] if results and results["samples"] else ""
-    sections.append(_usage(prompt))
+    sections.append(_usage(prompt, own_code=native_class(shape) is None))
     if lineage:
         sections.append(f"## Made from\n\n{lineage}\n\nThe digests are those of the artifacts' contents.")
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _kind(config: ModelConfig) -> str:
+    return native_class(config) or f"{config.norm}, {config.position_embedding} positions, {config.mlp} MLP"
 
 
 def _results(results: dict[str, Any]) -> str:
@@ -102,20 +110,30 @@ def _perplexity(results: dict[str, Any]) -> str:
     return "\n\n".join([table, *(["## Samples", *shown] if shown else [])])
 
 
-def _usage(prompt: str) -> str:
-    return f"""## Use
+def _usage(prompt: str, own_code: bool) -> str:
+    trusted = ", trust_remote_code=True" if own_code else ""
+    usage = f"""## Use
 
 ```python
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trusted})
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trusted})
 ids = [tokenizer.bos_token_id, *tokenizer.encode({prompt!r}, add_special_tokens=False)]
 print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=16)[0]))
 ```"""
+    if not own_code:
+        return usage
+    configuration, modeling = (f"`{path.name}`" for path in CODE)
+    return f"""{usage}
+
+`transformers` has no class with this composition, so the model's code lies in this folder, in {configuration}
+and {modeling}, and `trust_remote_code=True` lets `transformers` run it. It imports PyTorch and `transformers`
+and nothing else; read it first."""
 
 
+# The files of `models/published` are part of what comes out: the version is raised when they change.
 STAGE = Stage(
     name="publish",
     version=2,
