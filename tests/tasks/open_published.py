@@ -5,6 +5,7 @@ written to `outputs.npz` there. Nothing of Cairn may be imported here, whatever 
 """
 
 import contextlib
+import importlib.util
 import io
 import sys
 from collections.abc import Sequence
@@ -104,8 +105,21 @@ def by_the_card(folder: Path) -> list[int]:
     return found
 
 
+def scored(folder: Path) -> list[float]:
+    """Log-likelihoods by the evaluation harness, after a context and after none; nothing where it is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        return []
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    harness = HFLM(pretrained=str(folder), trust_remote_code=True, device="cpu", dtype="float32", batch_size=2)
+    asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate([("12+3", "4=46"), ("", "7=7")])]
+    return [score for score, _ in harness.loglikelihood(asked)]
+
+
 def main(root: Path) -> None:
-    for place in sorted(root.iterdir()):
+    places = sorted(root.iterdir())
+    for place in places:
         folder, given = place / "published", np.load(place / "inputs.npz")
         ids = torch.from_numpy(given["ids"].astype(np.int64))
         rows = [row[:length].tolist() for row, length in zip(given["ids"], given["lengths"], strict=True)]
@@ -115,6 +129,7 @@ def main(root: Path) -> None:
             assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
             found |= {"half": half(ids).logits.float(), "parameters": half.num_parameters()}
         found["card"] = by_the_card(folder)
+        found["scored"] = scored(folder) if place == places[-1] else []
         # A step of training, with dropout where the config has some.
         model = opened(folder).train()
         model(ids, labels=ids).loss.backward()

@@ -228,6 +228,20 @@ def test_the_code_on_the_card_runs(models: Mapping[str, Opened], name: str) -> N
     assert "in `configuration_cairn.py`\nand `modeling_cairn.py`, and `trust_remote_code=True` lets" in card
 
 
+def test_the_evaluation_harness_scores_it_as_cairn_does(models: Mapping[str, Opened]) -> None:
+    model = models[max(models)]
+    found = model.outputs["scored"].tolist()
+    if not found:
+        pytest.skip("lm-eval is not installed: pip install 'cairn[eval]'")
+    tokenizer = Tokenizer(model.folder.parent / "model" / "tokenizer")
+    expected = []
+    for context, text in ((tokenizer.encode("12+3"), "4=46"), ([tokenizer.bos_id], "7=7")):
+        ids = np.array([[*context, *tokenizer.encode(text)]], np.int32)
+        batch = Batch(ids[:, :-1], ids[:, 1:], np.ones((1, ids.shape[1] - 1), np.bool_))
+        expected.append(float(model.engine.log_probabilities(batch)[0, len(context) - 1 :].sum()))
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
 def test_the_choices_of_the_table_meet_in_pairs() -> None:
     table = list(COMPOSITIONS.values())
     for one, other in itertools.combinations(PARTS, 2):
