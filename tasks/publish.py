@@ -30,7 +30,7 @@ class Config(FrozenModel):
     description: str = ""
     """What the model is for, a sentence or two."""
     license: str = "mit"
-    """The licence of the weights, an SPDX identifier in lower case."""
+    """The licence of the weights, as the Hugging Face hub calls it: mit, apache-2.0, odc-by, …"""
 
 
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:

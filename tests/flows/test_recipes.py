@@ -1,18 +1,24 @@
 """The recipes that come with Cairn: each is sound, and has the sizes that are published of its model."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.errors import UserError
 from flows.recipe import known_recipes, load_recipe
-from models.hub import hub_config
-from models.weights import parameter_count
+from models.config import ModelConfig
+from models.engine import inference_engine
+from models.hub import hub_config, native_class
+from models.weights import parameter_count, read_arrays, whole_pieces
 from tasks.stage import Kind
+from tests.flows.conftest import Cairn
+from tests.tasks.alone import run_alone
 
 SIZES = {
     ("mtlm1-200m", "base"): 98_916_096,
@@ -20,8 +26,15 @@ SIZES = {
     ("mtlm2-40m", "base"): 41_529_216,
     ("elite-112m", "base"): 112_085_760,
     ("mlx-stories", "base"): 175_596_288,
+    ("mlx-stories-small", "base"): 14_486_784,
 }
-TOKENS = {"mtlm1-200m": 3.5e9, "mtlm2-40m": 14.56e9, "elite-112m": 2.5e9, "mlx-stories": 6.55e9}
+TOKENS = {
+    "mtlm1-200m": 3.5e9,
+    "mtlm2-40m": 14.56e9,
+    "elite-112m": 2.5e9,
+    "mlx-stories": 6.55e9,
+    "mlx-stories-small": 163.84e6,
+}
 
 
 @pytest.mark.parametrize("name", known_recipes())
@@ -34,15 +47,24 @@ def test_it_is_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ends == [recipe.stages[-1].name]
 
 
-@pytest.mark.parametrize("name", known_recipes())
-def test_its_models_are_as_large_as_their_transformers_class(name: str) -> None:
-    for model in (stage.model for stage in load_recipe(name, resolve=False).stages if stage.model is not None):
-        if model.architecture == "custom":
-            continue  # no class of transformers has its composition
-        with torch.device("meta"):
+def published_class(model: ModelConfig) -> Any:
+    """The model that `transformers` makes of what would be published, with no weights."""
+    described = hub_config(model, 1, 2, 0)
+    with torch.device("meta"):
+        if native_class(model) is not None:
             make: Any = AutoModelForCausalLM.from_config
-            theirs = make(AutoConfig.for_model(**hub_config(model, 1, 2, 0)))
-        assert parameter_count(model) == theirs.num_parameters()
+            return make(AutoConfig.for_model(**described))
+        # Imported here alone: in a published folder these are files of their own.
+        from models.published.configuration_cairn import CairnConfig
+        from models.published.modeling_cairn import CairnForCausalLM
+
+        return CairnForCausalLM(CairnConfig(**described))
+
+
+@pytest.mark.parametrize("name", known_recipes())
+def test_its_models_are_as_large_as_their_published_class(name: str) -> None:
+    for model in (stage.model for stage in load_recipe(name, resolve=False).stages if stage.model is not None):
+        assert parameter_count(model) == published_class(model).num_parameters()
 
 
 @pytest.mark.parametrize(("name", "stage"), SIZES)
@@ -58,6 +80,129 @@ def test_its_steps_have_the_published_tokens(name: str) -> None:
     training = entry.config.model_dump()["training"]
     seen = training["steps"] * training["batch_size"] * training["sequence_length"]
     assert seen == pytest.approx(TOKENS[name], rel=1e-3)
+
+
+def test_mtlm2_is_what_its_source_says_but_for_eos() -> None:
+    stages = {entry.name: entry for entry in load_recipe("mtlm2-40m", resolve=False).stages}
+    base = stages["base"].config.model_dump()
+    assert base["model"] == {
+        **base["model"],
+        "architecture": "custom",
+        "vocab_size": 32_000,
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 48,
+        "max_position_embeddings": 1024,
+        "norm": "rms_norm",
+        "norm_eps": 1e-6,
+        "position_embedding": "learned",
+        "mlp": "dense",
+        "hidden_act": "gelu_new",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": False,
+        "dropout": 0.1,
+    }
+    training = base["training"]
+    assert (training["batch_size"], training["sequence_length"], training["steps"]) == (256, 1024, 55_554)
+    optimizer = {
+        "name": "adamw",
+        "learning_rate": 4e-4,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "weight_decay": 0.01,
+        "clip": 1.0,
+    }
+    assert {key: training["optimizer"][key] for key in optimizer} == optimizer
+    assert training["schedule"] == {"name": "cosine", "warmup_steps": 200, "decay_steps": None, "floor": 0.1}
+    # Theirs leaves <eos> out of the loss.
+    tokens = stages["tokens"].config.model_dump()
+    assert tokens["eos"]
+    assert tokens["loss_on"] == "text"
+    for engine in ("torch", "jax", "mlx"):
+        chosen = {entry.name: entry for entry in load_recipe("mtlm2-40m", [f"engine={engine}"], resolve=False).stages}
+        assert chosen["base"].config.model_dump()["engine"] == engine
+
+
+def test_the_small_stories_are_what_their_source_says() -> None:
+    large, small = (
+        {e.name: e for e in load_recipe(f"mlx-stories{end}", resolve=False).stages} for end in ("", "-small")
+    )
+    # Documents, tokenizer and tokens are reused from one to the other.
+    for stage in ("documents", "tokenizer", "tokens"):
+        assert small[stage].config == large[stage].config
+    base = small["base"].config.model_dump()
+    shape = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024}
+    shape |= {"max_position_embeddings": 512, "vocab_size": 32_000}
+    assert {key: base["model"][key] for key in shape} == shape
+    assert (base["model"]["dropout"], base["model"]["tie_word_embeddings"]) == (0.1, True)
+    training = base["training"]
+    assert (training["batch_size"], training["micro_batch_size"], training["steps"]) == (32, 8, 10_000)
+    optimizer = {"name": "adamw", "learning_rate": 5e-4, "beta2": 0.999, "weight_decay": 0.1, "clip": 1.0}
+    assert {key: training["optimizer"][key] for key in optimizer} == optimizer
+    assert training["schedule"] == {"name": "cosine", "warmup_steps": 500, "decay_steps": None, "floor": 0.1}
+    untied = small["base"].model.model_copy(update={"tie_word_embeddings": False})  # type: ignore[union-attr]
+    assert parameter_count(untied) == 22_678_784
+
+
+@pytest.mark.parametrize(
+    ("name", "claimed", "counted"), [("mlx-stories", "350M", "176M"), ("mlx-stories-small", "25M", "14.5M")]
+)
+def test_sizes_that_a_source_calls_otherwise_are_said(name: str, claimed: str, counted: str) -> None:
+    recipe = load_recipe(name, resolve=False)
+    for text in (recipe.description, recipe.stages[-1].config.model_dump()["description"]):
+        assert claimed in text
+        assert counted in text
+
+
+MTLM2_TINY = {
+    "documents.source": "{kind: hub, id: local/openstax-textbooks}",
+    "documents.max_documents": "60",
+    "documents.split.validation": "0.1",
+    "wikitext.source": "{kind: hub, id: EleutherAI/wikitext_document_level, config: wikitext-2-raw-v1, "
+    "column: page, split: test}",
+    "wikitext.max_documents": "1",
+    "base.model.hidden_size": "32",
+    "base.model.intermediate_size": "48",
+    "base.model.num_hidden_layers": "2",
+    "base.model.num_attention_heads": "2",
+    "base.model.max_position_embeddings": "48",
+    "base.training.steps": "8",
+    "base.training.batch_size": "4",
+    "base.training.micro_batch_size": "2",
+    "base.training.sequence_length": "48",
+    "base.training.schedule.warmup_steps": "2",
+    "base.training.validation": "{every: 4, rows: 4, samples: 1}",
+    "evaluation.stride": "24",
+}
+
+
+@pytest.mark.slow
+def test_mtlm2_runs_to_a_folder_that_opens_without_cairn(cairn: Cairn, tmp_path: Path) -> None:
+    if not os.environ.get("CAIRN_HUB"):
+        pytest.skip("CAIRN_HUB is not set")
+    changes = [f"stages.{key}={value}" for key, value in MTLM2_TINY.items()]
+    places = {"CAIRN_STORE": str(tmp_path / "store"), "CAIRN_CACHE": str(tmp_path / "cache")}
+    code, output = cairn("run", "mtlm2-40m", *(word for change in changes for word in ("--set", change)), **places)
+    assert code == 0, output
+    folder = tmp_path / "models" / "mtlm2" / "published"
+    shutil.copytree(tmp_path / "published" / "mtlm2-40m", folder)
+    random = np.random.default_rng(0)
+    ids_BT = random.integers(3, 32_000, (3, 8), dtype=np.int32)
+    np.savez(folder.parent / "inputs.npz", ids=ids_BT, lengths=[3, 8, 5], new=4)
+    run_alone(tmp_path / "models", tmp_path)
+    outputs = np.load(folder.parent / "outputs.npz")
+    model = next(entry.model for entry in load_recipe("mtlm2-40m", changes).stages if entry.name == "base")
+    assert model is not None
+    engine = inference_engine("torch", model, "float32", whole_pieces(read_arrays(folder / "model.safetensors")))
+    np.testing.assert_allclose(outputs["logits"], engine.logits(ids_BT), atol=1e-4, rtol=0)
+    card = (folder / "README.md").read_text()
+    assert 'license: "odc-by"' in card
+    assert "rms_norm, learned positions, dense MLP" in card
+    assert "perplexity per token" in card
 
 
 def test_books_is_small_enough_for_two_cores() -> None:
