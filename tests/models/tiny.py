@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models import weights
 from models.config import ModelConfig
 from models.engine import Batch
 from models.weights import Piece
@@ -44,16 +45,39 @@ COMPOSITIONS: dict[str, dict[str, object]] = {
     },
 }
 
+VARIANTS: dict[str, dict[str, object]] = {
+    **COMPOSITIONS,
+    "llama-tied": {
+        "architecture": "llama",
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_theta": 500.0,
+    },
+    "mtlm2": {**COMPOSITIONS["custom"], "norm_eps": 1e-6, "attention_bias": True},
+}
+"""The compositions, and others that engines are held to each other with."""
+
 
 def tiny(composition: str, **changes: object) -> ModelConfig:
     """A model of a few thousand parameters."""
-    return ModelConfig.model_validate({**_SIZE, **COMPOSITIONS[composition], **changes})
+    return ModelConfig.model_validate({**_SIZE, **VARIANTS[composition], **changes})
 
 
-def batch(rows: int = 6, length: int = 9, seed: int = 0, *, padded: bool = True) -> Batch:
+def random_weights(config: ModelConfig, seed: int) -> Arrays:
+    """Initial weights with every norm and bias drawn too, so that none of them can be left out unseen."""
+    random = np.random.default_rng(seed)
+    arrays: Arrays = dict(weights.initial_weights(config, seed))
+    for name, array in arrays.items():
+        if array.ndim == 1:
+            arrays[name] = array + np.float32(0.2) * random.standard_normal(array.shape, np.float32)
+    return arrays
+
+
+def batch(rows: int = 6, length: int = 9, seed: int = 0, *, padded: bool = True, vocabulary: int = VOCABULARY) -> Batch:
     """Random rows; where padded, each counts a stretch of its own and ends somewhere."""
     random = np.random.default_rng(seed)
-    tokens = random.integers(0, VOCABULARY, (rows, length + 1), dtype=np.int32)
+    tokens = random.integers(0, vocabulary, (rows, length + 1), dtype=np.int32)
     mask = np.ones((rows, length), np.bool_)
     if padded:
         places = np.arange(length)
