@@ -85,15 +85,3 @@ def test_two_processes_lose_as_one(layout: dict[str, int], tmp_path: Path) -> No
         assert one.keys() == other.keys()
         for name, array in one.items():
             np.testing.assert_allclose(array.astype(float), other[name].astype(float), atol=1e-4, err_msg=name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", list(TOLERANCES))
-def test_a_run_goes_on_with_another_number_of_devices(optimizer: str, tmp_path: Path) -> None:
-    straight = run(job(optimizer), tmp_path)
-    saved = str(tmp_path / "saved")
-    first = run(job(optimizer, layout=LAYOUTS["data 2 × fsdp 4"], steps=[0, 8], save=saved), tmp_path, devices=8)
-    second = run(job(optimizer, layout={"data": 1, "tensor": 2}, steps=[8, STEPS], start=saved), tmp_path, devices=2)
-    np.testing.assert_allclose(
-        first["losses"] + second["losses"], straight["losses"], rtol=0, atol=TOLERANCES[optimizer]
-    )

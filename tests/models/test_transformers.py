@@ -1,4 +1,4 @@
-"""The PyTorch engine against the `transformers` class of each architecture, in both directions."""
+"""Every engine against the `transformers` class of each architecture, in both directions."""
 
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,22 @@ from numpy.typing import NDArray
 
 from models import weights
 from models.config import ModelConfig
-from models.engine import Batch, training_engine
+from models.engine import Batch, EngineName, TrainingEngine, training_engine
 from models.generation import generate
 from models.optimizer import OptimizerConfig
 from models.sampling import SamplingConfig
-from models.torch_engine.train import TorchTraining
-from tests.models.tiny import Arrays, batch, pieces, tiny
+from tests.models.agreement import largest_share, small, tell
+from tests.models.test_engines import engine_name
+from tests.models.tiny import VOCABULARY, Arrays, batch, pieces, random_weights, tiny
+
+__all__ = ["engine_name"]  # the fixture
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-NAMES = ["gpt2", "llama", "mixtral"]
+without_compiling = pytest.mark.parametrize("engine_name", ["torch", "mlx"], indirect=True)
+"""JAX, which would compile for each of these, is held to the other engines by test_agreement.py."""
+NAMES = ["gpt2", "llama", "mixtral", "llama-tied"]
 SAME_NAMES = (
     "vocab_size",
     "hidden_size",
@@ -74,9 +79,8 @@ def saved(model: Any, folder: Path) -> Arrays:
     return weights.read_arrays(folder / "model.safetensors")
 
 
-def engine_of(config: ModelConfig, arrays: Arrays) -> TorchTraining:
-    engine = training_engine("torch", config, OptimizerConfig(learning_rate=0.01), "float32")
-    assert isinstance(engine, TorchTraining)
+def engine_of(name: EngineName, config: ModelConfig, arrays: Arrays) -> TrainingEngine:
+    engine = training_engine(name, config, OptimizerConfig(learning_rate=0.01), "float32")
     engine.restore("weights", pieces(arrays))
     return engine
 
@@ -88,36 +92,43 @@ def their_logits(model: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     return found
 
 
-VARIANTS: list[tuple[str, dict[str, object]]] = [
-    ("gpt2", {}),
-    ("llama", {}),
-    ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "rope_theta": 500.0}),
-    ("mixtral", {}),
-]
+def assert_logits_agree(engine: TrainingEngine, model: Any, tokens: NDArray[np.int32], bar: float) -> None:
+    difference = float(abs(engine.inference().logits(tokens) - their_logits(model, tokens)).max())
+    tell(engine.name, tokens.shape, difference)
+    assert difference <= bar
 
 
-@pytest.mark.parametrize(("name", "changes"), VARIANTS)
-def test_logits_are_those_of_the_class(name: str, changes: dict[str, object], tmp_path: Path) -> None:
-    config = tiny(name, **changes)
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_the_class(engine_name: EngineName, name: str, tmp_path: Path) -> None:
+    config = tiny(name)
     model = twin(config)
-    engine = engine_of(config, saved(model, tmp_path))
-    tokens = batch(rows=5, length=20).tokens_BT
-    np.testing.assert_allclose(engine.inference().logits(tokens), their_logits(model, tokens), atol=1e-5)
+    engine = engine_of(engine_name, config, saved(model, tmp_path / "tiny"))
+    assert_logits_agree(engine, model, batch(rows=5, length=20).tokens_BT, 2e-5)
+    larger = small(name)
+    model = twin(larger)
+    engine = engine_of(engine_name, larger, saved(model, tmp_path / "small"))
+    assert_logits_agree(engine, model, batch(rows=2, length=120, vocabulary=300).tokens_BT, 1e-4)
 
 
-@pytest.mark.parametrize(("name", "changes"), VARIANTS)
-def test_exported_weights_open_in_the_class(name: str, changes: dict[str, object], tmp_path: Path) -> None:
-    config = tiny(name, **changes)
+def test_logits_of_long_rows_are_those_of_the_class(engine_name: EngineName, tmp_path: Path) -> None:
+    # Rotary frequencies that an engine has itself may be off by enough to be seen here.
+    config = tiny("llama", head_dim=64, max_position_embeddings=2048)
+    model = twin(config)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (1, 2048), dtype=np.int32)
+    assert_logits_agree(engine_of(engine_name, config, saved(model, tmp_path)), model, tokens, 1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exported_weights_open_in_the_class(engine_name: EngineName, name: str, tmp_path: Path) -> None:
+    config = tiny(name)
     model = twin(config)
     model.config.save_pretrained(tmp_path)
-    engine = engine_of(config, dict(weights.initial_weights(config, 8)))
-    engine.step([batch()], 1.0, 0)
+    engine = engine_of(engine_name, config, random_weights(config, 8))
     arrays = weights.assemble(engine.export("weights"), weights.canonical_shapes(config))
     weights.write_arrays(tmp_path / "model.safetensors", arrays, {"format": "pt"})
     opened, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
-    tokens = batch(rows=5, length=20).tokens_BT
-    np.testing.assert_allclose(engine.inference().logits(tokens), their_logits(opened.eval(), tokens), atol=1e-5)
+    assert_logits_agree(engine, opened.eval(), batch(rows=5, length=20).tokens_BT, 2e-5)
 
 
 def their_gradients(model: Any, rows: Batch, folder: Path) -> tuple[float, Arrays]:
@@ -138,29 +149,33 @@ def their_gradients(model: Any, rows: Batch, folder: Path) -> tuple[float, Array
     return float(loss.detach()), saved(model, folder)
 
 
-@pytest.mark.parametrize(("name", "changes"), VARIANTS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("padded", [False, True])
+@without_compiling
 def test_losses_and_gradients_are_those_of_the_class(
-    name: str, changes: dict[str, object], padded: bool, tmp_path: Path
+    engine_name: EngineName, name: str, padded: bool, tmp_path: Path
 ) -> None:
-    config, rows = tiny(name, **changes), batch(padded=padded)
+    config, rows = tiny(name), batch(padded=padded)
     model = twin(config)
-    engine = engine_of(config, saved(model, tmp_path / "weights"))
+    engine = engine_of(engine_name, config, saved(model, tmp_path / "weights"))
     ours: Arrays = weights.gather(engine.gradients([rows], 0), weights.canonical_shapes(config))
     loss, theirs = their_gradients(model, rows, tmp_path / "gradients")
     found, count = engine.loss(rows)
     assert found / count == pytest.approx(loss, rel=1e-5)
-    assert ours.keys() == theirs.keys()
-    for key, gradient in theirs.items():
-        np.testing.assert_allclose(ours[key], gradient, atol=2e-5, rtol=1e-4, err_msg=key)
+    share, where = largest_share(theirs, ours)
+    tell(engine_name, "gradients", share)
+    assert share <= 1, where
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("penalty", [1.0, 1.7])
-def test_greedy_generation_is_that_of_the_class(name: str, penalty: float, tmp_path: Path) -> None:
+@without_compiling
+def test_greedy_generation_is_that_of_the_class(
+    engine_name: EngineName, name: str, penalty: float, tmp_path: Path
+) -> None:
     config = tiny(name)
     model = twin(config)
-    engine = engine_of(config, saved(model, tmp_path))
+    engine = engine_of(engine_name, config, saved(model, tmp_path))
     prompts = [[5, 3, 8, 1], [9], [2, 2, 7, 11, 4, 6], [14, 0, 21]]
     ours = generate(
         engine.inference(), prompts, SamplingConfig(max_new_tokens=12, repetition_penalty=penalty), {7}, batch_size=3
