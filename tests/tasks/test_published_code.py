@@ -154,7 +154,11 @@ def test_padding_on_either_side_changes_nothing(models: Mapping[str, Opened], na
         close(model.outputs["left"][row, -length:], alone_TV)
         close(model.outputs["left_eager"][row, -length:], alone_TV)
         close(model.outputs["right"][row, :length], alone_TV)
-    assert np.isfinite(model.outputs["left"]).all()
+        if length < model.ids_BT.shape[1]:
+            # Padding before a row reads itself alone, as if it were a row.
+            padding_V = model.engine.logits(np.zeros((1, 1), np.int32))[0, 0]
+            close(model.outputs["left"][row, 0], padding_V)
+            close(model.outputs["left_eager"][row, 0], padding_V)
 
 
 @each
