@@ -26,7 +26,7 @@ from models.training.config import CheckpointConfig, TrainingConfig
 from models.training.events import Event, Note
 from models.training.loop import Interrupted, Start, train
 from models.weights import Piece
-from tests.models.agreement import ADAMW, MUON
+from tests.models.agreement import ADAMW, MUON, exported
 from tests.models.tiny import tiny
 from tests.models.training import bigrams
 
@@ -45,6 +45,20 @@ class Found(NamedTuple):
     """The losses of all validations so far, where the run came to its end."""
     notes: list[str]
     device: str
+    state: str
+    """A digest of the weights and moments in the end."""
+
+
+def named(batch: Batch) -> list[tuple[str, weights.Array]]:
+    return [(name, array) for name, array in batch._asdict().items() if array is not None]
+
+
+def digest(arrays: Mapping[str, weights.Array]) -> str:
+    """The same for the same names, types, shapes and bytes."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode() + arrays[name].tobytes())
+    return found.hexdigest()
 
 
 class Watched:
@@ -60,10 +74,10 @@ class Watched:
         return self._engine.agreed(word)
 
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
-        digest = hashlib.sha256(f"{learning_rate_scale} {dropout_key} {len(micro_batches)}".encode())
-        for array in (array for batch in micro_batches for array in batch if array is not None):
-            digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
-        self.digests.append(digest.hexdigest())
+        given = {
+            f"{number} {name}": array for number, batch in enumerate(micro_batches) for name, array in named(batch)
+        }
+        self.digests.append(digest({**given, "numbers": np.array([learning_rate_scale, dropout_key])}))
         self.results.append(self._engine.step(micro_batches, learning_rate_scale, dropout_key))
         return self.results[-1]
 
@@ -144,7 +158,7 @@ def go(
     losses = [float(result.loss) for result in watched.results]
     assert np.isfinite(losses).all()
     notes = [event.text for event in events if isinstance(event, Note)]
-    return Found(losses, watched.digests, validations, notes, watched.device)
+    return Found(losses, watched.digests, validations, notes, watched.device, digest(exported(watched)))
 
 
 def elsewhere(

@@ -14,6 +14,7 @@ from models.engine import EngineName, Layout, is_installed
 from tests.models.agreement import HERE, pairs_of, several_engines, tell
 from tests.models.loop_run import OPTIMIZERS, Found, elsewhere, go, settings, write_data
 
+pytestmark = pytest.mark.slow
 BARS = {"adamw": 1e-5, "muon": 1e-4}
 """Of one engine on other devices."""
 LEARNT = {"adamw": 0.1, "muon": 0.1}
@@ -50,7 +51,6 @@ def test_a_hundred_steps_lose_alike_on_all_engines(variant: str, optimizer: str,
 
 
 @several_engines
-@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "optimizer"), [("gpt2", "adamw"), ("llama", "muon")])
 def test_a_run_goes_on_with_any_other_engine(variant: str, optimizer: str, tmp_path: Path) -> None:
     """In the middle, from the checkpoint that the first engine has left; bit for bit where it is the same engine."""
@@ -66,6 +66,7 @@ def test_a_run_goes_on_with_any_other_engine(variant: str, optimizer: str, tmp_p
         found = max(difference([first[origin], second], whole[name]) for name in (origin, target))
         tell(f"{origin}, then {target}:", found)
         assert found <= (0 if origin == target else 1e-3), f"{origin}, then {target}"
+        assert origin != target or second.state == whole[origin].state
 
 
 PLACES: list[tuple[EngineName, Layout, int, int, str]] = [
@@ -75,7 +76,6 @@ PLACES: list[tuple[EngineName, Layout, int, int, str]] = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "layout", "processes", "devices", "words"), PLACES, ids=[place[0] for place in PLACES]
 )
