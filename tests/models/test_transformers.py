@@ -1,5 +1,6 @@
 """Every engine against the `transformers` class of each architecture, in both directions."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,10 @@ def twin(config: ModelConfig) -> Any:
             model = transformers.MixtralForCausalLM(
                 transformers.MixtralConfig(**common, **experts, **balance, rope_parameters=rope, sliding_window=None)
             )
+    spread = 0.8 / math.sqrt(config.hidden_size)  # wider models with as large weights are no test but ill-conditioned
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+            parameter.add_(torch.randn_like(parameter) * spread)
     return model.eval()
 
 
