@@ -47,13 +47,9 @@ def updated(
     updates: mx.array,
     gradients: Parameters,
     rates: Rates,
-    finite: mx.array,
     norm: mx.array,
 ) -> tuple[Parameters, Moments, mx.array]:
-    """Parameters, moments and count after one clipped update, or as they were where it is not finite.
-
-    updates: 0-d int32; finite: 0-d bool; norm: the gradients' norm.
-    """
+    """Parameters, moments and count after one clipped update; updates: 0-d int32; norm: the gradients' norm."""
     shrink = mx.array(1.0) if config.clip is None else mx.minimum(config.clip / (norm + 1e-6), 1.0)
     count = updates + 1
     after: Parameters = {}
@@ -71,12 +67,7 @@ def updated(
         changed = _muon(config, parameters, moments["momentum_buffer"], gradients, names, rates.muon, shrink)
         for name, (parameter, buffer) in changed.items():
             after[name], moments_after["momentum_buffer"][name] = parameter, buffer
-    kept = {name: mx.where(finite, after[name], parameter) for name, parameter in parameters.items()}
-    kept_moments = {
-        prefix: {name: mx.where(finite, moments_after[prefix][name], array) for name, array in arrays.items()}
-        for prefix, arrays in moments.items()
-    }
-    return kept, kept_moments, mx.where(finite, count, updates)
+    return {name: after[name] for name in parameters}, moments_after, count
 
 
 def _adamw(

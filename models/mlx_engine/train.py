@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_map
 
 from common.errors import UserError
 from models import weights
@@ -81,6 +82,7 @@ class MlxTraining:
             # two processes at a time, or one that is killed, leave half-written for all later ones.
             compiled = mx.default_device() != mx.Device(mx.cpu)
         compile_: Callable[..., Any] = mx.compile if compiled else lambda function: function
+        self._compiled = compiled
         self._gradients_of = compile_(self._traced(self._gradients_function))
         self._counts_of = compile_(self._traced(self._counts_function))
         self._loss_of = compile_(self._traced(self._loss_function))
@@ -291,8 +293,16 @@ class MlxTraining:
             gradients = {name: gradient / scale.scale for name, gradient in gradients.items()}
         norm = gradient_norm(gradients)
         finite = mx.isfinite(norm) & mx.isfinite(loss)
-        new, moments, updates = updated(
-            self._optimizer_config, parameters, moments, updates, gradients, rates, finite, norm
-        )
         after = next_scale(scale, finite) if self._is_fp16 else scale
-        return new, (moments, updates, after), norm, 1.0 - finite.astype(mx.float32)
+        skipped = 1.0 - finite.astype(mx.float32)
+        if not self._compiled and not finite.item():
+            return parameters, (moments, updates, after), norm, skipped
+        new, new_moments, count = updated(self._optimizer_config, parameters, moments, updates, gradients, rates, norm)
+        if self._compiled:
+            # On a CPU, choosing element by element would take as long as the rest of the update.
+            new, new_moments, count = tree_map(
+                lambda old, new: mx.where(finite, new, old),
+                (parameters, moments, updates),
+                (new, new_moments, count),
+            )
+        return new, (new_moments, count, after), norm, skipped
