@@ -193,7 +193,7 @@ def pytorch(config: ModelConfig, rows: Batch, way: str) -> tuple[Callable[[], ob
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step, lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +51,19 @@ def test_the_library_is_there_for_mlx_to_find_and_not_loaded_too_late() -> None:
     assert isinstance(found["error"], float)
     assert found["error"] < 1e-4
     assert found["again"] is None
+
+
+def test_where_it_is_missing_set_up_says_how_to_get_it() -> None:
+    def said(source: str) -> str:
+        command = [sys.executable, "-P", "-c", source]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    source = Path(blas.__file__).read_text()
+    missing = said(source.replace("libopenblas", "libno-such-blas"))
+    if sys.platform == "linux":
+        assert missing.count("\n") == 1
+        assert "apt-get install" in missing
+    assert said(source) == ("" if run(LOAD.replace("NAMES", "blas.NAMES"))["loaded"] else blas.HINT + "\n")
 
 
 def test_the_first_library_that_is_there_is_taken() -> None:
