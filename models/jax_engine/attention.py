@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.config import ModelConfig
+from models.jax_engine.blocks import block_attention
 from models.jax_engine.layers import Linear, dropped
 from models.jax_engine.sharding import Sharding
 from models.jax_engine.splash import splash_attention
 
-Kind = Literal["xla", "cudnn", "splash", "splash_interpreted"]
-"""How attention is computed: by plain products, by cuDNN's fused kernels, or by the splash kernels of TPUs."""
+Kind = Literal["xla", "blocks", "cudnn", "splash", "splash_interpreted"]
+"""How attention is computed: by plain products, by products of blocks, by cuDNN's fused kernels, or by the splash
+kernels of TPUs."""
 
 
 class Rotation(NamedTuple):
@@ -52,8 +54,10 @@ def rotated(x_BTHK: jax.Array, turn: Rotation) -> jax.Array:
 def kind_for(machine: str, dtype: jnp.dtype, head_dim: int, length: int, dropout: float, documents: bool) -> Kind:
     """How attention is computed on a machine: the fused kernels where they take the shapes, else plain products.
 
-    `machine`: `tpu`, `cudnn` for a GPU that has its fused attention, or any other.
+    `machine`: `cpu`, `tpu`, `cudnn` for a GPU that has its fused attention, or any other.
     """
+    if machine == "cpu" and not dropout:
+        return "blocks"
     if machine == "tpu" and length % 128 == 0 and not dropout:
         return "splash"
     if machine == "cudnn" and dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128:
@@ -81,6 +85,8 @@ def causal_attention(
         return _dropped_attention(q_BTHK, k_BTGK, v_BTGK, _mask(q_BTHK.shape[1], documents_BT), dropout, key)
     if kind in ("splash", "splash_interpreted"):
         return splash_attention(q_BTHK, k_BTGK, v_BTGK, documents_BT, sharding, interpret=kind == "splash_interpreted")
+    if kind == "blocks":
+        return block_attention(q_BTHK, k_BTGK, v_BTGK, documents_BT)
     mask = None if documents_BT is None else (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
     implementation: Literal["xla", "cudnn"] = "cudnn" if kind == "cudnn" else "xla"
     return jax.nn.dot_product_attention(

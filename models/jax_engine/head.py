@@ -18,7 +18,8 @@ _LOGITS = {"cpu": 1 << 21, "gpu": 1 << 27, "tpu": 1 << 27}
 
 class _Gradients(NamedTuple):
     x_BTD: jax.Array
-    head_VD: jax.Array
+    head_DV: jax.Array
+    """fp32. Turned, as `models.jax_engine.products` says."""
 
 
 def part_count(platform: str, logits: int, length: int) -> int:
@@ -65,28 +66,29 @@ def _forward(
         at_target_BSV = jnp.arange(logits_BSV.shape[-1]) == targets_BS[..., None]
         dlogits_BSV = (jnp.exp(logits_BSV - normaliser_BS[..., None]) - at_target_BSV) * weights_BS[..., None]
         dlogits_BSV = dlogits_BSV.astype(x_BSD.dtype)
-        dhead_VD = jnp.einsum("bsv,bsd->vd", dlogits_BSV, x_BSD, preferred_element_type=jnp.float32)
-        return loss, dlogits_BSV @ head_VD, dhead_VD
+        dhead_DV = jnp.einsum("bsd,bsv->dv", x_BSD, dlogits_BSV, preferred_element_type=jnp.float32)
+        return loss, dlogits_BSV @ head_VD, dhead_DV
 
     if parts == 1:
-        loss, dx_BTD, dhead_VD = one(x_BTD, targets_BT, weights_BT)
-        return loss, _Gradients(dx_BTD, dhead_VD)
+        loss, dx_BTD, dhead_DV = one(x_BTD, targets_BT, weights_BT)
+        return loss, _Gradients(dx_BTD, dhead_DV)
 
     def added(
         carry: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        loss, dx_BSD, dhead_VD = one(*part)
-        return (carry[0] + loss, carry[1] + dhead_VD), dx_BSD
+        loss, dx_BSD, dhead_DV = one(*part)
+        return (carry[0] + loss, carry[1] + dhead_DV), dx_BSD
 
-    nothing = (jnp.zeros(()), jnp.zeros(head_VD.shape))
+    nothing = (jnp.zeros(()), jnp.zeros(head_VD.T.shape))
     cut = tuple(_cut(array, parts) for array in (x_BTD, targets_BT, weights_BT))
-    (loss, dhead_VD), dx_PBSD = jax.lax.scan(added, nothing, cut)
-    return loss, _Gradients(_joined(dx_PBSD, length), dhead_VD)
+    (loss, dhead_DV), dx_PBSD = jax.lax.scan(added, nothing, cut)
+    return loss, _Gradients(_joined(dx_PBSD, length), dhead_DV)
 
 
 def _backward(parts: int, found: _Gradients, gradient: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
     dtype = found.x_BTD.dtype
-    return found.x_BTD * gradient.astype(dtype), (found.head_VD * gradient).astype(dtype), None, None
+    dhead_VD = jax.lax.optimization_barrier(found.head_DV).T
+    return found.x_BTD * gradient.astype(dtype), (dhead_VD * gradient).astype(dtype), None, None
 
 
 weighted_loss.defvjp(_forward, _backward)

@@ -146,7 +146,7 @@ class JaxInference:
         return held, _on_host(logits_BV)[: cache.rows]
 
     def select(self, cache: HeldCache, rows: NDArray[np.int64]) -> HeldCache:
-        """As the contract says; rows are moved only where that leaves half of them or fewer, or in another order."""
+        """As the contract says; the rows that remain are padded to a power of two."""
         padded_B = np.zeros(self._rows(doubled(len(rows))), np.int32)
         padded_B[: len(rows)] = rows
         chosen = self._compiled.select(cache.cache, self._sharding.put(padded_B, self._sharding.of()))

@@ -4,11 +4,24 @@ Modules only describe their parameters and compute; the arrays come from `models
 Suffixes: B rows, T positions, D hidden_size, I intermediate_size.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from models.config import ModelConfig
+from models.jax_engine.products import product
+
+
+def remembering_inputs(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The same cheap function, of which the backward pass remembers what went in, and nothing on the way.
+
+    Each array that a layer leaves for the backward pass is written, kept for all layers, and read again.
+    """
+    found: Callable[..., jax.Array] = jax.checkpoint(function, prevent_cse=False)
+    return found
 
 
 def parameter(*shape: int) -> nnx.Param[jax.Array]:
@@ -24,7 +37,7 @@ class Linear(nnx.Module):
         self.bias = parameter(rows) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.weight[...].astype(x.dtype).T
+        y = product(x, self.weight[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -48,12 +61,21 @@ class Norm(nnx.Module):
         self.bias = parameter(config.hidden_size) if config.norm == "layer_norm" else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        if self.bias is None:
-            square = jnp.square(x_BTD).mean(-1, keepdims=True)
-            return x_BTD * jax.lax.rsqrt(square + self.eps) * self.weight[...]
-        centred_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
-        square = jnp.square(centred_BTD).mean(-1, keepdims=True)
-        return centred_BTD * jax.lax.rsqrt(square + self.eps) * self.weight[...] + self.bias[...]
+        normed = remembering_inputs(_rms_normed if self.bias is None else _layer_normed)
+        vectors = [vector[...] for vector in (self.weight, self.bias) if vector is not None]
+        found: jax.Array = normed(x_BTD, self.eps, *vectors)
+        return found
+
+
+def _rms_normed(x_BTD: jax.Array, eps: float, weight_D: jax.Array) -> jax.Array:
+    square = jnp.square(x_BTD).mean(-1, keepdims=True)
+    return x_BTD * jax.lax.rsqrt(square + eps) * weight_D
+
+
+def _layer_normed(x_BTD: jax.Array, eps: float, weight_D: jax.Array, bias_D: jax.Array) -> jax.Array:
+    centred_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
+    square = jnp.square(centred_BTD).mean(-1, keepdims=True)
+    return centred_BTD * jax.lax.rsqrt(square + eps) * weight_D + bias_D
 
 
 def activated(config: ModelConfig, x: jax.Array) -> jax.Array:
@@ -78,7 +100,8 @@ class Dense(nnx.Module):
         self.down_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down_proj(activated(self.config, self.up_proj(x_BTD)))
+        activate = remembering_inputs(functools.partial(activated, self.config))
+        return self.down_proj(activate(self.up_proj(x_BTD)))
 
 
 class Gated(nnx.Module):
@@ -91,5 +114,5 @@ class Gated(nnx.Module):
         self.down_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gated_BTI = activated(self.config, self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
-        return self.down_proj(gated_BTI)
+        gated = remembering_inputs(lambda gate_BTI, up_BTI: activated(self.config, gate_BTI) * up_BTI)
+        return self.down_proj(gated(self.gate_proj(x_BTD), self.up_proj(x_BTD)))

@@ -18,7 +18,7 @@ from models.jax_engine.sharding import Sharding, sharding_of
 from tests.models.tiny import tiny
 
 Floats = NDArray[np.float32]
-KINDS: list[Kind] = ["xla", "splash_interpreted"]
+KINDS: list[Kind] = ["xla", "blocks", "splash_interpreted"]
 
 
 def one_device() -> Sharding:
@@ -77,7 +77,8 @@ def test_positions_read_what_they_may(kind: Kind, groups: int, in_documents: boo
 
 
 @pytest.mark.parametrize("in_documents", [False, True], ids=["rows", "documents"])
-def test_splash_has_the_gradients_of_plain_attention(in_documents: bool) -> None:
+@pytest.mark.parametrize("kind", ["blocks", "splash_interpreted"])
+def test_gradients_are_those_of_plain_attention(kind: Kind, in_documents: bool) -> None:
     parts = [jnp.asarray(part) for part in heads(2, 256, 4, 2)]
     documents = jnp.asarray(documents_of(2, 256)) if in_documents else None
     weights = jax.random.normal(jax.random.key(1), parts[0].shape)
@@ -85,9 +86,25 @@ def test_splash_has_the_gradients_of_plain_attention(in_documents: bool) -> None
     def total(kind: Kind, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return (causal_attention(q, k, v, documents, kind=kind, sharding=one_device()) * weights).sum()
 
-    found, expected = (jax.grad(total, argnums=(1, 2, 3))(kind, *parts) for kind in ("splash_interpreted", "xla"))
+    found, expected = (jax.grad(total, argnums=(1, 2, 3))(way, *parts) for way in (kind, "xla"))
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("length", [1, 63, 65, 300, 513])
+def test_blocks_cover_rows_of_any_length(length: int) -> None:
+    q, k, v = map(jnp.asarray, heads(1, length, 2, 1, width=8))
+    ways: list[Kind] = ["blocks", "xla"]
+    found, expected = (causal_attention(q, k, v, None, kind=kind, sharding=one_device()) for kind in ways)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_blocks_of_bf16_heads_have_an_fp32_softmax() -> None:
+    q, k, v = (jnp.asarray(part, jnp.bfloat16) for part in heads(2, 128, 4, 2))
+    found = causal_attention(q, k, v, None, kind="blocks", sharding=one_device())
+    exact = slow(np.asarray(q, np.float32), np.asarray(k, np.float32), np.asarray(v, np.float32), None)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), exact, atol=2e-2)
 
 
 def test_dropped_weights_are_those_of_the_key() -> None:
@@ -106,7 +123,8 @@ def test_dropped_weights_are_those_of_the_key() -> None:
 @pytest.mark.parametrize(
     ("given", "kind"),
     [
-        (("cpu", jnp.float32, 64, 1024, 0.0, False), "xla"),
+        (("cpu", jnp.float32, 64, 1024, 0.0, True), "blocks"),
+        (("cpu", jnp.float32, 64, 1024, 0.1, False), "xla"),
         (("tpu", jnp.bfloat16, 64, 1024, 0.0, True), "splash"),
         (("tpu", jnp.bfloat16, 64, 1024, 0.1, False), "xla"),
         (("tpu", jnp.bfloat16, 64, 100, 0.0, False), "xla"),
