@@ -87,6 +87,11 @@ class TrainingEngine(Protocol):
         """The largest of the words of all processes."""
         ...
 
+    def peak_memory(self) -> int:
+        """The most bytes that this process has held on its device; on a CPU, all its memory (`peak_resident_memory`).
+        Not collective."""
+        ...
+
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         """One update from the gradient of the mean loss over all counted targets of all micro-batches.
 

@@ -1,6 +1,7 @@
-"""Which engine suits this machine, found out without importing one."""
+"""Which engine suits this machine, found out without importing one, and the memory of a process on it."""
 
 import platform
+import resource
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,15 @@ def preferred_engine(system: str, machine: str, tpu: bool, installed: Collection
     elif tpu:
         order.insert(0, "jax")
     return next((engine for engine in order if engine in installed), "torch")
+
+
+def peak_resident_memory() -> int:
+    """The most bytes of memory that this process has held so far."""
+    with suppress(OSError, StopIteration):
+        # Linux's `ru_maxrss` may be that of the process which started this one.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def has_tpu(devices: Path) -> bool:

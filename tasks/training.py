@@ -93,7 +93,8 @@ def run_training(
     if engine.process == 0:
         write_model(context.output, trained)
         copy_tokenizer(tokens[0].folder / "tokenizer", context.output)
-    return {**_metrics(model, result, engine.device, data), "blend": blend}
+    metrics = _metrics(model, result, engine.device, data)
+    return {**metrics, "blend": blend, "peak_memory_bytes": engine.peak_memory()}
 
 
 class _Data(NamedTuple):

@@ -8,6 +8,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from common.errors import UserError
+from models.machine import peak_resident_memory
 
 _ADDRESS, _COUNT, _NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
@@ -42,6 +43,13 @@ def largest_word(word: int) -> int:
     halves = np.array([word], np.int64).view(np.uint32)
     found = np.asarray(multihost_utils.process_allgather(halves)).reshape(-1, 2)
     return int(np.ascontiguousarray(found).view(np.int64).max())
+
+
+def peak_memory(mesh: Mesh) -> int:
+    """As the engine's contract says, of that of this process's devices which held the most."""
+    held = [device.memory_stats() for device in mesh.local_devices]
+    found = [int(statistics["peak_bytes_in_use"]) for statistics in held if statistics]
+    return max(found) if found else peak_resident_memory()
 
 
 def described(mesh: Mesh) -> str:

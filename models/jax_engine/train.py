@@ -44,6 +44,9 @@ class JaxTraining:
     def agreed(self, word: int) -> int:
         return distributed.largest_word(word)
 
+    def peak_memory(self) -> int:
+        return distributed.peak_memory(self._sharding.mesh)
+
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         """As the contract says. UserError where no target counts; ValueError for a token beyond the vocabulary."""
         assert self._state is not None  # weights are restored first

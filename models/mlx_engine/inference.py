@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from models.config import ModelConfig
 from models.engine import Batch, EngineName
+from models.machine import peak_resident_memory
 from models.mlx_engine.attention import Cache, LayerCache, Places, cached_places, row_places
 from models.mlx_engine.batches import check_batch, check_tokens, rows_of
 from models.mlx_engine.head import parts_of, target_log_probabilities
@@ -97,6 +98,11 @@ def described() -> str:
         return "cpu"
     kind = "metal" if mx.metal.is_available() else "cuda"
     return f"{kind}: {mx.device_info().get('device_name', 'unknown')}"
+
+
+def peak_memory() -> int:
+    """As the engine's contract says."""
+    return peak_resident_memory() if mx.default_device() == mx.Device(mx.cpu) else mx.get_peak_memory()
 
 
 def _on_host(array: mx.array) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from models.engine import Batch, EngineName, Layout, Precision, State, StepResul
 from models.mlx_engine.attention import row_places
 from models.mlx_engine.batches import check_batch, real_positions, rows_of
 from models.mlx_engine.head import parts_of, summed_loss, target_log_probabilities
-from models.mlx_engine.inference import MlxInference, described
+from models.mlx_engine.inference import MlxInference, described, peak_memory
 from models.mlx_engine.loss_scale import LossScale, fresh_scale, next_scale
 from models.mlx_engine.mixture import Routing, balance_loss, total
 from models.mlx_engine.model import (
@@ -90,6 +90,9 @@ class MlxTraining:
 
     def agreed(self, word: int) -> int:
         return self._processes.largest(word)
+
+    def peak_memory(self) -> int:
+        return peak_memory()
 
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         """As the contract says. UserError where no target counts; ValueError for a token beyond the vocabulary."""

@@ -11,6 +11,7 @@ import torch
 
 from common.errors import UserError
 from models.engine import Precision
+from models.machine import peak_resident_memory
 
 
 def default_device() -> torch.device:
@@ -24,6 +25,11 @@ def described(device: torch.device, count: int = 1) -> str:
     """A device, or several of its kind, in words for the record."""
     name = f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
     return name if count == 1 else f"{count} × {name}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """As the engine's contract says; Apple's GPU shares the process's memory, and no peak of its own is kept."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_memory()
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -15,7 +15,7 @@ from models import weights
 from models.config import ModelConfig
 from models.engine import Batch, EngineName, Layout, Precision, State, StepResult
 from models.optimizer import ADAMW_MOMENTS, MUON_MOMENTS, UPDATES, OptimizerConfig, takes_muon
-from models.torch_engine.device import compute_dtype, default_device, described, seeded
+from models.torch_engine.device import compute_dtype, default_device, described, peak_memory, seeded
 from models.torch_engine.head import summed_loss
 from models.torch_engine.inference import TorchInference
 from models.torch_engine.lanes import Lanes
@@ -57,6 +57,9 @@ class TorchTraining:
 
     def agreed(self, word: int) -> int:
         return self._world.agreed(word)
+
+    def peak_memory(self) -> int:
+        return peak_memory(self._place)
 
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         """As the contract says. UserError where no target counts; ValueError for a token beyond the vocabulary."""

@@ -9,13 +9,11 @@ moment when the last result is there, so that the device is never waited for bet
 the repeats, with the slowest and the fastest.
 
 MFU is `models.training.flops`'s count of FLOPs (a multiply-add is two, causal attention counts half, recomputation
-does not count) over the dense bf16 peak of the data sheet. Peak memory is what the engine's allocator says, on a CPU
-the most that the process held.
+does not count) over the dense bf16 peak of the data sheet. Peak memory is `TrainingEngine.peak_memory`.
 """
 
 import argparse
 import json
-import resource
 import time
 from typing import Any
 
@@ -88,7 +86,7 @@ def measured(
         "first_step_seconds": first,
         "tokens_per_second": speeds,
         "mfu": None if peak is None else float(np.median(speeds)) * flops / peak,
-        "peak_memory_megabytes": peak_megabytes(engine_name, engine.device),
+        "peak_memory_megabytes": engine.peak_memory() / 1e6,
     }
 
 
@@ -104,23 +102,6 @@ def stepped(engine: TrainingEngine, batches: list[list[Batch]]) -> None:
     results = [engine.step(micro_batches, 1.0, number) for number, micro_batches in enumerate(batches)]
     if not np.isfinite(float(results[-1].loss)):
         raise RuntimeError("the loss is not finite")
-
-
-def peak_megabytes(engine_name: EngineName, device: str) -> float:
-    """The most memory that the engine held on its device."""
-    if "cpu" not in device:
-        if engine_name == "torch":
-            import torch
-
-            return torch.cuda.max_memory_allocated() / 1e6
-        if engine_name == "jax":
-            import jax
-
-            return float(jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]) / 1e6
-        import mlx.core as mx
-
-        return mx.get_peak_memory() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
 def described(found: dict[str, Any]) -> str:

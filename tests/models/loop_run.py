@@ -73,6 +73,9 @@ class Watched:
     def agreed(self, word: int) -> int:
         return self._engine.agreed(word)
 
+    def peak_memory(self) -> int:
+        return self._engine.peak_memory()
+
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         given = {
             f"{number} {name}": array for number, batch in enumerate(micro_batches) for name, array in named(batch)

@@ -315,6 +315,11 @@ def test_generation_ends_with_the_positions_and_refuses_odd_prompts(engine_name:
         generate(engine, [[1] * 25], sampling, ())
 
 
+def test_the_memory_that_is_told_holds_the_weights_and_the_moments(engine_name: EngineName) -> None:
+    config = tiny("llama")
+    assert trainer(engine_name, config).peak_memory() > 3 * 4 * weights.parameter_count(config)
+
+
 def test_inference_follows_the_weights_in_training(engine_name: EngineName) -> None:
     engine = trainer(engine_name, tiny("llama"))
     reader = engine.inference()

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 from models.engine import EngineName
@@ -35,3 +37,17 @@ def test_a_tpu_is_told_from_what_else_google_makes(tmp_path: Path) -> None:
 
 def test_this_machine_has_one() -> None:
     assert default_engine() in ALL
+
+
+_HELD_AND_GIVEN_BACK = """
+from models.machine import peak_resident_memory
+before = peak_resident_memory()
+held = b"x" * (64 << 20)
+del held
+print(peak_resident_memory() - before)
+"""
+
+
+def test_the_most_memory_that_was_held_is_told_after_it_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", _HELD_AND_GIVEN_BACK], capture_output=True, text=True, check=True)
+    assert 60 << 20 < int(done.stdout) < 80 << 20

@@ -60,6 +60,9 @@ class BigramEngine:
     def agreed(self, word: int) -> int:
         return word
 
+    def peak_memory(self) -> int:
+        return 0
+
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         step = dropout_key % (1 << 32)
         self.steps_taken.append(step)
