@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from models.config import ModelConfig
 from models.mlx_engine.layers import Linear, dropped
+from models.mlx_engine.products import attention, product
 
 
 class LayerCache(NamedTuple):
@@ -119,7 +120,7 @@ class Attention(nn.Module):
         if keys_B2 is not None and self.dropout:
             return _mixed_with_dropout(q_BHTK * scale, k_BGTK, v_BGTK, mask_BHTT, self.dropout, keys_B2)
         mask = "causal" if mask_BHTT is None else mask_BHTT
-        return mx.fast.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, scale=scale, mask=mask)
+        return attention(q_BHTK, k_BGTK, v_BGTK, scale, mask)
 
 
 def _mixed_with_dropout(
@@ -137,10 +138,10 @@ def _mixed_with_dropout(
         here_T = mx.arange(length)
         mask_BHTT = (here_T[:, None] >= here_T)[None, None]
     q_BGRTK = q_BHTK.reshape(rows, groups, heads // groups, length, width)
-    scores = (q_BGRTK @ k_BGTK[:, :, None].swapaxes(-1, -2)).astype(mx.float32)
+    scores = product(q_BGRTK, k_BGTK[:, :, None].swapaxes(-1, -2)).astype(mx.float32)
     weights = mx.softmax(mx.where(mask_BHTT[:, None], scores, -math.inf), axis=-1)
     weights = dropped(weights, rate, keys_B2).astype(q_BHTK.dtype)
-    return (weights @ v_BGTK[:, :, None]).reshape(q_BHTK.shape)
+    return product(weights, v_BGTK[:, :, None]).reshape(q_BHTK.shape)
 
 
 def _written(kept_BGCK: mx.array, new_BGTK: mx.array, places: Places) -> mx.array:

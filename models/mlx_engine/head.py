@@ -7,6 +7,8 @@ M positions, C those of a part, D hidden_size, V vocab_size.
 
 import mlx.core as mx
 
+from models.mlx_engine.products import product
+
 _LOGITS = {"cpu": 1 << 22, "gpu": 1 << 27}
 """Logits that are computed at a time: 16 MB in fp32, or 512 MB on a GPU."""
 
@@ -45,7 +47,7 @@ def _with_gradients(
         # One part after the other: MLX would go through all of them side by side.
         x_CD, total = mx.depends([x_MD[part], total], [total, dhead_VD, *dx[-1:]])
         targets_C1, counted_C1 = targets_M[part][:, None], counted_M[part][:, None]
-        logits_CV = (x_CD @ cast_VD.T).astype(mx.float32)
+        logits_CV = product(x_CD, cast_VD.T).astype(mx.float32)
         largest_C1 = logits_CV.max(-1, keepdims=True)
         powers_CV = mx.exp(logits_CV - largest_C1)
         sums_C1 = powers_CV.sum(-1, keepdims=True)
@@ -54,8 +56,8 @@ def _with_gradients(
         # The gradient by the logits: the probabilities, less 1 at the target.
         hits_CV = mx.arange(len(head_VD)) == targets_C1
         dlogits_CV = (powers_CV * (counted_C1 / sums_C1) - hits_CV * counted_C1).astype(x_MD.dtype)
-        dx.append(dlogits_CV @ cast_VD)
-        dhead_VD = dhead_VD + (dlogits_CV.T @ x_CD).astype(mx.float32)
+        dx.append(product(dlogits_CV, cast_VD))
+        dhead_VD = dhead_VD + product(dlogits_CV.T, x_CD).astype(mx.float32)
     return total, mx.concatenate(dx), dhead_VD
 
 

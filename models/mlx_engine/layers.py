@@ -7,6 +7,7 @@ import mlx.core as mx
 from mlx import nn
 
 from models.config import ModelConfig
+from models.mlx_engine.products import added_product, product
 
 
 class Linear(nn.Linear):
@@ -14,14 +15,14 @@ class Linear(nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         weight = self.weight.astype(x.dtype).T
-        return mx.addmm(self.bias.astype(x.dtype), x, weight) if "bias" in self else x @ weight
+        return added_product(self.bias.astype(x.dtype), x, weight) if "bias" in self else product(x, weight)
 
 
 class Embedding(nn.Embedding):
     """A table of vectors that can be the output head, too."""
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return x @ self.weight.astype(x.dtype).T
+        return product(x, self.weight.astype(x.dtype).T)
 
 
 class Norm(nn.Module):

@@ -10,6 +10,7 @@ from mlx import nn
 
 from models.config import ModelConfig
 from models.mlx_engine.layers import Linear, activated
+from models.mlx_engine.products import product
 
 
 class Routing(NamedTuple):
@@ -63,8 +64,8 @@ class Experts(nn.Module):
         chosen_NXE = experts_NX[..., None] == mx.arange(experts)
         weights_EN = (chosen_NXE * weights_NX[..., None]).sum(1).T
         gate, up, down = (stack.astype(x_ND.dtype) for stack in (self.gate_proj, self.up_proj, self.down_proj))
-        inner_ENI = activated(self.config, x_ND @ gate.swapaxes(-1, -2)) * (x_ND @ up.swapaxes(-1, -2))
-        done_END = inner_ENI @ down.swapaxes(-1, -2)
+        inner_ENI = activated(self.config, product(x_ND, gate.swapaxes(-1, -2))) * product(x_ND, up.swapaxes(-1, -2))
+        done_END = product(inner_ENI, down.swapaxes(-1, -2))
         return (done_END * weights_EN.astype(x_ND.dtype)[..., None]).sum(0)
 
 

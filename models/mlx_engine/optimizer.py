@@ -9,6 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from models.mlx_engine.model import Parameters
+from models.mlx_engine.products import added_product, product
 from models.optimizer import ADAMW_MOMENTS, MUON_MOMENTS, NEWTON_SCHULZ, OptimizerConfig, is_decayed, takes_muon
 
 _SMALLEST_NORM = 1e-7
@@ -125,9 +126,9 @@ def orthogonalised(u_PRC: mx.array, steps: int, dtype: mx.Dtype) -> mx.array:
     norm = mx.sqrt((x.astype(mx.float32) ** 2).sum(-1, keepdims=True).sum(1, keepdims=True))
     x = (x.astype(mx.float32) / mx.maximum(norm, _SMALLEST_NORM)).astype(dtype)
     for _ in range(steps):
-        gram = x @ x.swapaxes(1, 2)
-        polynomial = mx.addmm(gram, gram, gram, alpha=c, beta=b)
-        x = mx.addmm(x, polynomial, x, alpha=1.0, beta=a)
+        gram = product(x, x.swapaxes(1, 2))
+        polynomial = added_product(gram, gram, gram, alpha=c, beta=b)
+        x = added_product(x, polynomial, x, beta=a)
     return (x.swapaxes(1, 2) if tall else x).astype(mx.float32)
 
 
