@@ -43,10 +43,10 @@ class Reading:
         whole, rows = self._sharding.of(), self._sharding.of("rows")
         keys = self._sharding.of("layers", "rows", "whole", "groups", "whole")
         cache = Cache(*cast(Any, (keys, keys, rows)))  # shardings in the places of arrays
-        self.logits = jax.jit(self._all_logits, out_shardings=whole)
-        self.targets = jax.jit(self._target_log_probabilities, out_shardings=whole)
-        self.prefill = jax.jit(self._read_prompts, static_argnames="capacity", out_shardings=(cache, whole))
-        self.decode = jax.jit(self._append, donate_argnums=1, out_shardings=(cache, whole))
+        self.logits = computing.compiled(self._all_logits, out_shardings=whole)
+        self.targets = computing.compiled(self._target_log_probabilities, out_shardings=whole)
+        self.prefill = computing.compiled(self._read_prompts, static_argnames="capacity", out_shardings=(cache, whole))
+        self.decode = computing.compiled(self._append, donate_argnums=1, out_shardings=(cache, whole))
         self.select = jax.jit(_selected, out_shardings=cache)
 
     def _all_logits(self, parameters: Arrays, tokens_BT: jax.Array) -> jax.Array:
@@ -57,8 +57,7 @@ class Reading:
         x_BTD, (count, length) = model.read(parameters, rows).x_BTD, targets_BT.shape
         logits = count // self._sharding.row_parts * length * self._config.vocab_size
         parts = part_count(model.computing.platform, logits // self._sharding.mesh.shape["tensor"], length)
-        with jax.default_matmul_precision(model.computing.matmul_precision):
-            return target_log_probabilities(x_BTD, model.head_VD(parameters), targets_BT, parts)
+        return target_log_probabilities(x_BTD, model.head_VD(parameters), targets_BT, parts)
 
     def _read_prompts(
         self, parameters: Arrays, tokens_BT: jax.Array, lengths_B: jax.Array, *, capacity: int

@@ -7,7 +7,8 @@ Suffixes: B rows, T positions, C capacity of a cache, D hidden_size, G key-value
 E experts, V vocab_size.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,10 +87,19 @@ class Computing:
         major, _, minor = capability.partition(".")
         return self.platform == "gpu" and major.isdecimal() and minor.isdecimal() and int(major) >= 8
 
-    @property
-    def matmul_precision(self) -> str:
-        """fp32 products are fp32 everywhere: TPUs and GPUs would round their factors."""
-        return "highest" if self.dtype == jnp.float32 else "default"
+    def compiled(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """`jax.jit` of a function whose fp32 products are fp32 everywhere: TPUs and GPUs would round their factors.
+
+        All of it is traced so, its gradients too: those of `jax.custom_vjp` are traced only once it has returned.
+        """
+        precision = "highest" if self.dtype == jnp.float32 else "default"
+
+        @functools.wraps(function)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            with jax.default_matmul_precision(precision):
+                return function(*args, **kwargs)
+
+        return jax.jit(traced, **options)
 
 
 class Ends(nnx.Module):
@@ -143,50 +153,48 @@ class Transformer:
         """Reads whole rows, with dropout where a `key` is given."""
         config, computing = self.config, self.computing
         positions = positions_of(rows)
-        with jax.default_matmul_precision(computing.matmul_precision):
-            ends, layers = self._bound_ends(parameters), _of_layers(parameters)
-            x_BTD = self._embedded(ends, rows.tokens_BT, positions)
-            keys_L: jax.Array | None = None
-            if key is not None and config.dropout:
-                first, rest = jax.random.split(key)
-                x_BTD = dropped(x_BTD, config.dropout, first)
-                keys_L = jax.random.split(rest, config.num_hidden_layers)
-            turn = self._rotation(positions)
+        ends, layers = self._bound_ends(parameters), _of_layers(parameters)
+        x_BTD = self._embedded(ends, rows.tokens_BT, positions)
+        keys_L: jax.Array | None = None
+        if key is not None and config.dropout:
+            first, rest = jax.random.split(key)
+            x_BTD = dropped(x_BTD, config.dropout, first)
+            keys_L = jax.random.split(rest, config.num_hidden_layers)
+        turn = self._rotation(positions)
 
-            def through(x_BTD: jax.Array, layer: tuple[Arrays, jax.Array | None]) -> tuple[jax.Array, Any]:
-                return self._layer(x_BTD, *layer, rows, turn, keep_cache)
+        def through(x_BTD: jax.Array, layer: tuple[Arrays, jax.Array | None]) -> tuple[jax.Array, Any]:
+            return self._layer(x_BTD, *layer, rows, turn, keep_cache)
 
-            body = jax.checkpoint(through, prevent_cse=False) if computing.rematerialize else through
-            x_BTD, (routings, cache) = jax.lax.scan(body, x_BTD, (layers, keys_L))
-            routing = None if routings is None else jax.tree.map(lambda of_layers: of_layers.sum(0), routings)
-            return Read(ends.norm(x_BTD).astype(computing.dtype), routing, cache)
+        body = jax.checkpoint(through, prevent_cse=False) if computing.rematerialize else through
+        x_BTD, (routings, cache) = jax.lax.scan(body, x_BTD, (layers, keys_L))
+        routing = None if routings is None else jax.tree.map(lambda of_layers: of_layers.sum(0), routings)
+        return Read(ends.norm(x_BTD).astype(computing.dtype), routing, cache)
 
     def decode(self, parameters: Arrays, cache: Cache, tokens_B: jax.Array) -> tuple[Cache, jax.Array]:
         """Appends one token to each row; gives the grown cache and what the head reads, (B, 1, D)."""
         computing, rows = self.computing, jnp.arange(len(tokens_B))
         positions_B1 = cache.lengths_B[:, None]
-        with jax.default_matmul_precision(computing.matmul_precision):
-            ends, layers = self._bound_ends(parameters), _of_layers(parameters)
-            x_B1D = self._embedded(ends, tokens_B[:, None], positions_B1)
-            turn = self._rotation(positions_B1)
+        ends, layers = self._bound_ends(parameters), _of_layers(parameters)
+        x_B1D = self._embedded(ends, tokens_B[:, None], positions_B1)
+        turn = self._rotation(positions_B1)
 
-            def through(
-                carry: tuple[jax.Array, jax.Array, jax.Array], layer: tuple[Arrays, jax.Array]
-            ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
-                # The whole cache is carried, so that one place in it is written and nothing is copied.
-                (x_B1D, keys, values), (parameters, number) = carry, layer
-                block = self._bound_block(parameters)
-                q_B1HK, k_B1GK, v_B1GK = block.attention.heads(block.input_norm(x_B1D).astype(computing.dtype), turn)
-                keys = keys.at[number, rows, cache.lengths_B].set(k_B1GK[:, 0])
-                values = values.at[number, rows, cache.lengths_B].set(v_B1GK[:, 0])
-                mixed = cached_attention(q_B1HK, LayerCache(keys[number], values[number]), cache.lengths_B + 1)
-                x_B1D, _ = block.after_attention(x_B1D, mixed, None, None)
-                return (x_B1D, keys, values), None
+        def through(
+            carry: tuple[jax.Array, jax.Array, jax.Array], layer: tuple[Arrays, jax.Array]
+        ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+            # The whole cache is carried, so that one place in it is written and nothing is copied.
+            (x_B1D, keys, values), (parameters, number) = carry, layer
+            block = self._bound_block(parameters)
+            q_B1HK, k_B1GK, v_B1GK = block.attention.heads(block.input_norm(x_B1D).astype(computing.dtype), turn)
+            keys = keys.at[number, rows, cache.lengths_B].set(k_B1GK[:, 0])
+            values = values.at[number, rows, cache.lengths_B].set(v_B1GK[:, 0])
+            mixed = cached_attention(q_B1HK, LayerCache(keys[number], values[number]), cache.lengths_B + 1)
+            x_B1D, _ = block.after_attention(x_B1D, mixed, None, None)
+            return (x_B1D, keys, values), None
 
-            numbers = jnp.arange(self.config.num_hidden_layers)
-            carry = (x_B1D, cache.keys_LBCGK, cache.values_LBCGK)
-            (x_B1D, keys, values), _ = jax.lax.scan(through, carry, (layers, numbers))
-            return Cache(keys, values, cache.lengths_B + 1), ends.norm(x_B1D).astype(computing.dtype)
+        numbers = jnp.arange(self.config.num_hidden_layers)
+        carry = (x_B1D, cache.keys_LBCGK, cache.values_LBCGK)
+        (x_B1D, keys, values), _ = jax.lax.scan(through, carry, (layers, numbers))
+        return Cache(keys, values, cache.lengths_B + 1), ends.norm(x_B1D).astype(computing.dtype)
 
     def head_VD(self, parameters: Arrays) -> jax.Array:
         """The output head's matrix in the dtype of the products."""
@@ -195,8 +203,7 @@ class Transformer:
 
     def logits(self, parameters: Arrays, x: jax.Array) -> jax.Array:
         """Logits (..., V) in fp32 out of what the head reads."""
-        with jax.default_matmul_precision(self.computing.matmul_precision):
-            return (x @ self.head_VD(parameters).T).astype(jnp.float32)
+        return (x @ self.head_VD(parameters).T).astype(jnp.float32)
 
     def _layer(
         self,

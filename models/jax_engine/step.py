@@ -58,13 +58,13 @@ class Steps:
         state = OptimizerState(prefixed(optimizer, lying), whole)
         self.fresh = jax.jit(lambda parameters: fresh(optimizer, parameters), out_shardings=state)
         """Parameters to the optimizer's state before the first update."""
-        self.step = jax.jit(
+        self.step = computing.compiled(
             self._stepped, donate_argnums=(0, 1), out_shardings=(lying, state, StepResult(whole, whole, whole))
         )
         """(parameters, state, micro-batches, scale of rates, dropout key) to parameters, state and result."""
-        self.gradients = jax.jit(self._gradients, out_shardings=(lying, whole))
+        self.gradients = computing.compiled(self._gradients, out_shardings=(lying, whole))
         """(parameters, micro-batches, dropout key) to gradients and loss."""
-        self.loss = jax.jit(self._summed_loss, out_shardings=whole)
+        self.loss = computing.compiled(self._summed_loss, out_shardings=whole)
         """(parameters, one micro-batch) to its summed loss without dropout."""
 
     @property
@@ -133,8 +133,7 @@ class Steps:
         logits = rows // self._sharding.row_parts * length * self._config.vocab_size
         parts = part_count(self._model.computing.platform, logits // self._sharding.mesh.shape["tensor"], length)
         weights_BT = one.counted.astype(jnp.float32) / divisor
-        with jax.default_matmul_precision(self._model.computing.matmul_precision):
-            return weighted_loss(x_BTD, self._model.head_VD(parameters), one.targets, weights_BT, parts)
+        return weighted_loss(x_BTD, self._model.head_VD(parameters), one.targets, weights_BT, parts)
 
     def _summed_loss(self, parameters: Arrays, micro: Micro) -> jax.Array:
         one = _only(micro)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -173,3 +174,25 @@ def test_the_other_engines_are_not_loaded() -> None:
     command = [sys.executable, "-c", _LOADED_ALONE]
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def products(jaxpr: Any) -> Iterator[Any]:
+    """Every matrix product of a traced function, with those of the functions inside it."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from products(inner)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_products_of_fp32_are_fp32_on_every_device_in_gradients_too(name: str) -> None:
+    engine = trainer(tiny(name, dropout=0.1 if name == "gpt2" else 0.0))
+    compiled, held, micro = engine._compiled, engine._held.parameters, engine._micro(cut(batch(), 2))
+    traced = jax.make_jaxpr(compiled.step)(held, engine._state, micro, np.float32(1), np.zeros(2, np.uint32))
+    found = [str(equation.params["precision"]) for equation in products(traced)]
+    assert len(found) > 50
+    assert all(precision.count("HIGHEST") == 2 for precision in found)
