@@ -1,5 +1,6 @@
 """The MLX engine: Apple's GPUs, CUDA, and the CPU."""
 
+import os
 from collections.abc import Iterable
 
 from models.config import ModelConfig
@@ -9,6 +10,8 @@ from models.optimizer import OptimizerConfig
 from models.weights import Piece
 
 preload()  # before the first import of mlx
+# Products in fp32 are fp32: on CUDA and on Apple's M5, MLX would round their factors to ten bits.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 from models.mlx_engine.inference import MlxInference  # noqa: E402
 from models.mlx_engine.model import Transformer, compute_dtype, load_weights  # noqa: E402

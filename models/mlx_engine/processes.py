@@ -48,7 +48,10 @@ class Processes:
         if self._group is None:
             return list(arrays)
         flat = mx.concatenate([array.reshape(-1) for array in arrays])
+        # Each part is waited for: a GPU that waits for another process in its queue is given up after seconds.
+        mx.eval(flat)
         summed = mx.distributed.all_sum(flat, group=self._group)
+        mx.eval(summed)
         ends, start = [], 0
         for array in arrays[:-1]:
             start += array.size
