@@ -13,7 +13,7 @@ from models.config import ModelConfig
 from models.engine import EngineName, Precision, training_engine
 from models.tokenizer import Tokenizer
 from models.training.batches import Batches, Source
-from models.training.checkpoint import Checkpoints
+from models.training.checkpoint import Checkpoints, named
 from models.training.config import Portion, TrainingConfig
 from models.training.events import Note, TrainingResult
 from models.training.loop import Start, train
@@ -166,7 +166,7 @@ def _metrics(model: ModelConfig, result: TrainingResult, device: str, data: _Dat
     best = None if result.best is None else json.loads(result.best.model_dump_json())
     for record in [*state["validations"], *([best] if best else [])]:
         record["by_source"] = dict(zip(data.validated, record["by_source"], strict=True))
-    other = [f"went on from a checkpoint of engine '{result.other_engine}'"] if result.other_engine else []
+    others = [f"went on from a checkpoint of {named(result.other_engines)}"] if result.other_engines else []
     return {
         "summary": _summary(model, result),
         "parameters": parameter_count(model),
@@ -180,7 +180,7 @@ def _metrics(model: ModelConfig, result: TrainingResult, device: str, data: _Dat
         "validation": state["validations"],
         "best_validation": best,
         "device": device,
-        "notes": [*other, *data.notes],
+        "notes": [*others, *data.notes],
     }
 
 

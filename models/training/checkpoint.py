@@ -1,7 +1,9 @@
 """Checkpoints: written in the background, complete or absent, verified by digest when read.
 
-`<root>/step-00001000/` holds `model.safetensors`, `optimizer.safetensors`, and `state.json`, which is written last
-and removed first: a folder without it is what is left of an interrupted write.
+`<root>/step-00001000-torch/` holds `model.safetensors`, `optimizer.safetensors`, and `state.json`, which is written
+last and removed first: a folder without it is what is left of an interrupted write. A folder's name has the engines
+that took its steps, `step-00001000-torch-mlx`, so that none is overwritten by one that was made in another way; older
+checkpoints, each of one engine, have the step alone.
 """
 
 import functools
@@ -10,10 +12,10 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -27,7 +29,7 @@ from models.training.tensor_file import read_stream, write_stream
 from models.weights import Array
 
 log = logging.getLogger("cairn.training")
-_FOLDER = re.compile(r"step-(\d{8,})")
+_FOLDER = re.compile(r"step-(\d{8,})(?:-([a-z-]+))?")
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 Result = TypeVar("Result")
 
@@ -38,8 +40,8 @@ class Checkpoint:
 
     step: int
     """Steps done."""
-    engine: str
-    """The engine that made it."""
+    engines: tuple[str, ...]
+    """The engines that took its steps, in the order in which they came."""
     fingerprint: str
     """What was trained how on what: only a run with the same one goes on from here."""
     weights: Mapping[str, Array]
@@ -48,6 +50,26 @@ class Checkpoint:
     """Whatever else the loop needs to go on exactly, as JSON values."""
     score: float | None = None
     """The validation loss at this step, where it was measured."""
+    maker: str = ""
+    """What tells it from others of its step, where it was read."""
+
+
+def named(engines: Sequence[str]) -> str:
+    """Engines as a sentence has them: "engine 'torch'", "engines 'torch' and 'jax'"; nothing for none."""
+    names = " and ".join(f"'{engine}'" for engine in engines)
+    return names and f"engine{'s' if len(engines) > 1 else ''} {names}"
+
+
+class _Key(NamedTuple):
+    """What a checkpoint's folder is named by. Those of a step come in a fixed order."""
+
+    step: int
+    maker: str
+    """Its engines; empty for one of an older version."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "_Key":
+        return cls(checkpoint.step, "-".join(checkpoint.engines))
 
 
 class _File(FrozenModel):
@@ -60,7 +82,9 @@ class _Manifest(FrozenModel):
 
     format: Literal[1] = 1
     step: int
-    engine: str
+    engine: str = ""
+    """Only in checkpoints of older versions: their one engine."""
+    engines: tuple[str, ...] = ()
     fingerprint: str
     score: float | None
     files: dict[str, _File]
@@ -69,7 +93,18 @@ class _Manifest(FrozenModel):
     """Of everything else here."""
 
     def digest(self) -> str:
-        return sha256_bytes(canonical_json(self.model_dump(exclude={"sha256"})))
+        return sha256_bytes(canonical_json(self.model_dump(exclude={"sha256", *self._absent})))
+
+    @property
+    def made_by(self) -> tuple[str, ...]:
+        return self.engines or (self.engine,)
+
+    @property
+    def _absent(self) -> set[str]:
+        return {"engine"} if self.engines else {"engines"}
+
+    def to_json(self) -> bytes:
+        return canonical_json(self.model_dump(exclude=self._absent))
 
 
 class _Unusable(Exception):
@@ -91,9 +126,9 @@ class Checkpoints:
         self._local = isinstance(filesystem, LocalFileSystem)
         self._writing: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._manifests: dict[int, _Manifest] = {}
-        self._damaged: set[int] = set()
-        self._intact: int | None = None
+        self._manifests: dict[_Key, _Manifest] = {}
+        self._damaged: set[_Key] = set()
+        self._intact: _Key | None = None
         self._mine: Callable[[_Manifest], bool] = lambda manifest: True
 
     @property
@@ -135,57 +170,63 @@ class Checkpoints:
     def load(self, engine: str, fingerprint: str, continue_on: bool = False) -> Checkpoint | None:
         """The newest intact checkpoint of this run, or None; says which ones are not used, and why.
 
-        One of another engine is used only with `continue_on`. What interrupted writes left is removed.
+        One that another engine took a step of is used only with `continue_on`. What interrupted writes left is removed.
         """
 
         def mine(manifest: _Manifest) -> bool:
-            return manifest.fingerprint == fingerprint and (continue_on or manifest.engine == engine)
+            return manifest.fingerprint == fingerprint and (continue_on or set(manifest.made_by) == {engine})
 
         self._mine = mine
-        for step in reversed(self._steps()):
+        # Of one step, that which this engine made alone comes first.
+        for key in sorted(self._keys(), key=lambda key: (key.step, key.maker == engine), reverse=True):
             try:
-                manifest = self._manifest(step)
+                manifest = self._manifest(key)
                 if not mine(manifest):
-                    self._say_foreign(manifest, fingerprint)
+                    self._say_foreign(key, manifest, fingerprint)
                     continue
-                found = self._read(manifest)
-                self._intact = step
+                found = self._read(key, manifest)
+                self._intact = key
                 return found
             except _Unusable as reason:
-                log.warning("checkpoint %s is not used: %s", self._folder(step), reason)
+                log.warning("checkpoint %s is not used: %s", self._folder(key), reason)
                 if isinstance(reason, _Damaged):
-                    self._damaged.add(step)
+                    self._damaged.add(key)
         return None
 
-    def read(self, step: int) -> Checkpoint:
-        """The checkpoint of a step, verified. Raises UserError where it is missing or damaged."""
-        try:
-            return self._read(self._manifest(step))
-        except _Unusable as reason:
-            raise UserError(f"checkpoint {self._folder(step)} cannot be used: {reason}") from reason
+    def makers(self, step: int) -> list[str]:
+        """What the checkpoints of a step are told apart by, in a fixed order."""
+        return [key.maker for key in self._keys() if key.step == step]
 
-    def _say_foreign(self, manifest: _Manifest, fingerprint: str) -> None:
+    def read(self, step: int, maker: str) -> Checkpoint:
+        """One of the checkpoints of a step, verified. Raises UserError where it is missing or damaged."""
+        key = _Key(step, maker)
+        try:
+            return self._read(key, self._manifest(key))
+        except _Unusable as reason:
+            raise UserError(f"checkpoint {self._folder(key)} cannot be used: {reason}") from reason
+
+    def _say_foreign(self, key: _Key, manifest: _Manifest, fingerprint: str) -> None:
         if manifest.fingerprint != fingerprint:
             reason = "it belongs to another config or other data"
         else:
-            reason = f"engine '{manifest.engine}' made it, and another goes on from it only with `--continue-on`"
-        log.warning("checkpoint %s is not used: %s", self._folder(manifest.step), reason)
+            reason = f"{named(manifest.made_by)} made it, and another goes on from it only with `--continue-on`"
+        log.warning("checkpoint %s is not used: %s", self._folder(key), reason)
 
-    def _folder(self, step: int) -> str:
-        return f"{self._root}/step-{step:08d}"
+    def _folder(self, key: _Key) -> str:
+        return f"{self._root}/step-{key.step:08d}" + (f"-{key.maker}" if key.maker else "")
 
-    def _steps(self) -> list[int]:
+    def _keys(self) -> list[_Key]:
         self._filesystem.invalidate_cache(self._root)
         try:
             names = [str(name).rstrip("/").rpartition("/")[2] for name in self._filesystem.ls(self._root, detail=False)]
         except FileNotFoundError:
             return []
-        return sorted(int(found[1]) for name in names if (found := _FOLDER.fullmatch(name)))
+        return sorted(_Key(int(found[1]), found[2] or "") for name in names if (found := _FOLDER.fullmatch(name)))
 
-    def _manifest(self, step: int) -> _Manifest:
-        if step not in self._manifests:
+    def _manifest(self, key: _Key) -> _Manifest:
+        if key not in self._manifests:
             try:
-                manifest = _Manifest.model_validate_json(self._filesystem.cat_file(f"{self._folder(step)}/{_STATE}"))
+                manifest = _Manifest.model_validate_json(self._filesystem.cat_file(f"{self._folder(key)}/{_STATE}"))
             except FileNotFoundError:
                 raise _Damaged(f"it was not written to its end (there is no {_STATE})") from None
             except OSError as error:
@@ -194,26 +235,26 @@ class Checkpoints:
                 raise _Damaged(f"its {_STATE} is damaged ({str(error).splitlines()[0]})") from error
             if manifest.digest() != manifest.sha256:
                 raise _Damaged(f"its {_STATE} is damaged (its SHA-256 is not the recorded one)")
-            if manifest.step != step or set(manifest.files) != {_MODEL, _OPTIMIZER}:
+            if (manifest.step, "-".join(manifest.engines)) != key or set(manifest.files) != {_MODEL, _OPTIMIZER}:
                 raise _Damaged(f"its {_STATE} is of another checkpoint")
-            self._manifests[step] = manifest
-        return self._manifests[step]
+            self._manifests[key] = manifest
+        return self._manifests[key]
 
-    def _read(self, manifest: _Manifest) -> Checkpoint:
-        weights, optimizer = (self._read_arrays(manifest, name) for name in (_MODEL, _OPTIMIZER))
+    def _read(self, key: _Key, manifest: _Manifest) -> Checkpoint:
+        weights, optimizer = (self._read_arrays(key, name, manifest.files[name]) for name in (_MODEL, _OPTIMIZER))
         return Checkpoint(
             manifest.step,
-            manifest.engine,
+            manifest.made_by,
             manifest.fingerprint,
             weights,
             optimizer,
             manifest.state,
             manifest.score,
+            key.maker,
         )
 
-    def _read_arrays(self, manifest: _Manifest, name: str) -> dict[str, Array]:
-        expected = manifest.files[name]
-        path = f"{self._folder(manifest.step)}/{name}"
+    def _read_arrays(self, key: _Key, name: str, expected: _File) -> dict[str, Array]:
+        path = f"{self._folder(key)}/{name}"
         try:
             size = self._filesystem.size(path)
             if size != expected.size:
@@ -232,47 +273,49 @@ class Checkpoints:
         try:
             self._write(checkpoint)
         except OSError as error:
-            folder = self._folder(checkpoint.step)
+            key = _Key.of(checkpoint)
+            folder = self._folder(key)
             self._error = UserError(
                 f"checkpoint {folder} cannot be written ({error.strerror or error}); "
                 f"make room or mend the place, then start again: the run goes on from the checkpoint before it"
             )
             self._error.__cause__ = error
-            if checkpoint.step != self._intact:
-                self._remove_if_possible(checkpoint.step)
+            if key != self._intact:
+                self._remove_if_possible(key)
             return
         except BaseException as error:  # it is raised in the loop
             self._error = error
             return
         try:
-            self._prune(checkpoint.step)
+            self._prune(_Key.of(checkpoint))
         except OSError as error:
             log.warning("old checkpoints in %s cannot be removed (%s)", self._root, error)
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        folder = self._folder(checkpoint.step)
-        if checkpoint.step == self._intact:
+        key = _Key.of(checkpoint)
+        folder = self._folder(key)
+        if key == self._intact:
             # Only the state is new, as after a validation: taking the arrays away first would put them at risk.
-            files = self._manifests[checkpoint.step].files
+            files = self._manifests[key].files
         else:
-            self._remove(checkpoint.step)
+            self._remove(key)
             self._filesystem.makedirs(folder, exist_ok=True)
             if self._local:
                 fsync_file(Path(self._root))
             files = self._write_arrays(folder, checkpoint)
         manifest = _Manifest(
             step=checkpoint.step,
-            engine=checkpoint.engine,
+            engines=checkpoint.engines,
             fingerprint=checkpoint.fingerprint,
             score=checkpoint.score,
             files=files,
             state=checkpoint.state,
         )
         manifest = manifest.model_copy(update={"sha256": manifest.digest()})
-        text = canonical_json(manifest.model_dump())
+        text = manifest.to_json()
         self._write_file(f"{folder}/{_STATE}", lambda file: file.write(text))
-        self._manifests[checkpoint.step] = manifest
-        self._intact = checkpoint.step
+        self._manifests[key] = manifest
+        self._intact = key
 
     def _write_arrays(self, folder: str, checkpoint: Checkpoint) -> dict[str, _File]:
         files = {}
@@ -295,39 +338,39 @@ class Checkpoints:
         fsync_file(target.parent)
         return result
 
-    def _prune(self, written: int) -> None:
+    def _prune(self, written: _Key) -> None:
         """Removes what is damaged, and of this run's checkpoints all but the newest and the best."""
-        mine: dict[int, _Manifest] = {}
-        for step in self._steps():
+        mine: dict[_Key, _Manifest] = {}
+        for key in self._keys():
             try:
-                manifest = self._manifest(step)
-                if step in self._damaged:
+                manifest = self._manifest(key)
+                if key in self._damaged:
                     raise _Damaged
             except _Unusable as reason:
                 if isinstance(reason, _Damaged):
-                    self._remove(step)
+                    self._remove(key)
                 continue
             if self._mine(manifest):
-                mine[step] = manifest
-        scored = sorted((manifest.score, step) for step, manifest in mine.items() if manifest.score is not None)
+                mine[key] = manifest
+        scored = sorted((manifest.score, key) for key, manifest in mine.items() if manifest.score is not None)
         kept = {written, *sorted(mine)[-self.config.keep_last :]}
-        kept.update(step for _, step in scored[: self.config.keep_best])
-        for step in mine:
-            if step not in kept:
-                self._remove(step)
+        kept.update(key for _, key in scored[: self.config.keep_best])
+        for key in mine:
+            if key not in kept:
+                self._remove(key)
 
-    def _remove(self, step: int) -> None:
-        self._manifests.pop(step, None)
-        folder = self._folder(step)
+    def _remove(self, key: _Key) -> None:
+        self._manifests.pop(key, None)
+        folder = self._folder(key)
         state = f"{folder}/{_STATE}"
         if self._filesystem.exists(state):
             self._filesystem.rm_file(state)
         if self._filesystem.exists(folder):
             self._filesystem.rm(folder, recursive=True)
-        self._damaged.discard(step)
+        self._damaged.discard(key)
 
-    def _remove_if_possible(self, step: int) -> None:
+    def _remove_if_possible(self, key: _Key) -> None:
         try:
-            self._remove(step)
+            self._remove(key)
         except OSError:
-            log.warning("%s is left of an interrupted write; the next checkpoint removes it", self._folder(step))
+            log.warning("%s is left of an interrupted write; the next checkpoint removes it", self._folder(key))

@@ -77,8 +77,8 @@ class TrainingResult:
     """Training FLOPs over all steps, as `models.training.flops` counts them."""
     resumed_from: int | None
     """The step of the checkpoint that this start went on from."""
-    other_engine: str | None
-    """The engine that made that checkpoint, where it was another."""
+    other_engines: tuple[str, ...]
+    """The engines beside this one that took steps of the run, over all its starts."""
 
     @property
     def best(self) -> ValidationRecord | None:

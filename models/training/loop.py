@@ -15,7 +15,7 @@ from common.files import canonical_json, sha256_bytes
 from models.config import ModelConfig
 from models.engine import StepResult, TrainingEngine
 from models.training.batches import Batches
-from models.training.checkpoint import Checkpoint, Checkpoints
+from models.training.checkpoint import Checkpoint, Checkpoints, named
 from models.training.clock import Clock
 from models.training.config import TrainingConfig
 from models.training.events import Event, Note, Progress, TrainingResult, Validation
@@ -154,7 +154,7 @@ class _Loop:
         self.token_flops = training_flops_per_token(model, config.sequence_length)
         self.peak = peak_flops_per_second(engine.device)
         self.state = RunState()
-        self.resumed: Checkpoint | None = None
+        self.resumed_from: int | None = None
         self.pending: list[_Pending] = []
         self.loss: float | None = None
         self.saved: tuple[int, bool] | None = None
@@ -169,10 +169,12 @@ class _Loop:
             self._restore(found.weights, found.optimizer)
             self.state = RunState.model_validate(found.state)
             self.saved = (self.state.step, self.state.validated)
-            engine = "" if found.engine == name else f", made by engine '{found.engine}'; engine '{name}' goes on"
-            self.report(Note(f"going on from the checkpoint of step {found.step}{engine}"))
-            # Its arrays are in the engine now; held here, they would take the model's memory twice.
-            self.resumed = Checkpoint(found.step, found.engine, found.fingerprint, {}, {}, {})
+            others = named([engine for engine in found.engines if engine != name])
+            made = f", made by {others}; engine '{name}' goes on" if others else ""
+            self.report(Note(f"going on from the checkpoint of step {found.step}{made}"))
+            self.resumed_from = found.step
+        engines = (*(found.engines if found else ()), name)
+        self.state = self.state.model_copy(update={"engines": tuple(dict.fromkeys(engines))})
         if self.metrics is not None:
             self.metrics.resume(self.state.step)
         self.clock = Clock(self.state.step, self.state.seconds)
@@ -181,7 +183,12 @@ class _Loop:
         """The newest intact checkpoint as process 0 finds it, which every process then reads."""
         found = None if self.engine.process else self.checkpoints.load(name, self.fingerprint, continue_on)
         step = self.engine.agreed(-1 if found is None else found.step)
-        return self.checkpoints.read(step) if self.engine.process and step >= 0 else found
+        if step < 0:
+            return None
+        # Engines may have left one each; nothing is written before all have read.
+        makers = self.checkpoints.makers(step)
+        which = self.engine.agreed(0 if found is None else makers.index(found.maker))
+        return found or self.checkpoints.read(step, makers[which])
 
     def _restore(self, weights: Mapping[str, Array], optimizer: Mapping[str, Array] | None) -> None:
         self.engine.restore("weights", whole_pieces(weights))
@@ -320,7 +327,7 @@ class _Loop:
             state = self.state.model_copy(update={"seconds": self.clock.elapsed()})
             checkpoint = Checkpoint(
                 step=state.step,
-                engine=self.engine.name,
+                engines=state.engines,
                 fingerprint=self.fingerprint,
                 weights=assemble(self.engine.export("weights"), self.shapes),
                 optimizer=assemble(self.engine.export("optimizer"), self.shapes),
@@ -340,13 +347,12 @@ class _Loop:
     def _result(self) -> TrainingResult:
         state = self.state.model_copy(update={"seconds": self.clock.elapsed()})
         tokens = state.step * self.step_tokens
-        resumed = self.resumed
         return TrainingResult(
             state=state,
             stopped_early=state.step < self.config.steps,
             loss=self.loss,
             tokens=tokens,
             flops=tokens * self.token_flops,
-            resumed_from=None if resumed is None else resumed.step,
-            other_engine=None if resumed is None or resumed.engine == self.engine.name else resumed.engine,
+            resumed_from=self.resumed_from,
+            other_engines=tuple(engine for engine in state.engines if engine != self.engine.name),
         )

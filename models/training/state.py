@@ -37,6 +37,8 @@ class RunState(FrozenModel):
     """All validations so far."""
     seconds: float = 0.0
     """Time spent, over all starts of the run."""
+    engines: tuple[str, ...] = ()
+    """The engines that it was trained with, in the order in which they came."""
 
     @property
     def best(self) -> ValidationRecord | None:

@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     code, output = cairn("run", RECIPE, *EVERY_STEP)
     assert code == 0, output
     assert f"checkpoint {newest} is not used: its model.safetensors is damaged" in output
-    assert f"going on from the checkpoint of step {int(intact.name.removeprefix('step-'))}" in output
+    assert f"going on from the checkpoint of step {int(intact.name.split('-')[1])}" in output
     assert published(tmp_path) == made.digest
     assert record_of("base").key == key
 

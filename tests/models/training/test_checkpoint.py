@@ -1,6 +1,7 @@
 """Checkpoints: the newest intact one is used, whatever has happened to the others."""
 
 import errno
+import json
 import logging
 import os
 import threading
@@ -14,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from common.errors import UserError
+from common.files import canonical_json, sha256_bytes
 from models.training.checkpoint import Checkpoint, Checkpoints
 from models.training.config import CheckpointConfig
 from models.weights import Array
@@ -25,7 +27,9 @@ def checkpoint(step: int, score: float | None = None, engine: str = "torch", fin
         "exp_avg:a.weight": np.full((3, 2), -step, np.float32),
         "updates": np.array(step, np.int64),
     }
-    return Checkpoint(step, engine, fingerprint, weights, optimizer, {"step": step, "third": 1 / 3}, score)
+    return Checkpoint(
+        step, tuple(engine.split("-")), fingerprint, weights, optimizer, {"step": step, "third": 1 / 3}, score
+    )
 
 
 def open_at(root: Path, filesystem: AbstractFileSystem | None = None, **config: Any) -> Checkpoints:
@@ -68,7 +72,7 @@ def test_safetensors_opens_the_files(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
     write(open_at(tmp_path), checkpoint(7))
-    found = load_file(tmp_path / "step-00000007" / "optimizer.safetensors")
+    found = load_file(tmp_path / "step-00000007-torch" / "optimizer.safetensors")
     assert found["updates"] == 7
     assert found["updates"].shape == ()
 
@@ -87,7 +91,7 @@ def test_the_one_before_a_damaged_one_is_used(
     tmp_path: Path, file: str, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(open_at(tmp_path), checkpoint(10), checkpoint(20))
-    path = tmp_path / "step-00000020" / file
+    path = tmp_path / "step-00000020-torch" / file
     content = bytearray(path.read_bytes())
     if how == "gone":
         path.unlink()
@@ -100,15 +104,15 @@ def test_the_one_before_a_damaged_one_is_used(
     assert found is not None
     assert found.step == 10
     assert len(caplog.messages) == 1
-    assert "step-00000020 is not used" in caplog.messages[0]
+    assert "step-00000020-torch is not used" in caplog.messages[0]
     # The damaged one goes when there is a newer intact one, and counts as nothing before.
     write(again, checkpoint(15))
-    assert folders(tmp_path) == ["step-00000010", "step-00000015"]
+    assert folders(tmp_path) == ["step-00000010-torch", "step-00000015-torch"]
 
 
 def test_a_state_that_was_changed_is_damaged(tmp_path: Path) -> None:
     write(open_at(tmp_path), checkpoint(10), checkpoint(20))
-    path = tmp_path / "step-00000020" / "state.json"
+    path = tmp_path / "step-00000020-torch" / "state.json"
     path.write_text(path.read_text().replace("0.333", "0.334"))
     found = open_at(tmp_path).load("torch", "f")
     assert found is not None
@@ -119,10 +123,10 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     checkpoints = open_at(tmp_path, keep_last=2, keep_best=2)
     scores = [(10, 0.9), (20, 0.1), (30, None), (40, 0.2), (50, 0.3), (60, None), (70, 0.4)]
     write(checkpoints, *(checkpoint(step, score) for step, score in scores))
-    assert folders(tmp_path) == [f"step-{step:08d}" for step in (20, 40, 60, 70)]
-    assert open_at(tmp_path).read(20).score == 0.1
-    with pytest.raises(UserError, match="step-00000030 cannot be used"):
-        open_at(tmp_path).read(30)
+    assert folders(tmp_path) == [f"step-{step:08d}-torch" for step in (20, 40, 60, 70)]
+    assert open_at(tmp_path).read(20, "torch").score == 0.1
+    with pytest.raises(UserError, match="step-00000030-torch cannot be used"):
+        open_at(tmp_path).read(30, "torch")
 
 
 def test_another_engines_checkpoint_is_used_only_when_asked_for(
@@ -135,7 +139,53 @@ def test_another_engines_checkpoint_is_used_only_when_asked_for(
     assert "engine 'jax' made it" in caplog.messages[0]
     other = open_at(tmp_path).load("torch", "f", continue_on=True)
     assert other is not None
-    assert (other.step, other.engine) == (20, "jax")
+    assert (other.step, other.engines) == (20, ("jax",))
+
+
+def test_what_another_engine_has_a_part_in_is_used_only_when_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(open_at(tmp_path), checkpoint(10, engine="jax"), checkpoint(20, engine="torch-jax"))
+    found = open_at(tmp_path).load("jax", "f")
+    assert found is not None
+    assert found.step == 10
+    assert "engines 'torch' and 'jax' made it" in caplog.messages[0]
+    other = open_at(tmp_path).load("mlx", "f", continue_on=True)
+    assert other is not None
+    assert (other.step, other.engines) == (20, ("torch", "jax"))
+
+
+def test_no_engine_overwrites_what_another_made(tmp_path: Path) -> None:
+    for engine in ("torch", "jax", "torch-jax"):
+        checkpoints = open_at(tmp_path)
+        checkpoints.load(engine, "f")
+        write(checkpoints, checkpoint(10, engine=engine))
+    assert open_at(tmp_path).makers(10) == ["jax", "torch", "torch-jax"]
+    for engine in ("torch", "jax"):
+        # Its own one comes first, whatever else may be used.
+        for continue_on in (False, True):
+            found = open_at(tmp_path).load(engine, "f", continue_on)
+            assert found is not None
+            assert (found.engines, found.maker) == ((engine,), engine)
+    assert open_at(tmp_path).read(10, "torch-jax").engines == ("torch", "jax")
+
+
+def test_checkpoints_of_older_versions_are_read_and_go(tmp_path: Path) -> None:
+    write(open_at(tmp_path), checkpoint(10))
+    folder = tmp_path / "step-00000010-torch"
+    content = json.loads((folder / "state.json").read_text())
+    del content["sha256"], content["engines"]
+    content["engine"] = "torch"
+    content["sha256"] = sha256_bytes(canonical_json(content))
+    (folder / "state.json").write_bytes(canonical_json(content))
+    folder.rename(tmp_path / "step-00000010")
+    assert open_at(tmp_path).load("jax", "f") is None
+    again = open_at(tmp_path, keep_last=2, keep_best=0)
+    found = again.load("torch", "f")
+    assert found is not None
+    assert (found.step, found.engines, found.maker) == (10, ("torch",), "")
+    write(again, checkpoint(10, 0.5), checkpoint(20))
+    assert folders(tmp_path) == ["step-00000010-torch", "step-00000020-torch"]
 
 
 def test_foreign_checkpoints_neither_count_nor_go(tmp_path: Path) -> None:
@@ -144,15 +194,16 @@ def test_foreign_checkpoints_neither_count_nor_go(tmp_path: Path) -> None:
     again = open_at(tmp_path, keep_last=2)
     assert again.load("torch", "f") is None
     write(again, checkpoint(10), checkpoint(20), checkpoint(30))
-    assert folders(tmp_path) == [f"step-{step:08d}" for step in (20, 30, 90, 95, 99)]
+    kept = [(20, "torch"), (30, "torch"), (90, "jax"), (95, "jax"), (99, "torch")]
+    assert folders(tmp_path) == [f"step-{step:08d}-{engine}" for step, engine in kept]
 
 
 def test_a_new_state_leaves_the_arrays_of_its_step(tmp_path: Path) -> None:
     checkpoints = open_at(tmp_path)
     write(checkpoints, checkpoint(10))
-    before = (tmp_path / "step-00000010" / "model.safetensors").stat().st_mtime_ns
+    before = (tmp_path / "step-00000010-torch" / "model.safetensors").stat().st_mtime_ns
     write(checkpoints, checkpoint(10, 0.5))
-    assert (tmp_path / "step-00000010" / "model.safetensors").stat().st_mtime_ns == before
+    assert (tmp_path / "step-00000010-torch" / "model.safetensors").stat().st_mtime_ns == before
     found = open_at(tmp_path).load("torch", "f")
     assert found is not None
     assert found.score == 0.5
@@ -167,10 +218,10 @@ def test_a_full_disk_is_named_and_the_one_before_stays(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "fsync", full)
     checkpoints.save(checkpoint(20))
-    with pytest.raises(UserError, match=r"step-00000020 cannot be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"step-00000020-torch cannot be written \(No space left on device\)"):
         checkpoints.wait()
     monkeypatch.undo()
-    assert folders(tmp_path) == ["step-00000010"]
+    assert folders(tmp_path) == ["step-00000010-torch"]
     found = open_at(tmp_path).load("torch", "f")
     assert found is not None
     assert found.step == 10
@@ -179,7 +230,7 @@ def test_a_full_disk_is_named_and_the_one_before_stays(tmp_path: Path, monkeypat
 def test_what_cannot_be_read_now_is_not_removed(tmp_path: Path) -> None:
     class Failing(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
         def size(self, path: str) -> int:
-            if "step-00000020" in path:
+            if "step-00000020-torch" in path:
                 raise OSError(errno.EIO, "no connection")
             return int(super().size(path))
 
@@ -189,8 +240,8 @@ def test_what_cannot_be_read_now_is_not_removed(tmp_path: Path) -> None:
     assert found is not None
     assert found.step == 10
     write(again, checkpoint(15))
-    assert "step-00000020" in folders(tmp_path)
-    assert "step-00000015" in folders(tmp_path)
+    assert "step-00000020-torch" in folders(tmp_path)
+    assert "step-00000015-torch" in folders(tmp_path)
 
 
 def test_one_write_is_in_flight_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +269,6 @@ def test_one_write_is_in_flight_at_most(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_an_array_that_no_file_can_hold_is_a_defect(tmp_path: Path) -> None:
     checkpoints = open_at(tmp_path)
-    checkpoints.save(Checkpoint(1, "torch", "f", {"a": np.array(["x"])}, {}, {}))
+    checkpoints.save(Checkpoint(1, ("torch",), "f", {"a": np.array(["x"])}, {}, {}))
     with pytest.raises(ValueError, match="which safetensors files do not hold"):
         checkpoints.wait()

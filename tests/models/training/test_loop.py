@@ -156,7 +156,7 @@ def test_another_engine_goes_on_when_asked(tmp_path: Path, caplog: pytest.LogCap
     with pytest.raises(Interrupted):
         run.go(stop_after=12, engine="jax")
     result = run.go(continue_on=True)
-    assert (result.resumed_from, result.other_engine) == (12, "jax")
+    assert (result.resumed_from, result.other_engines) == (12, ("jax",))
     whole = Run(tmp_path / "whole", config())
     whole.go()
     assert run.arrays() == whole.arrays()
@@ -206,6 +206,29 @@ def test_another_engines_checkpoint_is_not_used_unasked(tmp_path: Path, caplog: 
         run.go(stop_after=12, engine="jax")
     assert run.go().resumed_from is None
     assert "engine 'jax' made it" in caplog.text
+
+
+def test_a_run_knows_all_its_engines_however_often_it_stops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(tmp_path, config())
+    with pytest.raises(Interrupted):
+        run.go(stop_after=12, engine="jax")
+    with pytest.raises(Interrupted):
+        run.go(stop_after=5, engine="mlx", continue_on=True)
+    assert run.go(engine="mlx").resumed_from is None
+    assert "engines 'jax' and 'mlx' made it" in caplog.text
+    # What was made in one way is no less there after it was made in another.
+    result = run.go(engine="jax")
+    assert (result.resumed_from, result.other_engines, result.state.engines) == (12, (), ("jax",))
+
+
+def test_a_record_names_the_engines_before_the_last_stop(tmp_path: Path) -> None:
+    run = Run(tmp_path, config())
+    with pytest.raises(Interrupted):
+        run.go(stop_after=12, engine="jax")
+    with pytest.raises(Interrupted):
+        run.go(stop_after=5, engine="mlx", continue_on=True)
+    result = run.go(engine="mlx", continue_on=True)
+    assert (result.resumed_from, result.other_engines) == (17, ("jax",))
 
 
 def test_another_config_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -283,7 +306,7 @@ def test_a_full_disk_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"step-00000013 cannot be written \(No space left"):
+    with pytest.raises(UserError, match=r"step-00000013-torch cannot be written \(No space left"):
         run.go()
     monkeypatch.undo()
     assert run.go().resumed_from == 12
