@@ -45,8 +45,7 @@ class Mixture(nnx.Module):
     def __call__(self, x_BTD: jax.Array, real_BT: jax.Array | None) -> tuple[jax.Array, Routing]:
         """The mixed outputs, and the routing of the positions that are real (all where `real_BT` is None)."""
         # The router is always fp32: its choices are discrete, and bf16 flips them (Fedus et al., 2021).
-        with jax.default_matmul_precision("highest"):
-            probabilities_BTE = jax.nn.softmax(self.router(x_BTD.astype(jnp.float32)), axis=-1)
+        probabilities_BTE = jax.nn.softmax(self.router(x_BTD.astype(jnp.float32)), axis=-1)
         weights_BTX, experts_BTX = most_probable(probabilities_BTE, self.chosen)
         weights_BTX = weights_BTX / weights_BTX.sum(-1, keepdims=True)
         chosen_BTXE = jax.nn.one_hot(experts_BTX, probabilities_BTE.shape[-1], dtype=jnp.float32)
@@ -81,4 +80,5 @@ def balance_loss(routing: Routing, counts_E: jax.Array, positions: jax.Array) ->
     The loss is E · Σ_e (share of assignments to e) · (mean probability of e), over the layers together, as in
     `transformers`. `counts_E` and `positions` are totals over layers and micro-batches, so parts add up to it.
     """
-    return counts_E.shape[0] * jnp.dot(counts_E / positions, routing.probabilities_E / positions)
+    # No product of matrices, whose factors some devices round.
+    return counts_E.shape[0] * (counts_E / positions * (routing.probabilities_E / positions)).sum()

@@ -12,7 +12,7 @@ import pytest
 
 from models import weights
 from models.config import ModelConfig
-from models.engine import Batch, Layout, training_engine
+from models.engine import Batch, Layout, Precision, training_engine
 from models.optimizer import OptimizerConfig
 from tests.models.test_engines import assert_same, gradients
 from tests.models.tiny import COMPOSITIONS, batch, cut, pieces, tiny
@@ -31,8 +31,8 @@ MUON = OptimizerConfig(name="muon", learning_rate=0.01)
 ROOT = Path(__file__).parents[3]
 
 
-def trainer(config: ModelConfig, *, rematerialize: bool = False) -> JaxTraining:
-    engine = training_engine("jax", config, MUON, "float32", Layout(rematerialize=rematerialize))
+def trainer(config: ModelConfig, *, rematerialize: bool = False, precision: Precision = "float32") -> JaxTraining:
+    engine = training_engine("jax", config, MUON, precision, Layout(rematerialize=rematerialize))
     assert isinstance(engine, JaxTraining)
     engine.restore("weights", pieces(dict(weights.initial_weights(config, 1))))
     return engine
@@ -188,11 +188,39 @@ def products(jaxpr: Any) -> Iterator[Any]:
                     yield from products(inner)
 
 
+def products_of_a_step(engine: JaxTraining, rows: Batch) -> list[Any]:
+    """Every matrix product of a training step."""
+    compiled, held, micro = engine._compiled, engine._held.parameters, engine._micro(cut(rows, 2))
+    traced = jax.make_jaxpr(compiled.step)(held, engine._state, micro, np.float32(1), np.zeros(2, np.uint32))
+    return list(products(traced))
+
+
+def is_exact(product: Any) -> bool:
+    return str(product.params["precision"]).count("HIGHEST") == 2
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
 def test_products_of_fp32_are_fp32_on_every_device_in_gradients_too(name: str) -> None:
-    engine = trainer(tiny(name, dropout=0.1 if name == "gpt2" else 0.0))
-    compiled, held, micro = engine._compiled, engine._held.parameters, engine._micro(cut(batch(), 2))
-    traced = jax.make_jaxpr(compiled.step)(held, engine._state, micro, np.float32(1), np.zeros(2, np.uint32))
-    found = [str(equation.params["precision"]) for equation in products(traced)]
+    found = products_of_a_step(trainer(tiny(name, dropout=0.1 if name == "gpt2" else 0.0)), batch())
     assert len(found) > 50
-    assert all(precision.count("HIGHEST") == 2 for precision in found)
+    assert all(map(is_exact, found))
+
+
+def test_the_router_of_a_model_in_bf16_is_fp32() -> None:
+    found = products_of_a_step(trainer(tiny("mixtral"), precision="bfloat16"), batch())
+    of_fp32 = [product for product in found if any(factor.aval.dtype == np.float32 for factor in product.invars)]
+    # The router's, not Muon's: forward once more for the counts of all parts of the batch; of its weight's gradient,
+    # two ways, of which a machine takes one.
+    rows = (batch().tokens_BT.shape[0] // 2, batch().tokens_BT.shape[1])
+    assert sum(product.invars[0].aval.shape[:2] == rows for product in of_fp32) == 5
+    assert all(map(is_exact, of_fp32))
+
+
+def test_products_of_fp32_in_the_kernels_of_tpus_are_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.jax_engine.model.kind_for", lambda *_: "splash_interpreted")
+    # No other test has this shape, so that none finds what was compiled for this one.
+    engine = trainer(tiny("llama", max_position_embeddings=128, num_hidden_layers=3))
+    found = products_of_a_step(engine, batch(rows=2, length=128))
+    in_kernels = [product for product in found if len(product.invars[0].aval.shape) == 2]
+    assert len(in_kernels) >= 7
+    assert all(map(is_exact, found))
