@@ -44,6 +44,7 @@ class Parallel:
         """Forward passes without and with gradients to follow."""
         self._replicated: DistributedDataParallel | None = None
         self._sharded: FSDPModule | None = None
+        self._warm = False
         if world.fsdp > 1:
             self.evaluated = self.trained = self._fully_sharded(cast(nn.Module, self.trained))
         elif world.size > 1:
@@ -84,6 +85,18 @@ class Parallel:
         for name, original in self._originals.items():
             assert original.grad is not None
             self.parameters[name].grad = _local(original.grad)
+
+    def warm_up(self, part: Packed) -> None:
+        """Before the first step: one pass there and back through `part`, whose gradients are forgotten.
+
+        DDP lays out its buckets by the order in which gradients came in its first backward pass, from the next one on.
+        Without this, the first step after a start or a resume would add in another order than the others.
+        """
+        if self._replicated is None or self._warm:
+            return
+        torch.autograd.backward(self.trained(part, 1.0))
+        self.clear()
+        self._warm = True
 
     def settle(self) -> None:
         """After passes that no backward pass follows: lets go of weights that were made whole for them."""

@@ -112,6 +112,7 @@ class TorchTraining:
                 array = weights.from_canonical(parameter, found.__getitem__)
                 self._parameters[parameter.name].copy_(self._world.part(torch.from_numpy(array)))
             self._optimizer.reset()
+            self._warm_up()
             return
         found = weights.gather(arrays, self._optimizer_shapes())
         for parameter in weights.parameters(self._config):
@@ -120,6 +121,16 @@ class TorchTraining:
                     array = weights.from_canonical(parameter, found.__getitem__, f"{moment}:")
                     tensors[parameter.name].copy_(self._world.part(torch.from_numpy(array)))
         self._optimizer.updates = int(found[UPDATES])
+
+    @torch.enable_grad()
+    def _warm_up(self) -> None:
+        """As `Parallel.warm_up`, with the same row in each process."""
+        rows = Batch(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32), np.ones((1, 1), np.bool_))
+        self._model.train()
+        with self._dropout(0, 0):
+            self._parallel.warm_up(self._packed(rows))
+        for mixture in self._model.mixtures():
+            mixture.routing = None
 
     def inference(self) -> TorchInference:
         """As the contract says. Every process reads all rows: only making divided weights whole is collective."""
