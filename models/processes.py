@@ -68,16 +68,27 @@ def start_processes(
 
 
 def _jax(count: int) -> list[dict[str, str]]:
-    """What `jax.distributed.initialize` needs."""
+    """What `jax.distributed.initialize` needs, and for each process a GPU of its own where there are some."""
     shared = {"JAX_COORDINATOR_ADDRESS": f"{_HOST}:{_free_ports(1)[0]}", "JAX_NUM_PROCESSES": str(count)}
-    return [{**shared, "JAX_PROCESS_ID": str(number)} for number in range(count)]
+    return [{**shared, "JAX_PROCESS_ID": str(number), "JAX_LOCAL_DEVICE_IDS": str(number)} for number in range(count)]
 
 
 def _mlx(count: int, folder: Path) -> list[dict[str, str]]:
-    """What MLX's ring needs: every process's address, in a file."""
+    """What MLX's ring needs, every process's address in a file, and for each a GPU of its own where there are some."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"{_HOST}:{port}"] for port in _free_ports(count)]))
-    return [{"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(number)} for number in range(count)]
+    devices = _cuda_devices()
+    own = [{"CUDA_VISIBLE_DEVICES": device} for device in devices] if len(devices) >= count else [{}] * count
+    return [{"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(number), **own[number]} for number in range(count)]
+
+
+def _cuda_devices() -> list[str]:
+    """The CUDA devices that this process sees, as CUDA_VISIBLE_DEVICES names them; no library is asked."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [device.strip() for device in visible.split(",") if device.strip()]
+    found = Path("/proc/driver/nvidia/gpus")
+    return [str(number) for number, _ in enumerate(found.iterdir())] if found.is_dir() else []
 
 
 def _free_ports(count: int) -> list[int]:

@@ -42,7 +42,7 @@ def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
 
 STAGE = Stage(
     name="refine",
-    version=1,
+    version=2,
     config=Config,
     inputs={"model": Kind.MODEL, "tokens": Kind.TOKENS},
     many={"tokens": "blend"},

@@ -8,15 +8,15 @@ import logging
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
-from torch.distributed.elastic.multiprocessing.api import PContext
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]  # where torchrun has it from too
 
 _HOST = "127.0.0.1"
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def device_count() -> int:
@@ -43,9 +43,11 @@ def start(commands: Sequence[Sequence[str]], environment: Mapping[str, str], fol
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     for name in ("api", "redirects", "subprocess_handler.subprocess_handler"):
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    try:
-        context = start_processes(
+    # In the main thread, the interface would take this process's signals, and a stop that came meanwhile would leave
+    # what it has started in nobody's hands.
+    with ThreadPoolExecutor(1) as thread:
+        context = thread.submit(
+            start_processes,
             name="rank",
             entrypoint=commands[0][0],
             args={number: tuple(command[1:]) for number, command in enumerate(commands)},
@@ -53,17 +55,9 @@ def start(commands: Sequence[Sequence[str]], environment: Mapping[str, str], fol
                 number: {**shared, "RANK": str(number), "LOCAL_RANK": str(number)} for number in range(len(commands))
             },
             logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
-        )
-    finally:
-        _restore(before)
+        ).result()
+    assert isinstance(context, SubprocessContext)  # for the type checker: it is one wherever a command is started
     return TorchProcesses(context, store)
-
-
-def _restore(handlers: Mapping[signal.Signals, object]) -> None:
-    """Takes signals as before: torchrun's interface takes them itself where it may, in the main thread."""
-    for number, handler in handlers.items():
-        if signal.getsignal(number) is not handler:
-            signal.signal(number, handler)  # type: ignore[arg-type]  # it is what getsignal gave
 
 
 def _cores() -> int:
@@ -73,7 +67,7 @@ def _cores() -> int:
 class TorchProcesses:
     """`models.processes.Processes`, as torchrun's interface holds them."""
 
-    def __init__(self, context: PContext, store: TCPStore) -> None:
+    def __init__(self, context: SubprocessContext, store: TCPStore) -> None:
         self._context, self._store = context, store
         self.pids = [pid for _, pid in sorted(context.pids().items())]
         self._codes: dict[int, int] = {}
@@ -82,13 +76,13 @@ class TorchProcesses:
     def failed(self) -> Mapping[int, int]:
         """As the protocol says; where one has failed, the others are ended before this returns."""
         if not self._ended:
+            self._look()
             result = self._context.wait(0)
             if result is not None:
                 self._ended = True
-                # What ended by SIGTERM was ended for the failure of another.
-                codes = {number: failure.exitcode for number, failure in result.failures.items()}
-                own = {number: code for number, code in codes.items() if code != -signal.SIGTERM}
-                self._codes = own or codes
+                # One that failed since that look; what is ended for the failure of another comes after it.
+                first = dict(list(result.failures.items())[:1])
+                self._codes = self._codes or {number: failure.exitcode for number, failure in first.items()}
         return self._codes
 
     def running(self) -> bool:
@@ -96,4 +90,11 @@ class TorchProcesses:
         return not self._ended
 
     def kill(self) -> None:
+        self._look()
         self._context.close(signal.SIGKILL)
+
+    def _look(self) -> None:
+        """Keeps the codes of those that failed by themselves, before the others are ended for it."""
+        if not self._codes:
+            codes = {number: handler.proc.poll() for number, handler in self._context.subprocess_handlers.items()}
+            self._codes = {number: code for number, code in codes.items() if code}

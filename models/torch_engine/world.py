@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from common.errors import UserError
 from models.engine import Batch, Layout
+from models.torch_engine.device import default_device
 
 _PATIENCE = timedelta(hours=2)
 """How long a process waits for another, which may be writing a checkpoint to a slow place. Whoever started them ends
@@ -44,6 +45,11 @@ class World:
         data, fsdp = divided(layout, size)
         if size == 1:
             return ALONE
+        if default_device().type == "mps":
+            raise UserError(
+                f"layout.processes {size}: Apple's GPU is one device, which one process drives; "
+                f"set layout.processes to null"
+            )
         rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
         kind, backend = "cpu", "gloo"
         if torch.cuda.is_available():
@@ -81,10 +87,11 @@ class World:
 
     def rows(self, batch: Batch) -> Batch:
         """This process's rows of a batch; as many as the others have, or one more or less, or none."""
-        if self.size == 1:
-            return batch
-        rows = len(batch.tokens_BT)
-        return batch.part(slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size))
+        return batch if self.size == 1 else batch.part(self.own(len(batch.tokens_BT)))
+
+    def own(self, rows: int) -> slice:
+        """Which of a batch's rows those are."""
+        return slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
 
     def part(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """What this process holds of a whole tensor that is divided as FSDP2 divides: S at a time, the last less."""

@@ -95,7 +95,8 @@ def test_losses_are_those_of_one_process(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "name"), [(2, "restore:data"), (2, "restore:fsdp2"), (4, "restore:data"), (4, "restore:fsdp4"), (4, "restore:fsdp2")]
+    ("count", "name"),
+    [(2, "restore:data"), (2, "restore:fsdp2"), (4, "restore:data"), (4, "restore:fsdp4"), (4, "restore:fsdp2")],
 )
 def test_what_is_restored_is_what_was_given_and_a_step_repeats(
     found: dict[tuple[int, str], Found], count: int, name: str
