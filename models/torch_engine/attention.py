@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from models.config import ModelConfig
 from models.torch_engine.cpu_attention import causal_attention
+from models.torch_engine.dropout import Share, drawing_apart
 from models.torch_engine.layers import Linear
 
 
@@ -28,6 +29,8 @@ class Group(NamedTuple):
     """How many of the B·T are there: P."""
     places_P: Tensor | None
     """int64; row · T + position of each, or None where all B·T are there, in order."""
+    share_B: Share | None = None
+    """Of the group's rows in all processes, for dropout; None where all are here."""
 
 
 class Rotation(NamedTuple):
@@ -112,7 +115,7 @@ class Attention(nn.Module):
             heads_PJK = padded.index_copy(0, places_P, heads_PJK)
         heads_BJTK = heads_PJK.view(rows, length, *heads_PJK.shape[1:]).transpose(1, 2)
         q_BHTK, k_BGTK, v_BGTK = torch.split(heads_BJTK, [self.heads, self.groups, self.groups], dim=1)
-        mixed_BHTK = self._attend(q_BHTK, k_BGTK, v_BGTK, cache)
+        mixed_BHTK = self._attend(q_BHTK, k_BGTK, v_BGTK, cache, group.share_B)
         mixed_PD = mixed_BHTK.transpose(1, 2).reshape(rows * length, self.heads * self.head_dim)
         return mixed_PD if places_P is None else mixed_PD.index_select(0, places_P)
 
@@ -125,7 +128,9 @@ class Attention(nn.Module):
             bias = torch.cat([part.bias.to(x_ND.dtype) for part in parts if part.bias is not None])
         return F.linear(x_ND, weight, bias)
 
-    def _attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, cache: LayerCache | None) -> Tensor:
+    def _attend(
+        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, cache: LayerCache | None, share_B: Share | None
+    ) -> Tensor:
         if cache is not None and cache.lengths_B is not None:
             return self._attend_cached(q_BHTK, k_BGTK, v_BGTK, cache, cache.lengths_B)
         if cache is not None:
@@ -133,11 +138,15 @@ class Attention(nn.Module):
             cache.values_BGCK[:, :, : v_BGTK.shape[2]] = v_BGTK
         dropout = self.dropout if self.training else 0.0
         if q_BHTK.is_cpu:
-            return causal_attention(q_BHTK, k_BGTK, v_BGTK, dropout)
+            return causal_attention(q_BHTK, k_BGTK, v_BGTK, dropout, share_B)
         grouped = self.groups != self.heads
-        return F.scaled_dot_product_attention(
-            q_BHTK, k_BGTK, v_BGTK, is_causal=True, dropout_p=dropout, enable_gqa=grouped
-        )
+        with drawing_apart(q_BHTK.device, share_B if dropout else None):
+            if not q_BHTK.numel():
+                # A process without a row.
+                return q_BHTK
+            return F.scaled_dot_product_attention(
+                q_BHTK, k_BGTK, v_BGTK, is_causal=True, dropout_p=dropout, enable_gqa=grouped
+            )
 
     def _attend_cached(
         self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, cache: LayerCache, lengths_B: Tensor

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.config import ModelConfig
 from models.torch_engine.attention import Attention, Cache, Group, LayerCache, Rotation, rotation_table
+from models.torch_engine.dropout import Share, dropped
 from models.torch_engine.layers import Dense, Gated, Linear, Norm
 from models.torch_engine.mixture import Mixture
 
@@ -32,6 +33,10 @@ class Rows(NamedTuple):
     """Their positions follow one another in N, and within each those of its rows."""
     read_M: Tensor | None
     """int64; the packed positions whose hidden states are wanted, or None for all."""
+    share_N: Share | None = None
+    """Of the positions of all processes, for dropout; None where all are here."""
+    share_M: Share | None = None
+    """The same of the read positions, where `read_M` is given."""
 
 
 class Embedding(nn.Module):
@@ -86,13 +91,14 @@ class Block(nn.Module):
         read_M: Tensor | None,
     ) -> Tensor:
         mixed_NS = self.attention.mix(self.input_norm(x_ND).to(compute), rows.groups, rotation, cache)
+        share_N = rows.share_N
         if read_M is not None:
-            x_ND, mixed_NS = x_ND.index_select(0, read_M), mixed_NS.index_select(0, read_M)
-        x_ND = x_ND + self._dropped(self.attention.o_proj(mixed_NS))
-        return x_ND + self._dropped(self.mlp(self.post_attention_norm(x_ND).to(compute)))
+            x_ND, mixed_NS, share_N = x_ND.index_select(0, read_M), mixed_NS.index_select(0, read_M), rows.share_M
+        x_ND = x_ND + self._dropped(self.attention.o_proj(mixed_NS), share_N)
+        return x_ND + self._dropped(self.mlp(self.post_attention_norm(x_ND).to(compute)), share_N)
 
-    def _dropped(self, x_ND: Tensor) -> Tensor:
-        return F.dropout(x_ND, self.dropout, self.training) if self.dropout else x_ND
+    def _dropped(self, x_ND: Tensor, share_N: Share | None) -> Tensor:
+        return dropped(x_ND, self.dropout, share_N) if self.dropout and self.training else x_ND
 
 
 class Transformer(nn.Module):
@@ -129,8 +135,8 @@ class Transformer(nn.Module):
         x_ND = self.embed_tokens(rows.tokens_N)
         if self.config.position_embedding == "learned":
             x_ND = x_ND + self.embed_positions(rows.positions_N)
-        if self.config.dropout:
-            x_ND = F.dropout(x_ND, self.config.dropout, self.training)
+        if self.config.dropout and self.training:
+            x_ND = dropped(x_ND, self.config.dropout, rows.share_N)
         rotation = self._rotation(rows)
         last = len(self.layers) - 1
         for number, block in enumerate(self.layers):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.engine import Batch
 from models.torch_engine.attention import Group
+from models.torch_engine.dropout import Share
 from models.torch_engine.model import Rows
 
 Counts = NDArray[np.int64]
@@ -27,6 +28,23 @@ class Contexts(NamedTuple):
     """row · T + position of the first token of each."""
     lengths_C: Counts
     """Positions up to each one's last counted target: attention is causal, so later ones touch no loss."""
+
+
+class Own(NamedTuple):
+    """The rows of a batch that are this process's."""
+
+    rows: slice
+    process: int
+    processes: int
+
+    def holds(self, places: Counts, length: int) -> NDArray[np.bool_]:
+        """Which of these places in the batch, row · T + position, are in them."""
+        found: NDArray[np.bool_] = (places >= self.rows.start * length) & (places < self.rows.stop * length)
+        return found
+
+    def share(self, mine: NDArray[np.bool_], device: torch.device) -> Share:
+        """Of entries, those that are `mine`."""
+        return Share(len(mine), on_device(np.flatnonzero(mine), device), self.process, self.processes)
 
 
 class Packed(NamedTuple):
@@ -73,29 +91,35 @@ def real_count(batch: Batch) -> int:
     return int(contexts(batch.loss_mask_BT, batch.documents_BT).lengths_C.sum())
 
 
-def packed(batch: Batch, vocab_size: int, longest: int, device: torch.device) -> Packed:
-    """A batch's real positions, and its counted targets.
+def packed(batch: Batch, vocab_size: int, longest: int, device: torch.device, own: Own | None = None) -> Packed:
+    """A batch's real positions, and its counted targets; with `own`, of these rows alone, and their shares of all.
 
     Raises ValueError for tokens, targets or documents that are not as they have to be.
     """
     check_tokens(batch.tokens_BT, vocab_size, longest)
     found = contexts(batch.loss_mask_BT, batch.documents_BT)
-    rows, places_N = arranged(batch.tokens_BT, found, batch.documents_BT is not None, device)
+    rows, places_N = arranged(batch.tokens_BT, found, batch.documents_BT is not None, device, own)
     counted_N = batch.loss_mask_BT.reshape(-1)[places_N]
+    all_counted = bool(counted_N.all())
+    if own is not None:
+        mine_N = own.holds(places_N, batch.tokens_BT.shape[1])
+        rows = rows._replace(share_M=own.share(mine_N[counted_N], device))
+        places_N, counted_N = places_N[mine_N], counted_N[mine_N]
     targets_M = batch.targets_BT.reshape(-1)[places_N][counted_N].astype(np.int64)
     if targets_M.size and not 0 <= int(targets_M.min()) <= int(targets_M.max()) < vocab_size:
         raise ValueError(f"targets from {targets_M.min()} to {targets_M.max()} for a vocabulary of {vocab_size}")
-    read_M = None if counted_N.all() else on_device(np.flatnonzero(counted_N), device)
+    read_M = None if all_counted else on_device(np.flatnonzero(counted_N), device)
     return Packed(rows._replace(read_M=read_M), on_device(targets_M, device))
 
 
 def arranged(
-    tokens_BT: NDArray[np.int32], found: Contexts, by_length: bool, device: torch.device
+    tokens_BT: NDArray[np.int32], found: Contexts, by_length: bool, device: torch.device, own: Own | None = None
 ) -> tuple[Rows, Counts]:
     """The positions of contexts, all to be read, and the place of each in the batch, row · T + position, on the host.
 
     One group holds all contexts in their order, or `by_length` each group such as are about equally long: documents
-    of a stream may be a thousand tokens or one.
+    of a stream may be a thousand tokens or one. With `own`, the positions are those of its rows alone, in the groups
+    that all rows make; the places are those of all.
     """
     starts_C, lengths_C = found
     sizes = [starts_C.size]
@@ -106,13 +130,19 @@ def arranged(
         sizes = _group_sizes(lengths_C, _GROUP_COSTS[device.type])
     positions_N = np.arange(lengths_C.sum()) - np.repeat(np.cumsum(lengths_C) - lengths_C, lengths_C)
     places_N = np.repeat(starts_C, lengths_C) + positions_N
-    rows = Rows(
-        tokens_N=on_device(tokens_BT.reshape(-1)[places_N], device),
-        positions_N=on_device(positions_N, device),
-        groups=tuple(_group(part_C, device) for part_C in np.split(lengths_C, np.cumsum(sizes)[:-1])),
-        read_M=None,
+    ends = np.cumsum(sizes)[:-1]
+    if own is None:
+        groups = tuple(_group(part_C, int(part_C.max(initial=0)), device) for part_C in np.split(lengths_C, ends))
+        tokens_N = on_device(tokens_BT.reshape(-1)[places_N], device)
+        return Rows(tokens_N, on_device(positions_N, device), groups, None), places_N
+    mine_C, mine_N = (own.holds(starts, tokens_BT.shape[1]) for starts in (starts_C, places_N))
+    groups = tuple(
+        _group(part_C[mine], int(part_C.max(initial=0)), device)._replace(share_B=own.share(mine, device))
+        for part_C, mine in zip(np.split(lengths_C, ends), np.split(mine_C, ends), strict=True)
     )
-    return rows, places_N
+    tokens_N = on_device(tokens_BT.reshape(-1)[places_N[mine_N]], device)
+    share_N = own.share(mine_N, device)
+    return Rows(tokens_N, on_device(positions_N[mine_N], device), groups, None, share_N), places_N
 
 
 def _group_sizes(lengths_C: Counts, group_cost: int) -> list[int]:
@@ -127,8 +157,8 @@ def _group_sizes(lengths_C: Counts, group_cost: int) -> list[int]:
     return sizes
 
 
-def _group(lengths_B: Counts, device: torch.device) -> Group:
-    longest, positions = int(lengths_B.max(initial=0)), int(lengths_B.sum())
+def _group(lengths_B: Counts, longest: int, device: torch.device) -> Group:
+    positions = int(lengths_B.sum())
     if positions == lengths_B.size * longest:
         return Group((lengths_B.size, longest), positions, None)
     # What the rows before leave empty is skipped.

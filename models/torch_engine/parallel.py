@@ -66,6 +66,13 @@ class Parallel:
         self._sharded = cast(FSDPModule, module)
         return module
 
+    def read(self, part: Packed) -> None:
+        """A forward pass for what modules note of it; without the head, where weights are whole."""
+        if self._sharded is None:
+            self.model.read(part.rows)
+        else:
+            self.evaluated(part, 1.0)
+
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """A context for each micro-batch's pass; with whole weights, gradients are summed in the `last` one alone.
 

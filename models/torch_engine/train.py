@@ -22,7 +22,7 @@ from models.torch_engine.lanes import Lanes
 from models.torch_engine.mixture import balance_loss
 from models.torch_engine.model import Transformer
 from models.torch_engine.optimizer import Optimizer
-from models.torch_engine.packing import Packed, packed, real_count
+from models.torch_engine.packing import Own, Packed, packed, real_count
 from models.torch_engine.parallel import Parallel
 from models.torch_engine.world import World
 from models.weights import Piece
@@ -157,8 +157,15 @@ class TorchTraining:
                 shapes |= {f"{moment}:{place.name}": canonical[place.name] for moment in moments}
         return shapes
 
-    def _packed(self, batch: Batch) -> Packed:
-        return packed(batch, self._config.vocab_size, self._config.max_position_embeddings, self._place)
+    def _packed(self, batch: Batch, own: Own | None = None) -> Packed:
+        return packed(batch, self._config.vocab_size, self._config.max_position_embeddings, self._place, own)
+
+    def _own(self, batch: Batch) -> Packed:
+        """This process's rows of a micro-batch. For dropout, they know their places among those of all processes."""
+        world = self._world
+        if world.size == 1 or not self._config.dropout:
+            return self._packed(world.rows(batch))
+        return self._packed(batch, Own(world.own(len(batch.tokens_BT)), world.rank, world.size))
 
     def _backward(self, micro_batches: Sequence[Batch], dropout_key: int) -> Tensor:
         """Leaves the gradients of the mean loss in `.grad`, and gives that loss without the balance of experts."""
@@ -171,16 +178,15 @@ class TorchTraining:
         self._model.train()
         self._parallel.clear()
         positions = sum(map(real_count, micro_batches)) * self._config.num_hidden_layers if self._balanced else 0
-        own = [self._world.rows(batch) for batch in micro_batches]
-        counts_E = self._assignments(own, dropout_key) if len(own) > 1 else None
+        counts_E = self._assignments(micro_batches, dropout_key) if len(micro_batches) > 1 else None
         total, scale = torch.zeros((), device=self._place), 1 / counted
-        for number, batch in enumerate(own):
+        for number, batch in enumerate(micro_batches):
             if self._lanes is not None:
                 total += self._lanes.backward(batch, lambda lane, rows: self._lane_loss(lane, rows, scale))
                 continue
-            with self._parallel.accumulating(last=number == len(own) - 1):
+            with self._parallel.accumulating(last=number == len(micro_batches) - 1):
                 with self._dropout(dropout_key, number):
-                    loss = self._parallel.trained(self._packed(batch), scale)
+                    loss = self._parallel.trained(self._own(batch), scale)
                 total += loss.detach()
                 if self._balanced:
                     routings = [mixture.taken() for mixture in self._model.mixtures()]
@@ -214,13 +220,14 @@ class TorchTraining:
         counts = []
         for number, batch in enumerate(micro_batches):
             with self._dropout(dropout_key, number):
-                self._parallel.evaluated(self._packed(batch), 1.0)
+                self._parallel.read(self._own(batch))
             counts += [mixture.taken().counts_E for mixture in self._model.mixtures()]
         return self._world.summed(torch.stack(counts).sum(0))
 
     def _dropout(self, key: int, micro_batch: int) -> AbstractContextManager[None]:
-        """Random numbers keyed by the caller, the micro-batch and the process; other generators stay as they were."""
-        return seeded((key, micro_batch, self.process), self._place) if self._config.dropout else nullcontext()
+        """Random numbers keyed by the caller and the micro-batch, the same in each process, of which each takes those
+        of its rows (`dropout.py`); other generators stay as they were."""
+        return seeded((key, micro_batch), self._place) if self._config.dropout else nullcontext()
 
 
 def host_copy(tensor: Tensor) -> weights.Array:

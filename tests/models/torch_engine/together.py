@@ -65,9 +65,9 @@ def exported(engine: TorchTraining, config: ModelConfig) -> Arrays:
 
 
 def training(name: str) -> tuple[Found, Arrays]:
-    """`train:COMPOSITION:OPTIMIZER:LAYOUT`: twenty steps, with losses and what is left of them."""
-    _, composition, optimizer, layout = name.split(":")
-    config = tiny(composition)
+    """`train:COMPOSITION:OPTIMIZER:LAYOUT`, or `dropout:` with it: steps, with losses and what is left of them."""
+    kind, composition, optimizer, layout = name.split(":")
+    config = tiny(composition, dropout=0.3 if kind == "dropout" else 0.0)
     engine = engine_for(config, OPTIMIZERS[optimizer], layout)
     gradients = {
         f"gradient {piece}": array
@@ -115,22 +115,6 @@ def restoring(name: str) -> tuple[Found, Arrays]:
     )
     other = float(first.step(micro_batches(1), 1.0, 8).loss)
     return {"same": bool(same), "results": results, "other": other, "updates": int(states[0].get("updates", 7))}, {}
-
-
-def dropping(name: str) -> tuple[Found, Arrays]:
-    """`dropout:LAYOUT`: one row for each process, the same for all; with dropout each has another loss."""
-    engine = engine_for(tiny("gpt2", dropout=0.5), ADAMW, name.split(":")[1])
-    rows = batch(rows=1).part(np.zeros(4, np.int64))
-    own = engine._world.rows(rows)
-    engine._parallel.clear()
-    engine._model.train()
-    with engine._dropout(3, 0):
-        mine = float(engine._parallel.evaluated(engine._packed(own), 1.0).detach())
-    # Told to the others through the largest word, one process at a time.
-    all_of_them = [
-        engine.agreed(round(mine * 1e6) if number == engine.process else -1) for number in range(engine._world.size)
-    ]
-    return {"losses": all_of_them}, {}
 
 
 def skipping(name: str) -> tuple[Found, Arrays]:
@@ -211,7 +195,7 @@ def looping(name: str) -> tuple[Found, Arrays]:
 WORKS: dict[str, Callable[[str], tuple[Found, Arrays]]] = {
     "train": training,
     "restore": restoring,
-    "dropout": dropping,
+    "dropout": training,
     "skip": skipping,
     "loop": looping,
 }
