@@ -6,6 +6,8 @@ from typing import Any
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
+ENDINGS = ("Done", "UserError", "Failed", "Interrupted")
+"""The events one of which is the last of a work."""
 
 
 def as_event(event: object) -> Event:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from artifacts.store import DamagedObject, Store
 from common.errors import StageFailed, StageInterrupted, UserError
-from tasks.events import Event, Listener
+from tasks.events import ENDINGS, Event, Listener
 from tasks.work import Outcome, Work
 
 logger = logging.getLogger("cairn.tasks")
@@ -50,7 +50,7 @@ class EngineProcess:
                 if self._stopping:  # it came while the process was being started
                     process.terminate()
                 for event in self._events():
-                    if event["event"] in _ENDINGS:
+                    if event["event"] in ENDINGS:
                         return _outcome(work, event)
                     _tell(listener, event)
             except (BrokenPipeError, json.JSONDecodeError):
@@ -109,9 +109,6 @@ class EngineProcess:
     def _events(self) -> Iterator[Event]:
         for line in self._events_file:
             yield json.loads(line)
-
-
-_ENDINGS = ("Done", "UserError", "Failed", "Interrupted")
 
 
 def _outcome(work: Work, event: Event) -> Outcome:

@@ -7,26 +7,32 @@ this end closed ends itself, so that none is ever left behind.
 
 import json
 import logging
+import os
 import selectors
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from artifacts.store import DamagedObject
+from artifacts.temporary import remove_abandoned, temporary_folder
 from common.errors import StageFailed, UserError
 from models.engine import EngineName
 from models.processes import Processes, process_count, start_processes
 from models.training.loop import Interrupted
 from models.training.signals import StopSignals
+from tasks.events import ENDINGS
 from tasks.work import Work
 
 logger = logging.getLogger("cairn.tasks")
 
-ENDINGS = ("Done", "UserError", "Failed", "Interrupted")
+_ADDRESS_BYTES = 103
+"""The longest address of a socket, as macOS has it; Linux has four bytes more."""
 _LOOK_SECONDS = 0.1
 _LISTEN_SECONDS = 2.0
 """How long the others are listened to after the first trouble: they fail for it too, and may be heard before it."""
@@ -49,8 +55,7 @@ def run_in_ranks(
 
     Raises what one of them raised, once: UserError, Interrupted, or StageFailed with its traceback or how it died.
     """
-    with tempfile.TemporaryDirectory(prefix="cairn-") as name, StopSignals() as signals:
-        folder = Path(name)
+    with _own_folder() as folder, StopSignals() as signals:
         address = folder / "socket"
         with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
             listener.bind(str(address))
@@ -68,6 +73,29 @@ def run_in_ranks(
             finally:
                 processes.kill()
                 group.close()
+
+
+@contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A folder for the socket and what else the processes share; what killed stages left of theirs is removed.
+
+    Raises UserError where it cannot be made.
+    """
+    label = f"cairn-{os.getuid()}"
+    parent = Path(tempfile.gettempdir())
+    if len(os.fsencode(parent / f"{label}.{uuid.uuid4().hex}" / "socket")) > _ADDRESS_BYTES:
+        parent = Path("/tmp")
+    with ExitStack() as stack:
+        try:
+            remove_abandoned(parent, label)
+            folder = stack.enter_context(temporary_folder(parent, label))
+            folder.chmod(0o700)
+        except OSError as error:
+            raise UserError(
+                f"the processes of a stage need a folder in {parent}, which cannot be made ({error.strerror}); "
+                f"make room there, or set TMPDIR to a short path that can be written to"
+            ) from error
+        yield folder
 
 
 def _job(work: Work, output: Path, logs: Path, folder: Path, number: int) -> bytes:
@@ -139,8 +167,8 @@ class _Group:
         return metrics
 
     def close(self) -> None:
-        """Lets go of the sockets; what still listened would end."""
-        for rank in self._ranks:
+        """Lets go of the sockets, at which processes end; that of process 0, which JAX's others ask for, the last."""
+        for rank in sorted(self._ranks, key=lambda rank: rank.number or 0, reverse=True):
             rank.connection.close()
 
     def _listen(self) -> None:
@@ -154,7 +182,11 @@ class _Group:
             events = rank.read()
             if events is None:
                 self._selector.unregister(rank.connection)
-                if rank.number is not None and rank.number not in self._endings:
+                if rank.number is None:
+                    # Nobody knows which one it was: `_find_dead` looks at all of them.
+                    rank.connection.close()
+                    self._ranks.remove(rank)
+                elif rank.number not in self._endings:
                     self._dead.append(rank.number)
                 continue
             for event in events:
@@ -175,7 +207,7 @@ class _Group:
             self._report(event)
 
     def _find_dead(self) -> None:
-        """Those that died before they connected; of others the socket tells, without waiting for the rest to end."""
+        """Those that died before they said a word; of others the socket tells, without waiting for the rest to end."""
         if len(self._ranks) == len(self._jobs):
             return
         for number in self._processes.failed():
@@ -214,7 +246,8 @@ class _Group:
                 raise Interrupted(ending["step"])
 
     def _see_off(self) -> None:
-        """Gives the processes time to end by themselves."""
+        """Lets the processes go, all of which have said how they ended, and gives them time to."""
+        self.close()
         until = time.monotonic() + _LEAVE_SECONDS
         while self._processes.running() and time.monotonic() < until:
             time.sleep(_LOOK_SECONDS / 10)
