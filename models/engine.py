@@ -88,8 +88,8 @@ class TrainingEngine(Protocol):
         ...
 
     def peak_memory(self) -> int:
-        """The most bytes that this process has held on its device; on a CPU, all its memory (`peak_resident_memory`).
-        Not collective."""
+        """The most bytes that this process has held on its device since it began, which may be before this engine; on
+        a CPU, all its memory (`peak_resident_memory`). Not collective."""
         ...
 
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import MutableMapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -67,6 +68,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, _raise_interrupted)
     logging.getLogger("cairn").addHandler(Forwarded(channel))
     logging.getLogger("cairn").setLevel(logging.INFO)
+    _leave_others(os.environ)
     threading.excepthook = say_thread_error
     works: queue.Queue[bytes | None] = queue.Queue()
     working = threading.Event()
@@ -82,6 +84,24 @@ def main(arguments: list[str]) -> int:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return 0
+
+
+_MEETING = (
+    *("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_LOCAL_DEVICE_IDS"),
+    *("MLX_RANK", "MLX_HOSTFILE"),
+)
+"""What tells an engine of other processes that it is to wait for."""
+
+
+def _leave_others(environment: MutableMapping[str, str]) -> None:
+    """Drops what a cluster has set to let processes meet: a stage starts its own, on this machine."""
+    found = [name for name in _MEETING if environment.pop(name, None) is not None]
+    if found:
+        logger.warning(
+            "%s in the environment is ignored: a stage starts its processes itself, on one machine, as `layout` says",
+            ", ".join(found),
+        )
 
 
 def _raise_interrupted(number: int, frame: object) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +59,7 @@ def run_training(
     raises.
     """
     check_positions(config.training, model)
+    _forget_peak()
     tokens = tokens_inputs(inputs, config.blend, context)
     tokenizer = Tokenizer(tokens[0].folder / "tokenizer")
     check_vocabulary(len(tokenizer), model)
@@ -95,6 +96,12 @@ def run_training(
         copy_tokenizer(tokens[0].folder / "tokenizer", context.output)
     metrics = _metrics(model, result, engine.device, data)
     return {**metrics, "blend": blend, "peak_memory_bytes": engine.peak_memory()}
+
+
+def _forget_peak() -> None:
+    """Lets Linux measure this process's memory anew: it may have done other stages before."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 class _Data(NamedTuple):

@@ -74,6 +74,24 @@ def test_it_stays_warm_between_works(process: EngineProcess) -> None:
     assert pid_of(process) == pid
 
 
+def test_it_waits_for_no_processes_of_a_cluster(
+    process: EngineProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    from tests.tasks.test_ranks import Training
+
+    there = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "45999"}
+    there |= {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:45777", "JAX_NUM_PROCESSES": "2", "MLX_RANK": "0"}
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    said: list[str] = []
+    training = Training(str(tmp_path / "store"), steps=2)
+    made = process.do(training.work(processes=1), lambda event: said.append(event.get("message", ""))).record
+    assert made.metrics["device"] == "cpu"
+    [warning] = [message for message in said if "in the environment is ignored" in message]
+    assert all(name in warning for name in there)
+
+
 def test_what_the_user_can_mend_arrives_as_such(process: EngineProcess) -> None:
     with pytest.raises(UserError, match=r"source\.train: 99999 unique problems wanted, but there are only") as error:
         process.do(documents(train=99999), ignore)
