@@ -51,6 +51,10 @@ EngineOption = Annotated[
     Literal["torch", "jax", "mlx"] | None,
     typer.Option(help="The engine; the one that suits this machine unless given.", show_default=False),
 ]
+ContinueOption = Annotated[
+    Literal["torch", "jax", "mlx"] | None,
+    typer.Option(help="The engine for all that is not done yet; it goes on from checkpoints of others too."),
+]
 StoreOption = Annotated[
     str | None, typer.Option(help="Folder or URL of the store.", envvar="CAIRN_STORE", show_default="~/.cairn/store")
 ]
@@ -62,10 +66,7 @@ def run(
     overrides: SetOption = None,
     store: StoreOption = None,
     published: Annotated[Path, typer.Option(help="Where published folders are laid out.")] = Path("published"),
-    continue_on: Annotated[
-        Literal["torch", "jax", "mlx"] | None,
-        typer.Option(help="The engine for all that is not done yet; it goes on from checkpoints of others too."),
-    ] = None,
+    continue_on: ContinueOption = None,
 ) -> None:
     """Runs a recipe: what is in the store is reused, what was interrupted goes on."""
     from flows.recipe import load_recipe
@@ -80,13 +81,19 @@ def run(
 
 
 @app.command(epilog="Example: cairn plan arithmetic --set stages.base.training.seed=1")
-def plan(recipe: RecipeArgument = "arithmetic", overrides: SetOption = None, store: StoreOption = None) -> None:
+def plan(
+    recipe: RecipeArgument = "arithmetic",
+    overrides: SetOption = None,
+    store: StoreOption = None,
+    continue_on: ContinueOption = None,
+) -> None:
     """Says for every stage whether it would be reused or run, and why; runs nothing."""
     from flows.console import plan_table
     from flows.plan import plan as plan_recipe
     from flows.recipe import load_recipe
 
-    console.print(plan_table(plan_recipe(load_recipe(recipe, overrides or []), Store.open(store))))
+    loaded = load_recipe(recipe, overrides or [], continue_on=continue_on)
+    console.print(plan_table(plan_recipe(loaded, Store.open(store), continue_on)))
 
 
 @app.command(epilog="Example: cairn recipes")

@@ -61,8 +61,9 @@ def continued(work: Work, engine: EngineName, store: Store) -> Work:
     return Work.model_validate({**content, "config": config, "runtime": runtime})
 
 
-def plan(recipe: Recipe, store: Store) -> list[Step]:
-    """A step for each stage in order; nothing is run and nothing is hashed."""
+def plan(recipe: Recipe, store: Store, continue_on: EngineName | None = None) -> list[Step]:
+    """A step for each stage in order, as a run that is told to `continue_on` with an engine would take it; nothing is
+    run and nothing is hashed."""
     steps: list[Step] = []
     done: dict[str, Record] = {}
     names = store.names()
@@ -72,6 +73,8 @@ def plan(recipe: Recipe, store: Store) -> list[Step]:
             steps.append(Step(entry, "waits", f"its input '{waiting[0]}' will be made first"))
             continue
         work = work_for(entry, done, store)
+        if continue_on is not None and entry.definition.has_engine:
+            work = continued(work, continue_on, store)
         record = store.find(work.key)
         if record is not None:
             done[entry.name] = record

@@ -132,6 +132,20 @@ def test_the_plan(command: Command, own_store: Path) -> None:
     assert "its input 'refined' will be made first" in rows["published"]
 
 
+def test_the_plan_with_another_engine(command: Command, own_store: Path) -> None:
+    pytest.importorskip("mlx")
+    change = ("plan", "arithmetic-tiny", "--set", "stages.refined.training.seed=3")
+    rows = {line.split()[0]: line for line in command(*change, "--continue-on", "mlx").out.splitlines()}
+    # What any engine has done stays done.
+    assert all("reused" in rows[name] for name in ("documents", "tokenizer", "tokens", "base", "stacked"))
+    assert "to run" in rows["refined"]
+    assert "engine: 'torch' → 'mlx'; training.seed: 0 → 3" in rows["refined"]
+    rows = {
+        line.split()[0]: line for line in command("plan", "arithmetic-tiny", "--set", "engine=mlx").out.splitlines()
+    }
+    assert "to run" in rows["base"]
+
+
 def test_show(command: Command, made: Made, own_store: Path) -> None:
     ran = command("show", f"{MODEL}@base")
     rows = dict(line.split(maxsplit=1) for line in ran.out.splitlines() if len(line.split()) > 1)
