@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from models.config import ModelConfig
 from models.jax_engine.products import product
@@ -21,6 +22,12 @@ def remembering_inputs(function: Callable[..., jax.Array]) -> Callable[..., jax.
     Each array that a layer leaves for the backward pass is written, kept for all layers, and read again.
     """
     found: Callable[..., jax.Array] = jax.checkpoint(function, prevent_cse=False)
+    return found
+
+
+def lying(weight: nnx.Param[jax.Array]) -> NamedSharding | None:
+    """How a weight lies while a layer computes with it, as `models.jax_engine.model` says; None for as it is stored."""
+    found: NamedSharding | None = weight.get_metadata().get("lying")
     return found
 
 
@@ -37,7 +44,7 @@ class Linear(nnx.Module):
         self.bias = parameter(rows) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = product(x, self.weight[...].astype(x.dtype))
+        y = product(x, self.weight[...], lying(self.weight))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

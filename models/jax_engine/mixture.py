@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.config import ModelConfig
-from models.jax_engine.layers import Linear, activated, parameter
+from models.jax_engine.layers import Linear, activated, lying, parameter
+from models.jax_engine.products import laid
 
 
 class Routing(NamedTuple):
@@ -59,11 +60,20 @@ class Mixture(nnx.Module):
 
     def _through_experts(self, x_BTD: jax.Array, weights_BTE: jax.Array) -> jax.Array:
         """Every position through every expert, times the weight that it has there: no shape depends on the routing."""
-        stacks = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
-        gate, up, down = (stack[...].astype(x_BTD.dtype) for stack in stacks)
-        inner_BTEI = activated(self.config, jnp.einsum("btd,eid->btei", x_BTD, gate))
-        inner_BTEI = inner_BTEI * jnp.einsum("btd,eid->btei", x_BTD, up)
-        return jnp.einsum("btei,edi->btd", inner_BTEI * weights_BTE[..., None], down)
+        gate_BTEI = _product("btd,eid->btei", x_BTD, self.experts.gate_proj)
+        up_BTEI = _product("btd,eid->btei", x_BTD, self.experts.up_proj)
+        inner_BTEI = activated(self.config, gate_BTEI) * up_BTEI
+        return _product("btei,edi->btd", inner_BTEI * weights_BTE[..., None], self.experts.down_proj)
+
+
+def _product(dimensions: str, x: jax.Array, stack: nnx.Param[jax.Array]) -> jax.Array:
+    """With the experts' matrices in the dtype of x, of which the backward pass keeps none but the stored ones."""
+
+    def of(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.einsum(dimensions, x, laid(weight, x.dtype, lying(stack)))
+
+    found: jax.Array = jax.checkpoint(of, prevent_cse=False)(x, stack[...])
+    return found
 
 
 def most_probable(probabilities_BTE: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

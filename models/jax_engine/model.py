@@ -28,6 +28,7 @@ from models.jax_engine.attention import (
 )
 from models.jax_engine.layers import Dense, Embedding, Gated, Linear, Norm, dropped
 from models.jax_engine.mixture import Mixture, Routing
+from models.jax_engine.products import laid
 from models.jax_engine.sharding import Sharding
 
 Arrays = Mapping[str, jax.Array]
@@ -146,8 +147,8 @@ class Transformer:
 
     def __init__(self, config: ModelConfig, computing: Computing) -> None:
         self.config, self.computing = config, computing
-        self._ends = nnx.graphdef(nnx.eval_shape(lambda: Ends(config)))
-        self._block = nnx.graphdef(nnx.eval_shape(lambda: Block(config)))
+        self._ends = self._graph(nnx.eval_shape(lambda: Ends(config)))
+        self._block = self._graph(nnx.eval_shape(lambda: Block(config)))
 
     def read(self, parameters: Arrays, rows: Rows, key: jax.Array | None = None, *, keep_cache: bool = False) -> Read:
         """Reads whole rows, with dropout where a `key` is given."""
@@ -199,7 +200,7 @@ class Transformer:
     def head_VD(self, parameters: Arrays) -> jax.Array:
         """The output head's matrix in the dtype of the products."""
         name = "embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
-        return self.computing.sharding.gathered(name, parameters[name].astype(self.computing.dtype))
+        return self._gathered(name, parameters[name].astype(self.computing.dtype))
 
     def logits(self, parameters: Arrays, x: jax.Array) -> jax.Array:
         """Logits (..., V) in fp32 out of what the head reads."""
@@ -239,19 +240,26 @@ class Transformer:
         theta = self.config.rope_theta
         return None if theta is None else rotation(positions, self.config.head_dim, theta, self.computing.dtype)
 
+    def _graph(self, module: nnx.Module) -> Any:
+        """A module without its arrays, whose matrices know how they lie when it computes."""
+        for path, weight in nnx.to_flat_state(nnx.state(module)):
+            name = ".".join(map(str, path))
+            weight.set_metadata(lying=self.computing.sharding.of_gathered(name, len(weight.shape)))
+        return nnx.graphdef(module)
+
     def _bound_ends(self, parameters: Arrays) -> Ends:
-        of_ends = {name: array for name, array in parameters.items() if not name.startswith("layers.")}
-        ends: Ends = nnx.merge(self._ends, self._state(of_ends))
+        of_ends = {
+            name: self._gathered(name, array) for name, array in parameters.items() if not name.startswith("layers.")
+        }
+        ends: Ends = nnx.merge(self._ends, _state(of_ends))
         return ends
 
     def _bound_block(self, parameters: Arrays) -> Block:
-        block: Block = nnx.merge(self._block, self._state(parameters))
+        block: Block = nnx.merge(self._block, _state(parameters))
         return block
 
-    def _state(self, parameters: Arrays) -> Any:
-        gathered = self.computing.sharding.gathered
-        flat: dict[Any, Any] = {tuple(name.split(".")): gathered(name, array) for name, array in parameters.items()}
-        return nnx.from_flat_state(flat)
+    def _gathered(self, name: str, weight: jax.Array) -> jax.Array:
+        return laid(weight, weight.dtype, self.computing.sharding.of_gathered(name, weight.ndim))
 
 
 def positions_of(rows: Rows) -> jax.Array:
@@ -262,6 +270,11 @@ def positions_of(rows: Rows) -> jax.Array:
     before_BT = jnp.pad(rows.documents_BT[:, :-1], ((0, 0), (1, 0)), constant_values=0)
     begins_BT = (rows.documents_BT != before_BT) | (places_T == 0)
     return places_T - jax.lax.cummax(jnp.where(begins_BT, places_T, 0), axis=1)
+
+
+def _state(parameters: Arrays) -> Any:
+    flat: dict[Any, Any] = {tuple(name.split(".")): array for name, array in parameters.items()}
+    return nnx.from_flat_state(flat)
 
 
 def _of_layers(parameters: Arrays) -> dict[str, jax.Array]:

@@ -96,12 +96,12 @@ class Sharding:
         """The same array, told to the compiler to lie so."""
         return x if self.mesh.size == 1 else _lying(x, self.of(*axes))
 
-    def gathered(self, name: str, weight: jax.Array) -> jax.Array:
-        """A layer's weight as it is computed with: whole along `fsdp`, still divided along `tensor`."""
+    def of_gathered(self, name: str, dimensions: int) -> NamedSharding | None:
+        """How a layer's weight lies while it is computed with: whole along `fsdp`, still divided along `tensor`; None
+        where that is how it is stored."""
         if self.mesh.shape["fsdp"] == 1:
-            return weight
-        spec = self.spec(parameter_axes(name, weight.ndim), gathered=True)
-        return _lying(weight, NamedSharding(self.mesh, spec))
+            return None
+        return NamedSharding(self.mesh, self.spec(parameter_axes(name, dimensions), gathered=True))
 
     def put(self, array: NDArray[np.generic], sharding: NamedSharding) -> jax.Array:
         """A host array that every process has whole, laid over the devices of all."""

@@ -176,23 +176,23 @@ def test_the_other_engines_are_not_loaded() -> None:
     assert found.stdout.strip() == "[]"
 
 
-def products(jaxpr: Any) -> Iterator[Any]:
-    """Every matrix product of a traced function, with those of the functions inside it."""
+def equations(primitive: str, jaxpr: Any) -> Iterator[Any]:
+    """Every use of a primitive in a traced function, with those of the functions inside it."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
+        if equation.primitive.name == primitive:
             yield equation
         for value in equation.params.values():
             for inner in value if isinstance(value, list | tuple) else [value]:
                 if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                    yield from products(inner)
+                    yield from equations(primitive, inner)
 
 
 def products_of_a_step(engine: JaxTraining, rows: Batch) -> list[Any]:
     """Every matrix product of a training step."""
     compiled, held, micro = engine._compiled, engine._held.parameters, engine._micro(cut(rows, 2))
     traced = jax.make_jaxpr(compiled.step)(held, engine._state, micro, np.float32(1), np.zeros(2, np.uint32))
-    return list(products(traced))
+    return list(equations("dot_general", traced))
 
 
 def is_exact(product: Any) -> bool:
@@ -224,3 +224,14 @@ def test_products_of_fp32_in_the_kernels_of_tpus_are_fp32(monkeypatch: pytest.Mo
     in_kernels = [product for product in found if len(product.invars[0].aval.shape) == 2]
     assert len(in_kernels) >= 7
     assert all(map(is_exact, found))
+
+
+@pytest.mark.parametrize("name", list(COMPOSITIONS))
+def test_weights_in_bf16_are_not_kept_for_the_backward_pass(name: str) -> None:
+    engine = trainer(tiny(name), precision="bfloat16")
+    held, micro = engine._held.parameters, engine._micro([batch()])
+    traced = jax.make_jaxpr(engine._compiled.gradients)(held, micro, np.zeros(2, np.uint32))
+    of_layers = [value.aval for scan in equations("scan", traced) for value in scan.outvars]
+    cast = {array.shape for array in of_layers if array.dtype == "bfloat16"}
+    assert len(cast) > 3
+    assert not cast & {array.shape for name, array in held.items() if array.ndim > 2}
