@@ -87,11 +87,20 @@ def causal_attention(
         return splash_attention(q_BTHK, k_BTGK, v_BTGK, documents_BT, sharding, interpret=kind == "splash_interpreted")
     if kind == "blocks":
         return block_attention(q_BTHK, k_BTGK, v_BTGK, documents_BT)
-    mask = None if documents_BT is None else (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
-    implementation: Literal["xla", "cudnn"] = "cudnn" if kind == "cudnn" else "xla"
-    return jax.nn.dot_product_attention(
-        q_BTHK, k_BTGK, v_BTGK, mask=mask, is_causal=True, implementation=implementation
-    )
+    # cuDNN's call cannot be divided by the compiler where heads lie otherwise.
+    q_BTHK = sharding.constrained(q_BTHK, "rows", "whole", "heads", "whole")
+    k_BTGK, v_BTGK = (sharding.constrained(x, "rows", "whole", "groups", "whole") for x in (k_BTGK, v_BTGK))
+    if documents_BT is None:
+        implementation: Literal["xla", "cudnn"] = "cudnn" if kind == "cudnn" else "xla"
+        return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation=implementation)
+    found: jax.Array = jax.checkpoint(_in_documents, prevent_cse=False)(q_BTHK, k_BTGK, v_BTGK, documents_BT)
+    return found
+
+
+def _in_documents(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, documents_BT: jax.Array) -> jax.Array:
+    """By plain products, whose T × T weights are computed again in the backward pass, not kept for every layer."""
+    mask = documents_BT[:, None, :, None] == documents_BT[:, None, None, :]
+    return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, mask=mask, is_causal=True, implementation="xla")
 
 
 def _mask(length: int, documents_BT: jax.Array | None) -> jax.Array:

@@ -6,7 +6,8 @@ width and over `tensor` along heads, inner width and vocabulary. A layer's weigh
 it computes. The compiler (GSPMD) adds the communication: axes are `Auto`.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,7 +114,7 @@ class Sharding:
     def on_host(self, array: jax.Array) -> NDArray[np.generic]:
         """A copy that later updates do not touch; collective where there are several processes."""
         if not array.is_fully_addressable and not array.is_fully_replicated:
-            array = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(array)
+            array = _replicating(self.mesh)(array)
         return np.array(array)
 
 
@@ -134,6 +135,13 @@ def sharding_of(layout: Layout, model: ModelConfig, devices: Sequence[jax.Device
     _check_divides(layout, model)
     places = np.array(devices[:needed], dtype=object).reshape(data, layout.fsdp, layout.tensor)
     return Sharding(Mesh(places, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3))
+
+
+@functools.lru_cache(maxsize=16)
+def _replicating(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Makes an array whole on every device; one function for a mesh, so that it is compiled once for each shape."""
+    found: Callable[[jax.Array], jax.Array] = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return found
 
 
 def _lying(x: jax.Array, sharding: NamedSharding) -> jax.Array:

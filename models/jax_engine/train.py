@@ -40,6 +40,8 @@ class JaxTraining:
         self.process = jax.process_index()
         self._held = Holder()
         self._state: OptimizerState | None = None
+        self._loss_rows: dict[tuple[int, bool], int] = {}
+        """The most rows that `loss` was given, by their length and whether they have documents."""
 
     def agreed(self, word: int) -> int:
         return distributed.largest_word(word)
@@ -59,9 +61,12 @@ class JaxTraining:
 
     def loss(self, batch: Batch) -> tuple[float, int]:
         check_batch(batch, self._config, batch.loss_mask_BT)
-        # A last, smaller batch of a validation is compiled for once more at most.
-        rows, length = batch.tokens_BT.shape
-        micro = self._on_devices([batch], bucket(rows), length_bucket(length, self._config.max_position_embeddings))
+        rows, positions = batch.tokens_BT.shape
+        length = length_bucket(positions, self._config.max_position_embeddings)
+        # A last, smaller batch of a validation is padded to the rows of those before it: nothing is compiled for it.
+        shape = (length, batch.documents_BT is None)
+        self._loss_rows[shape] = at_least = max(self._loss_rows.get(shape, 0), bucket(rows))
+        micro = self._on_devices([batch], at_least, length)
         return float(self._compiled.loss(self._held.parameters, micro)), int(batch.loss_mask_BT.sum())
 
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:

@@ -77,6 +77,17 @@ def test_nothing_is_compiled_after_the_first_step(name: str) -> None:
         assert count() == first
 
 
+def test_a_smaller_batch_of_a_validation_is_compiled_for_no_more() -> None:
+    engine = trainer(tiny("llama"))
+    whole = batch(rows=7)
+    expected = engine.loss(whole)
+    with compilations() as count:
+        parts = [engine.loss(whole.part(rows)) for rows in (slice(0, 4), slice(4, 6), slice(6, 7))]
+        assert count() == 0
+    assert sum(loss for loss, _ in parts) == pytest.approx(expected[0], rel=1e-5)
+    assert sum(targets for _, targets in parts) == expected[1]
+
+
 def test_documents_are_no_shapes() -> None:
     engine = trainer(tiny("llama"))
     with compilations() as count:
