@@ -25,7 +25,10 @@ State = Literal["weights", "optimizer"]
 
 
 class Layout(FrozenModel):
-    """How a stage's engine lies on its devices: nothing that its output depends on beyond rounding."""
+    """How a stage's engine lies on its devices: nothing that its output depends on beyond rounding.
+
+    One exception: with PyTorch on GPUs, which attention weights dropout drops depends on the number of processes.
+    """
 
     data: int | None = Field(default=None, gt=0)
     """Parts that the rows of a batch are divided into, each with all weights; null for the devices that are left."""
