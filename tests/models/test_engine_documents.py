@@ -47,10 +47,13 @@ def apart(batch: Batch, size: tuple[int, int] = (0, 0)) -> Batch:
 
 
 def assert_near(found: Arrays, expected: Arrays) -> None:
-    """Equal to 1e-5 of each array's largest element."""
+    """Equal to 1e-5 of each array's largest element, or to 1e-6 of the largest of all: what is nothing but rounding, as
+    the gradients of queries that have one key each, need not be the same rounding."""
     assert found.keys() == expected.keys()
+    largest = max(abs(array).max() for array in expected.values())
     for name, array in expected.items():
-        np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5 * abs(array).max(), err_msg=name)
+        atol = max(1e-5 * abs(array).max(), 1e-6 * largest)
+        np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("size", list(LENGTHS))

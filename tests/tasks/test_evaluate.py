@@ -10,10 +10,10 @@ from models.engine import Bits, inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
-from models.weights import initial_weights, whole_pieces
+from models.weights import whole_pieces
 from tasks.evaluate import summarise
 from tests.tasks.conftest import RunStage
-from tests.tasks.test_publish import ARCHITECTURES, WIDE, model_folder
+from tests.tasks.test_publish import ARCHITECTURES, WIDE, model_folder, random_weights
 
 
 def test_every_row_of_the_split_is_scored_by_tokens(run_stage: RunStage, tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_every_row_of_the_split_is_scored_by_tokens(run_stage: RunStage, tmp_pat
     columns = {"prompt": prompts, "target": [sample["prediction"] for sample in samples]}
     pq.write_table(pa.table(columns), truth / "test-00000.parquet")
     _, measured = run_stage("evaluate", settings, model=model, documents=truth)
-    engine = inference_engine("torch", config, "float32", whole_pieces(initial_weights(config, 3)))
+    engine = inference_engine("torch", config, "float32", whole_pieces(random_weights(config)))
     tokenizer = Tokenizer(model / "tokenizer")
     encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     answers = generate(engine, encoded, SamplingConfig(max_new_tokens=5), [tokenizer.eos_id])
@@ -56,7 +56,7 @@ def test_few_bits_are_asked_for_and_said(run_stage: RunStage, tmp_path: Path) ->
         written = json.loads((folder / "results.json").read_bytes())
         assert metrics.get("bits") == written.get("bits") == bits
         predictions[bits] = [sample["prediction"] for sample in metrics["samples"]]
-        pieces = whole_pieces(initial_weights(config, 3))
+        pieces = whole_pieces(random_weights(config))
         engine = inference_engine("mlx", config, "float32", pieces, bits=bits)
         encoded = [[tokenizer.bos_id, *tokenizer.encode(sample["prompt"])] for sample in metrics["samples"]]
         answers = generate(engine, encoded, SamplingConfig(max_new_tokens=5), [tokenizer.eos_id])

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from models.engine import Batch, InferenceEngine, inference_engine
 from models.tokenizer import Tokenizer
-from models.weights import Array, initial_weights, whole_pieces
+from models.weights import Array, whole_pieces
 from tasks.checkpoint import ModelFolder, write_model
 from tasks.perplexity import negative_log_likelihood, windows
 from tests.tasks.conftest import RunStage
-from tests.tasks.test_publish import ARCHITECTURES, WIDE, model_folder
+from tests.tasks.test_publish import ARCHITECTURES, WIDE, model_folder, random_weights
 
 TEXTS = ["12+30=42", "1+1=2", "999+1=1000", "7*8=5612+30=42"]
 
@@ -60,7 +60,7 @@ def reference(engine: InferenceEngine, tokens: Sequence[int], window: int, strid
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_it_equals_one_pass_per_token(tmp_path: Path, architecture: str) -> None:
     _, config = model_folder(tmp_path / "model", ARCHITECTURES[architecture])
-    engine = inference_engine("torch", config, "float32", whole_pieces(initial_weights(config, 3)))
+    engine = inference_engine("torch", config, "float32", whole_pieces(random_weights(config)))
     tokens = np.random.default_rng(0).integers(0, 18, 41).tolist()
     longest = config.max_position_embeddings
     for window, stride in ((longest, longest), (longest, longest // 2), (5, 1), (7, 3)):
@@ -75,7 +75,7 @@ def test_a_window_as_long_as_the_text_gives_the_plain_loss(
     tokenizer = Tokenizer(model / "tokenizer")
     settings = {"prompts": ["1+", "2"], "sampling": {"max_new_tokens": 4}, "batch_size": 2}
     folder, metrics = run_stage("perplexity", settings, model=model, documents=documents)
-    engine = inference_engine("torch", config, "float32", whole_pieces(initial_weights(config, 3)))
+    engine = inference_engine("torch", config, "float32", whole_pieces(random_weights(config)))
     total, count = 0.0, 0
     for text in TEXTS:
         ids = np.array([[tokenizer.bos_id, *tokenizer.encode(text)]], np.int32)
@@ -138,7 +138,7 @@ def test_a_model_that_says_nothing_finite_has_no_perplexity(
     run_stage: RunStage, documents: Path, tmp_path: Path
 ) -> None:
     model, config = model_folder(tmp_path / "model", ARCHITECTURES["llama"])
-    arrays: dict[str, Array] = dict(initial_weights(config, 3))
+    arrays: dict[str, Array] = dict(random_weights(config))
     arrays["model.norm.weight"] = np.full_like(arrays["model.norm.weight"], np.nan)
     write_model(model, ModelFolder(config, arrays, None, None))
     with pytest.raises(UserError, match="not finite: look at the losses"):
