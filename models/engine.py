@@ -61,6 +61,17 @@ class Batch(NamedTuple):
         return Batch(self.tokens_BT[rows], self.targets_BT[rows], self.loss_mask_BT[rows], documents_BT)
 
 
+def counted_targets(micro_batches: Sequence[Batch]) -> int:
+    """How many targets count in the loss of a step. Raises UserError where none does."""
+    counted = sum(int(batch.loss_mask_BT.sum()) for batch in micro_batches)
+    if not counted:
+        raise UserError(
+            "a batch has no token that counts in the loss: the loss mask leaves nothing of such short rows; "
+            "give training a longer sequence_length"
+        )
+    return counted
+
+
 class StepResult(NamedTuple):
     """What one step found, as 0-d device values: reading one waits for the device, so it is done only to log."""
 

@@ -69,6 +69,11 @@ def is_decayed(shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2
 
 
+def moments_of(config: OptimizerConfig, name: str) -> tuple[str, ...]:
+    """The prefixes of the moments that the engine parameter `name` has."""
+    return MUON_MOMENTS if takes_muon(config, name) else ADAMW_MOMENTS
+
+
 def takes_muon(config: OptimizerConfig, name: str) -> bool:
     """Whether the engine parameter `name` is Muon's: the projections of the blocks, not embeddings, head or router."""
     return config.name == "muon" and name.startswith("layers.") and "_proj" in name and not name.endswith(".bias")

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save
 from common.errors import UserError
 from common.files import sha256_bytes, write_atomically
 from models.config import ModelConfig
-from models.optimizer import OPTIONAL
+from models.optimizer import OPTIONAL, UPDATES, OptimizerConfig, moments_of
 
 Array = NDArray[np.generic]
 
@@ -170,6 +170,17 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             known = shapes.get(place.name, grown)
             shapes[place.name] = tuple(max(old, new) for old, new in zip(known, grown, strict=True))
     return shapes
+
+
+def optimizer_shapes(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every array of an exported optimizer's state, but for what it may have or not."""
+    canonical = canonical_shapes(config)
+    return {UPDATES: ()} | {
+        f"{moment}:{place.name}": canonical[place.name]
+        for parameter in parameters(config)
+        for moment in moments_of(optimizer, parameter.name)
+        for place in parameter.placements
+    }
 
 
 def parameter_count(config: ModelConfig) -> int:

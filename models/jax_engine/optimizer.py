@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import optax
 
 from models.jax_engine.parameters import is_stacked
-from models.optimizer import ADAMW_MOMENTS, MUON_MOMENTS, NEWTON_SCHULZ, OptimizerConfig, is_decayed, takes_muon
+from models.optimizer import (
+    ADAMW_MOMENTS,
+    MUON_MOMENTS,
+    NEWTON_SCHULZ,
+    OptimizerConfig,
+    is_decayed,
+    moments_of,
+    takes_muon,
+)
 
 Arrays = dict[str, jax.Array]
 """Arrays by the name of this engine's parameters."""
@@ -73,11 +81,6 @@ def scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformation:
         return jax.tree.map(direction, gradients, buffers), MuonState(buffers)
 
     return optax.GradientTransformation(init, update)
-
-
-def moments_of(config: OptimizerConfig, name: str) -> tuple[str, ...]:
-    """The prefixes of the moments that a parameter has."""
-    return MUON_MOMENTS if takes_muon(config, name) else ADAMW_MOMENTS
 
 
 def prefixed(config: OptimizerConfig, of_parameters: Mapping[str, _Any]) -> dict[str, dict[str, _Any]]:

@@ -9,15 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from common.errors import UserError
 from models import weights
 from models.config import ModelConfig
-from models.engine import Batch, EngineName, State, StepResult
+from models.engine import Batch, EngineName, State, StepResult, counted_targets
 from models.jax_engine import distributed
 from models.jax_engine.batching import bucket, check_batch, largest, length_bucket, multiple, stacked
 from models.jax_engine.inference import JaxInference
 from models.jax_engine.model import Computing
-from models.jax_engine.optimizer import OptimizerState, moments_of
+from models.jax_engine.optimizer import OptimizerState
 from models.jax_engine.parameters import stacks, unstacked
 from models.jax_engine.placement import Holder, load, placed
 from models.jax_engine.step import Micro, steps
@@ -92,7 +91,7 @@ class JaxTraining:
             self._state = self._compiled.fresh(self._held.parameters)
             return
         assert self._state is not None  # weights are restored first
-        found = weights.gather(arrays, self._optimizer_shapes())
+        found = weights.gather(arrays, weights.optimizer_shapes(self._config, self._optimizer))
         moments = {
             moment: {name: placed(self._sharding, name, self._stacks[name], found, f"{moment}:") for name in of_moment}
             for moment, of_moment in self._state.moments.items()
@@ -103,23 +102,10 @@ class JaxTraining:
     def inference(self) -> JaxInference:
         return JaxInference(self._config, self._computing, self._held)
 
-    def _optimizer_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {UPDATES: ()}
-        canonical = weights.canonical_shapes(self._config)
-        for parameter in weights.parameters(self._config):
-            for place in parameter.placements:
-                prefixes = moments_of(self._optimizer, parameter.name)
-                shapes |= {f"{prefix}:{place.name}": canonical[place.name] for prefix in prefixes}
-        return shapes
-
     def _micro(self, micro_batches: Sequence[Batch]) -> Micro:
         for batch in micro_batches:
             check_batch(batch, self._config, batch.loss_mask_BT)
-        if not any(batch.loss_mask_BT.any() for batch in micro_batches):
-            raise UserError(
-                "a batch has no token that counts in the loss: the loss mask leaves nothing of such short rows; "
-                "give training a longer sequence_length"
-            )
+        counted_targets(micro_batches)
         return self._on_devices(micro_batches, *largest(micro_batches))
 
     def _on_devices(self, micro_batches: Sequence[Batch], rows: int, length: int) -> Micro:

@@ -10,7 +10,15 @@ import mlx.core as mx
 
 from models.mlx_engine.model import Parameters
 from models.mlx_engine.products import added_product, product
-from models.optimizer import ADAMW_MOMENTS, MUON_MOMENTS, NEWTON_SCHULZ, OptimizerConfig, is_decayed, takes_muon
+from models.optimizer import (
+    ADAMW_MOMENTS,
+    MUON_MOMENTS,
+    NEWTON_SCHULZ,
+    OptimizerConfig,
+    is_decayed,
+    moments_of,
+    takes_muon,
+)
 
 _SMALLEST_NORM = 1e-7
 
@@ -29,7 +37,7 @@ def fresh_moments(config: OptimizerConfig, parameters: Parameters) -> Moments:
     """The moments before the first update."""
     moments: Moments = {prefix: {} for prefix in (*ADAMW_MOMENTS, *MUON_MOMENTS)}
     for name, parameter in parameters.items():
-        for prefix in MUON_MOMENTS if takes_muon(config, name) else ADAMW_MOMENTS:
+        for prefix in moments_of(config, name):
             moments[prefix][name] = mx.zeros(parameter.shape)
     return {prefix: arrays for prefix, arrays in moments.items() if arrays}
 

@@ -10,10 +10,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from common.errors import UserError
 from models import weights
 from models.config import ModelConfig
-from models.engine import Batch, EngineName, Layout, Precision, State, StepResult
+from models.engine import Batch, EngineName, Layout, Precision, State, StepResult, counted_targets
 from models.mlx_engine.attention import row_places
 from models.mlx_engine.batches import check_batch, real_positions, rows_of
 from models.mlx_engine.head import parts_of, summed_loss, target_log_probabilities
@@ -31,14 +30,11 @@ from models.mlx_engine.model import (
 from models.mlx_engine.optimizer import Moments, Rates, fresh_moments, gradient_norm, updated
 from models.mlx_engine.processes import Processes
 from models.optimizer import (
-    ADAMW_MOMENTS,
     LOSS_SCALE,
     LOSS_SCALE_UPDATES,
-    MUON_MOMENTS,
     OPTIONAL,
     UPDATES,
     OptimizerConfig,
-    takes_muon,
 )
 from models.weights import Piece
 
@@ -147,7 +143,9 @@ class MlxTraining:
             return
         pieces = list(arrays)
         scaled = self._is_fp16 and {piece.name for piece in pieces} >= OPTIONAL
-        shapes = self._optimizer_shapes() | (dict.fromkeys(OPTIONAL, ()) if scaled else {})
+        shapes = weights.optimizer_shapes(self._config, self._optimizer_config) | (
+            dict.fromkeys(OPTIONAL, ()) if scaled else {}
+        )
         found = weights.gather(pieces, shapes)
         for parameter in weights.parameters(self._config):
             for moment, moments in self._moments.items():
@@ -167,15 +165,6 @@ class MlxTraining:
         """The optimizer as it is before its first update."""
         moments = fresh_moments(self._optimizer_config, parameters_of(self._model))
         return moments, mx.array(0, mx.int32), fresh_scale(self._is_fp16)
-
-    def _optimizer_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {UPDATES: ()}
-        canonical = weights.canonical_shapes(self._config)
-        for parameter in weights.parameters(self._config):
-            moments = MUON_MOMENTS if takes_muon(self._optimizer_config, parameter.name) else ADAMW_MOMENTS
-            for place in parameter.placements:
-                shapes |= {f"{moment}:{place.name}": canonical[place.name] for moment in moments}
-        return shapes
 
     def _traced(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any) -> Any:
@@ -214,12 +203,7 @@ class MlxTraining:
 
     def _backward(self, micro_batches: Sequence[Batch], dropout_key: int) -> tuple[mx.array, Parameters]:
         """The mean loss without the balance of experts, and the gradients, multiplied by the loss scale."""
-        counted = sum(int(batch.loss_mask_BT.sum()) for batch in micro_batches)
-        if not counted:
-            raise UserError(
-                "a batch has no token that counts in the loss: the loss mask leaves nothing of such short rows; "
-                "give training a longer sequence_length"
-            )
+        counted = counted_targets(micro_batches)
         parts = [self._arrays(batch, 0, (dropout_key << 20) + number) for number, batch in enumerate(micro_batches)]
         numbers = {"share": mx.array(1 / counted), "scale": self._scale.scale}
         if self._balanced:

@@ -13,8 +13,8 @@ from torch import Tensor
 from common.errors import UserError
 from models import weights
 from models.config import ModelConfig
-from models.engine import Batch, EngineName, Layout, Precision, State, StepResult
-from models.optimizer import ADAMW_MOMENTS, MUON_MOMENTS, UPDATES, OptimizerConfig, takes_muon
+from models.engine import Batch, EngineName, Layout, Precision, State, StepResult, counted_targets
+from models.optimizer import UPDATES, OptimizerConfig
 from models.torch_engine.device import compute_dtype, default_device, described, peak_memory, seeded
 from models.torch_engine.head import summed_loss
 from models.torch_engine.inference import TorchInference
@@ -114,7 +114,7 @@ class TorchTraining:
             self._optimizer.reset()
             self._warm_up()
             return
-        found = weights.gather(arrays, self._optimizer_shapes())
+        found = weights.gather(arrays, weights.optimizer_shapes(self._config, self._optimizer_config))
         for parameter in weights.parameters(self._config):
             for moment, tensors in self._optimizer.moments.items():
                 if parameter.name in tensors:
@@ -148,15 +148,6 @@ class TorchTraining:
                 tensor.copy_(self._whole(name, self._parameters[name]))
         return self._whole_model
 
-    def _optimizer_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {UPDATES: ()}
-        canonical = weights.canonical_shapes(self._config)
-        for parameter in weights.parameters(self._config):
-            moments = MUON_MOMENTS if takes_muon(self._optimizer_config, parameter.name) else ADAMW_MOMENTS
-            for place in parameter.placements:
-                shapes |= {f"{moment}:{place.name}": canonical[place.name] for moment in moments}
-        return shapes
-
     def _packed(self, batch: Batch, own: Own | None = None) -> Packed:
         return packed(batch, self._config.vocab_size, self._config.max_position_embeddings, self._place, own)
 
@@ -169,12 +160,7 @@ class TorchTraining:
 
     def _backward(self, micro_batches: Sequence[Batch], dropout_key: int) -> Tensor:
         """Leaves the gradients of the mean loss in `.grad`, and gives that loss without the balance of experts."""
-        counted = sum(int(batch.loss_mask_BT.sum()) for batch in micro_batches)
-        if not counted:
-            raise UserError(
-                "a batch has no token that counts in the loss: the loss mask leaves nothing of such short rows; "
-                "give training a longer sequence_length"
-            )
+        counted = counted_targets(micro_batches)
         self._model.train()
         self._parallel.clear()
         positions = sum(map(real_count, micro_batches)) * self._config.num_hidden_layers if self._balanced else 0

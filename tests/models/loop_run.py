@@ -6,10 +6,7 @@ from the checkpoints below FOLDER, and process 0 writes what was found there as 
 
 import hashlib
 import json
-import os
 import sys
-import time
-import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,17 +17,16 @@ from fsspec.implementations.local import LocalFileSystem
 from models import weights
 from models.config import ModelConfig
 from models.engine import Batch, EngineName, InferenceEngine, Layout, State, StepResult, TrainingEngine, training_engine
-from models.processes import start_processes
 from models.training.checkpoint import Checkpoints
 from models.training.config import CheckpointConfig, TrainingConfig
 from models.training.events import Event, Note
 from models.training.loop import Interrupted, Start, train
 from models.weights import Piece
 from tests.models.agreement import ADAMW, MUON, exported
+from tests.models.several import explained, number, run_all
 from tests.models.tiny import tiny
 from tests.models.training import bigrams
 
-ROOT = Path(__file__).parents[2]
 OPTIMIZERS = {"adamw": ADAMW, "muon": MUON}
 
 
@@ -168,19 +164,10 @@ def elsewhere(
     engine: EngineName, job: Mapping[str, int], folder: Path, layout: Layout, processes: int, devices: int
 ) -> dict[str, Found]:
     """What `main` comes to in other processes, started as a stage starts them; JAX has so many devices in each."""
-    command = [sys.executable, "-W", "error", "-m", "tests.models.loop_run", str(folder), engine, json.dumps(job)]
-    command.append(layout.model_dump_json())
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+    command = ["tests.models.loop_run", str(folder), engine, json.dumps(job), layout.model_dump_json()]
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    started = start_processes(engine, [command] * processes, environment, folder)
-    try:
-        until = time.monotonic() + 500
-        while started.running() and not started.failed():
-            assert time.monotonic() < until, "the processes did not end"
-            time.sleep(0.05)
-        assert not started.failed(), "\n".join(path.read_text() for path in folder.glob("error-*"))
-    finally:
-        started.kill()
+    run_all(engine, command, processes, environment, folder)
     found = json.loads((folder / "found.json").read_text())
     return {optimizer: Found(**one) for optimizer, one in found.items()}
 
@@ -191,21 +178,14 @@ def main(folder: Path, engine: EngineName, job: Mapping[str, int], layout: Layou
         optimizer: go(engine, "llama", settings(optimizer, job["steps"]), folder, optimizer, job["stop"], layout)
         for optimizer in OPTIMIZERS
     }
-    if number() == "0":
+    if number() == 0:
         text = json.dumps({optimizer: one._asdict() for optimizer, one in found.items()})
         (folder / "found.json").write_text(text)
 
 
-def number() -> str:
-    """This process's among those of the run."""
-    names = ("RANK", "JAX_PROCESS_ID", "MLX_RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0")
-
-
 if __name__ == "__main__":
     place, name, work, lying = sys.argv[1:]
-    try:
-        main(Path(place), name, json.loads(work), Layout.model_validate_json(lying))  # type: ignore[arg-type]  # mypy sees a str
-    except BaseException:
-        (Path(place) / f"error-{number()}").write_text(traceback.format_exc())
-        raise
+    explained(
+        Path(place),
+        lambda: main(Path(place), name, json.loads(work), Layout.model_validate_json(lying)),  # type: ignore[arg-type]  # mypy sees a str
+    )

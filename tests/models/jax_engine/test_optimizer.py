@@ -7,7 +7,7 @@ pytest.importorskip("jax")
 
 import jax.numpy as jnp
 
-from models.jax_engine.optimizer import clipped, fresh, moments_of, orthogonalised, updated
+from models.jax_engine.optimizer import clipped, fresh, orthogonalised, updated
 from models.optimizer import OptimizerConfig
 from tests.models import reference
 
@@ -30,13 +30,6 @@ def test_stacks_are_orthogonalised_one_matrix_at_a_time(shape: tuple[int, ...]) 
 def test_a_matrix_of_zeros_stays_one() -> None:
     found = orthogonalised(jnp.zeros((2, 3, 4)), 5, jnp.dtype(jnp.float32))
     np.testing.assert_array_equal(found, np.zeros((2, 3, 4)))
-
-
-def test_parameters_have_the_moments_of_their_optimizer() -> None:
-    assert moments_of(MUON, "layers.attention.q_proj.weight") == ("momentum_buffer",)
-    assert moments_of(MUON, "layers.attention.q_proj.bias") == ("exp_avg", "exp_avg_sq")
-    assert moments_of(MUON, "layers.mlp.router.weight") == ("exp_avg", "exp_avg_sq")
-    assert moments_of(MUON, "embed_tokens.weight") == ("exp_avg", "exp_avg_sq")
 
 
 def test_stacked_vectors_do_not_decay_and_stacked_matrices_do() -> None:

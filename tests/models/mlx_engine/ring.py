@@ -4,22 +4,17 @@ As a program: `python -m tests.models.mlx_engine.ring FOLDER NAME…` in each of
 one after the other; process 0 writes what each came to, as JSON and as arrays.
 """
 
-import json
-import os
-import sys
-import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from models import weights
 from models.engine import Batch, Layout, TrainingEngine, training_engine
 from models.optimizer import OptimizerConfig
-from models.processes import start_processes
-from tests.models.tiny import Arrays, batch, cut, pieces, tiny
+from tests.models import several
+from tests.models.several import Found
+from tests.models.tiny import batch, cut, pieces, tiny
 
 OPTIMIZERS = {
     "adamw": OptimizerConfig(learning_rate=3e-4),
@@ -28,8 +23,6 @@ OPTIMIZERS = {
 STEPS = 20
 # They do not divide among two processes, and one of the micro-batches is a single row.
 ROWS = 7
-
-Found = tuple[dict[str, Any], Arrays]
 
 
 def micro_batches(step: int) -> list[Batch]:
@@ -63,34 +56,10 @@ def train(name: str) -> Found:
     return found, {**arrays, **{f"gradient {key}": array for key, array in gradients.items()}}
 
 
-def together(folder: Path, names: Sequence[str], count: int = 2, seconds: float = 400.0) -> dict[str, Found]:
-    """Works in several processes, started as a stage starts them."""
-    folder.mkdir()
-    command = [sys.executable, "-W", "error", "-m", "tests.models.mlx_engine.ring", str(folder), *names]
-    processes = start_processes("mlx", [command] * count, {"PYTHONPATH": str(Path(__file__).parents[3])}, folder)
-    try:
-        until = time.monotonic() + seconds
-        while processes.running() and not processes.failed():
-            assert time.monotonic() < until, "the processes did not end"
-            time.sleep(0.05)
-        assert not processes.failed(), "\n".join(path.read_text() for path in folder.glob("error-*"))
-    finally:
-        processes.kill()
-    found = json.loads((folder / "found.json").read_text())
-    return {name: (found[name], dict(np.load(folder / f"{number}.npz"))) for number, name in enumerate(names)}
-
-
-def main(folder: Path, names: Sequence[str]) -> None:
-    results = {name: train(name) for name in names}
-    if os.environ["MLX_RANK"] == "0":
-        for number, (_, arrays) in enumerate(results.values()):
-            np.savez(folder / f"{number}.npz", **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
-        (folder / "found.json").write_text(json.dumps({name: found for name, (found, _) in results.items()}))
+def together(folder: Path, names: Sequence[str]) -> dict[str, Found]:
+    """The works in two processes."""
+    return several.together("mlx", "tests.models.mlx_engine.ring", folder, 2, names, {})
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]), sys.argv[2:])
-    except BaseException:
-        (Path(sys.argv[1]) / f"error-{os.environ['MLX_RANK']}").write_text(traceback.format_exc())
-        raise
+    several.main(train)

@@ -12,6 +12,7 @@ pytest.importorskip("models.mlx_engine")
 
 from models.mlx_engine.processes import Processes  # only where MLX is
 from tests.models.mlx_engine import ring
+from tests.models.several import Found
 
 WORKS = [f"{name}:{optimizer}:0" for name in COMPOSITIONS for optimizer in ("adamw", "muon")]
 WORKS += ["gpt2:adamw:0.2", "mixtral:muon:0.2"]
@@ -19,18 +20,18 @@ HALF = 10
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, ring.Found]:
+def alone() -> dict[str, Found]:
     """What one process comes to."""
     return {name: ring.train(name) for name in WORKS}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ring.Found]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
     """What two come to, started once."""
     return ring.together(tmp_path_factory.mktemp("ring") / "two", WORKS)
 
 
-def assert_same_training(found: ring.Found, expected: ring.Found, name: str, first: int = 0) -> None:
+def assert_same_training(found: Found, expected: Found, name: str, first: int = 0) -> None:
     bar = 1e-4 if ":muon:" in name else 1e-5
     (told, arrays), (told_alone, arrays_alone) = found, expected
     np.testing.assert_allclose(told["losses"], told_alone["losses"][first:], atol=bar, rtol=0)
@@ -49,7 +50,7 @@ def assert_close(arrays: Arrays, others: Arrays, bar: float) -> None:
 
 
 @pytest.mark.parametrize("name", WORKS)
-def test_losses_are_those_of_one_process(name: str, found: dict[str, ring.Found], alone: dict[str, ring.Found]) -> None:
+def test_losses_are_those_of_one_process(name: str, found: dict[str, Found], alone: dict[str, Found]) -> None:
     assert_same_training(found[name], alone[name], name)
     # Every step counts: with dropout, another mask would be seen at once.
     assert found[name][0]["agreed"] == 2**40 + 3
@@ -59,7 +60,7 @@ def test_losses_are_those_of_one_process(name: str, found: dict[str, ring.Found]
 
 @pytest.mark.parametrize("name", ["llama:adamw:0", "mixtral:muon:0.2"])
 def test_a_run_goes_on_in_another_number_of_processes(
-    name: str, alone: dict[str, ring.Found], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, alone: dict[str, Found], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as context:
         context.setattr(ring, "STEPS", HALF)

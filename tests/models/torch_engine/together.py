@@ -5,9 +5,6 @@ works one after the other; process 0 writes what each came to, as JSON and as ar
 """
 
 import hashlib
-import json
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +17,13 @@ from models.config import ModelConfig
 from models.engine import Batch, Layout, StepResult, training_engine
 from models.generation import generate
 from models.optimizer import OptimizerConfig
-from models.processes import start_processes
 from models.sampling import SamplingConfig
 from models.torch_engine.train import TorchTraining
 from models.training.checkpoint import Checkpoints
 from models.training.config import CheckpointConfig, TrainingConfig
 from models.training.events import Event, Note
 from models.training.loop import Interrupted, Start, train
+from tests.models import several
 from tests.models.tiny import VOCABULARY, Arrays, batch, cut, pieces, tiny
 from tests.models.training import bigrams
 
@@ -99,7 +96,7 @@ def restoring(name: str) -> tuple[Found, Arrays]:
     random = np.random.default_rng(0)
     canonical = weights.canonical_shapes(config)
     moments: Arrays = {"updates": np.array(5, np.int64)}
-    for moment in sorted(first._optimizer_shapes().keys() - {"updates"}):
+    for moment in sorted(weights.optimizer_shapes(config, MUON).keys() - {"updates"}):
         moments[moment] = random.random(canonical[moment.partition(":")[2]], np.float32) / 100
     results: list[list[float]] = []
     states: list[Arrays] = []
@@ -206,40 +203,11 @@ def do(name: str) -> tuple[Found, Arrays]:
     return WORKS[name.partition(":")[0]](name)
 
 
-def together(folder: Path, count: int, names: Sequence[str], seconds: float = 300.0) -> dict[str, tuple[Found, Arrays]]:
-    """Works in `count` processes, started as a stage starts them."""
-    import time
-
-    folder.mkdir()
-    command = [sys.executable, "-W", "error", "-m", "tests.models.torch_engine.together", str(folder), *names]
-    environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    processes = start_processes("torch", [command] * count, environment, folder)
-    try:
-        until = time.monotonic() + seconds
-        while processes.running():
-            assert time.monotonic() < until, "the processes did not end"
-            time.sleep(0.05)
-        assert not processes.failed(), "\n".join(path.read_text() for path in folder.glob("error-*"))
-    finally:
-        processes.kill()
-    found = json.loads((folder / "found.json").read_text())
-    arrays = [dict(np.load(folder / f"{number}.npz")) for number in range(len(names))]
-    return {name: (found[name], array) for name, array in zip(names, arrays, strict=True)}
-
-
-def main(folder: Path, names: Sequence[str]) -> None:
-    results = {name: do(name) for name in names}
-    if os.environ["RANK"] == "0":
-        for number, (_, arrays) in enumerate(results.values()):
-            np.savez(folder / f"{number}.npz", **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
-        (folder / "found.json").write_text(json.dumps({name: found for name, (found, _) in results.items()}))
+def together(folder: Path, count: int, names: Sequence[str]) -> dict[str, tuple[Found, Arrays]]:
+    """The works in `count` processes."""
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return several.together("torch", "tests.models.torch_engine.together", folder, count, names, environment)
 
 
 if __name__ == "__main__":
-    import traceback
-
-    try:
-        main(Path(sys.argv[1]), sys.argv[2:])
-    except BaseException:
-        (Path(sys.argv[1]) / f"error-{os.environ['RANK']}").write_text(traceback.format_exc())
-        raise
+    several.main(do)
