@@ -11,7 +11,8 @@ run: setup
 	$(BIN)/cairn run arithmetic
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not agreement"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m agreement
 
 check: setup
 	$(BIN)/ruff check .

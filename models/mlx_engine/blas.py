@@ -5,6 +5,9 @@ products in fp32 find them first: that made one of 2,048 × 384 × 1,024 twenty 
 NumPy's and SciPy's wheels, and in `scipy-openblas32`, cannot serve: its symbols have a prefix. On macOS MLX has
 Accelerate and Metal.
 
+A PyTorch that is imported later finds those symbols, too, and computes other last bits than without them: what has to
+be the same bit for bit belongs in processes of one engine each, as stages are.
+
 As a program, `python -P models/mlx_engine/blas.py` says where the library is missing how to get it.
 """
 
@@ -32,6 +35,17 @@ def preload(names: tuple[str, ...] = NAMES) -> str | None:
             continue
         return name
     return None
+
+
+def threads() -> int:
+    """Threads that OpenBLAS divides a product over; 1 where it is not loaded for MLX."""
+    symbols = ctypes.CDLL(None)
+    return int(symbols.openblas_get_num_threads()) if hasattr(symbols, "openblas_get_num_threads") else 1
+
+
+def use_one_thread() -> None:
+    """Has OpenBLAS do each product in the thread that asks for it, from now on."""
+    ctypes.CDLL(None).openblas_set_num_threads(1)
 
 
 if __name__ == "__main__" and sys.platform == "linux" and preload() is None:

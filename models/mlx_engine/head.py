@@ -7,6 +7,8 @@ M positions, C those of a part, D hidden_size, V vocab_size.
 
 import mlx.core as mx
 
+from models.mlx_engine.device import on_cpu
+from models.mlx_engine.elementary import exp
 from models.mlx_engine.products import product
 
 _LOGITS = {"cpu": 1 << 22, "gpu": 1 << 27}
@@ -31,8 +33,7 @@ def summed_loss(x_MD: mx.array, head_VD: mx.array, targets_M: mx.array, counted_
 
 def parts_of(positions: int, vocabulary: int) -> list[slice]:
     """The positions as parts of as many logits as are computed at a time."""
-    device = "cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu"
-    size = max(1, _LOGITS[device] // vocabulary)
+    size = max(1, _LOGITS["cpu" if on_cpu() else "gpu"] // vocabulary)
     return [slice(start, start + size) for start in range(0, positions, size)]
 
 
@@ -49,13 +50,14 @@ def _with_gradients(
         targets_C1, counted_C1 = targets_M[part][:, None], counted_M[part][:, None]
         logits_CV = product(x_CD, cast_VD.T).astype(mx.float32)
         largest_C1 = logits_CV.max(-1, keepdims=True)
-        powers_CV = mx.exp(logits_CV - largest_C1)
+        powers_CV = exp(logits_CV - largest_C1)
         sums_C1 = powers_CV.sum(-1, keepdims=True)
         losses_C1 = mx.log(sums_C1) + largest_C1 - mx.take_along_axis(logits_CV, targets_C1, axis=-1)
         total = total + mx.where(counted_C1 > 0, losses_C1, 0).sum()
         # The gradient by the logits: the probabilities, less 1 at the target.
-        hits_CV = mx.arange(len(head_VD)) == targets_C1
-        dlogits_CV = (powers_CV * (counted_C1 / sums_C1) - hits_CV * counted_C1).astype(x_MD.dtype)
+        dlogits_CV = powers_CV * (counted_C1 / sums_C1)
+        hits_C1 = mx.take_along_axis(dlogits_CV, targets_C1, axis=-1) - counted_C1
+        dlogits_CV = mx.put_along_axis(dlogits_CV, targets_C1, hits_C1, axis=-1).astype(x_MD.dtype)
         dx.append(product(dlogits_CV, cast_VD))
         dhead_VD = dhead_VD + product(dlogits_CV.T, x_CD).astype(mx.float32)
     return total, mx.concatenate(dx), dhead_VD

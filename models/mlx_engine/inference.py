@@ -12,6 +12,7 @@ from models.engine import Batch, EngineName
 from models.machine import peak_resident_memory
 from models.mlx_engine.attention import Cache, LayerCache, Places, cached_places, row_places
 from models.mlx_engine.batches import check_batch, check_tokens, rows_of
+from models.mlx_engine.device import on_cpu
 from models.mlx_engine.head import parts_of, target_log_probabilities
 from models.mlx_engine.model import Transformer
 
@@ -28,8 +29,8 @@ class MlxInference:
 
     def logits(self, tokens_BT: NDArray[np.int32]) -> NDArray[np.float32]:
         self._check(tokens_BT)
-        x_BTD, _ = self._model.read(mx.array(tokens_BT), row_places(None, None))
-        return _on_host(self._model.logits(x_BTD))
+        read = self._model.read(mx.array(tokens_BT), row_places(None, None))
+        return _on_host(self._model.logits(read.x_BTD))
 
     def log_probabilities(self, batch: Batch) -> NDArray[np.float32]:
         everything = batch._replace(loss_mask_BT=np.ones_like(batch.loss_mask_BT))
@@ -38,7 +39,7 @@ class MlxInference:
         documents_BT, positions_BT = (
             None if array is None else mx.array(array) for array in (rows.documents_RT, rows.positions_RT)
         )
-        x_BTD, _ = self._model.read(mx.array(rows.tokens_RT), row_places(documents_BT, positions_BT))
+        x_BTD = self._model.read(mx.array(rows.tokens_RT), row_places(documents_BT, positions_BT)).x_BTD
         x_MD, targets_M = x_BTD.reshape(-1, x_BTD.shape[-1]), rows.targets_RT.reshape(-1)
         found_M = np.empty(targets_M.shape, np.float32)
         for part in parts_of(len(targets_M), self.config.vocab_size):
@@ -102,7 +103,7 @@ def described() -> str:
 
 def peak_memory() -> int:
     """As the engine's contract says."""
-    return peak_resident_memory() if mx.default_device() == mx.Device(mx.cpu) else mx.get_peak_memory()
+    return peak_resident_memory() if on_cpu() else mx.get_peak_memory()
 
 
 def _on_host(array: mx.array) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ import mlx.core as mx
 from mlx import nn
 
 from models.config import ModelConfig
+from models.mlx_engine.elementary import gelu_tanh, silu
 from models.mlx_engine.products import added_product, product
 
 
@@ -42,10 +43,8 @@ class Norm(nn.Module):
 
 
 def activated(config: ModelConfig, x: mx.array) -> mx.array:
-    """The config's activation: SiLU, or GELU in its tanh form (Hendrycks and Gimpel, 2016)."""
-    if config.hidden_act == "silu":
-        return x * mx.sigmoid(x)
-    return 0.5 * x * (1 + mx.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    """The config's activation: SiLU, or GELU in its tanh form."""
+    return silu(x) if config.hidden_act == "silu" else gelu_tanh(x)
 
 
 class Dense(nn.Module):

@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx import nn
 
 from models.config import ModelConfig
+from models.mlx_engine.device import on_cpu
 from models.mlx_engine.layers import Linear, activated
 from models.mlx_engine.products import product
 
@@ -35,7 +36,7 @@ class Experts(nn.Module):
 
     def __call__(self, x_ND: mx.array, experts_NX: mx.array, weights_NX: mx.array) -> mx.array:
         """The weighted sum of what each position's experts make of it, (N, D)."""
-        if mx.default_device() == mx.Device(mx.cpu):
+        if on_cpu():
             return self.through_all(x_ND, experts_NX, weights_NX)
         return self.through_chosen(x_ND, experts_NX, weights_NX)
 

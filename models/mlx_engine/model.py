@@ -4,6 +4,7 @@ B rows, T positions, D hidden_size, V vocab_size.
 """
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import mlx.core as mx
 from mlx import nn
@@ -18,6 +19,17 @@ from models.mlx_engine.mixture import Mixture, Routing
 
 Parameters = dict[str, mx.array]
 """The parameters, or as many arrays of their shapes, by name."""
+
+
+class Read(NamedTuple):
+    """What reading rows gives."""
+
+    x_BTD: mx.array
+    """What the head reads, in `compute`'s dtype."""
+    routings: list[Routing]
+    """What each router did with the real positions."""
+    between: list[mx.array]
+    """The residual stream after each block."""
 
 
 class Block(nn.Module):
@@ -83,19 +95,19 @@ class Transformer(nn.Module):
 
     def read(
         self, tokens_BT: mx.array, places: Places, real_BT: mx.array | None = None, keys_B2: mx.array | None = None
-    ) -> tuple[mx.array, list[Routing]]:
-        """What the head reads, (B, T, D) in `compute`'s dtype, and what each router did with the real positions.
-
-        keys_B2: a random key for each row, where there is to be dropout.
-        """
+    ) -> Read:
+        """Reads whole rows. keys_B2: a random key for each row, where there is to be dropout."""
         keys = split_keys(keys_B2, len(self.layers) + 1)
-        x_BTD, routings = dropped(self._embedded(tokens_BT, places), self.config.dropout, keys[-1]), []
+        x_BTD = dropped(self._embedded(tokens_BT, places), self.config.dropout, keys[-1])
+        routings: list[Routing] = []
+        between: list[mx.array] = []
         for block, block_keys in zip(self.layers, keys, strict=False):
             call = nn.utils.checkpoint(block) if self.rematerialize else block
             x_BTD, routing, _ = call(x_BTD, places, real_BT, block_keys)
+            between.append(x_BTD)
             if routing is not None:
                 routings.append(routing)
-        return self.norm(x_BTD).astype(self.compute), routings
+        return Read(self.norm(x_BTD).astype(self.compute), routings, between)
 
     def read_cached(self, tokens_BT: mx.array, places: Places, cache: Cache) -> tuple[mx.array, list[LayerCache]]:
         """The same with a cache, whose layers are given back with the new positions in them."""

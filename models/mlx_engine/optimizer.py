@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from models.mlx_engine.lanes import Lanes
 from models.mlx_engine.model import Parameters
 from models.mlx_engine.products import added_product, product
 from models.optimizer import (
@@ -42,10 +43,13 @@ def fresh_moments(config: OptimizerConfig, parameters: Parameters) -> Moments:
     return {prefix: arrays for prefix, arrays in moments.items() if arrays}
 
 
-def gradient_norm(gradients: Parameters) -> mx.array:
+def gradient_norm(gradients: Parameters, lanes: Lanes) -> mx.array:
     """The global norm, a 0-d fp32 array."""
-    # Row by row first: MLX adds up in order, and fp32 loses digits over millions of squares.
-    squares = [(gradient * gradient).sum(-1).sum() for gradient in gradients.values()]
+    squares = []
+    for number, gradient in enumerate(gradients.values()):
+        with lanes.on(number):
+            # Row by row first: MLX adds up in order, and fp32 loses digits over millions of squares.
+            squares.append((gradient * gradient).sum(-1).sum())
     return mx.sqrt(mx.stack(squares).sum())
 
 
@@ -57,6 +61,7 @@ def updated(
     gradients: Parameters,
     rates: Rates,
     norm: mx.array,
+    lanes: Lanes,
 ) -> tuple[Parameters, Moments, mx.array]:
     """Parameters, moments and count after one clipped update; updates: 0-d int32; norm: the gradients' norm."""
     shrink = mx.array(1.0) if config.clip is None else mx.minimum(config.clip / (norm + 1e-6), 1.0)
@@ -64,16 +69,18 @@ def updated(
     after: Parameters = {}
     moments_after: Moments = {prefix: {} for prefix in moments}
     shapes: dict[tuple[int, ...], list[str]] = {}
-    for name, parameter in parameters.items():
+    for number, (name, parameter) in enumerate(parameters.items()):
         if takes_muon(config, name):
             shapes.setdefault(parameter.shape[-2:], []).append(name)
             continue
         old = moments["exp_avg"][name], moments["exp_avg_sq"][name]
         decay = config.weight_decay if is_decayed(parameter.shape) else 0.0
-        after[name], *new = _adamw(config, parameter, *old, gradients[name] * shrink, count, rates.adamw, decay)
+        with lanes.on(number):
+            after[name], *new = _adamw(config, parameter, *old, gradients[name] * shrink, count, rates.adamw, decay)
         moments_after["exp_avg"][name], moments_after["exp_avg_sq"][name] = new
-    for names in shapes.values():
-        changed = _muon(config, parameters, moments["momentum_buffer"], gradients, names, rates.muon, shrink)
+    for number, names in enumerate(some for alike in shapes.values() for some in lanes.divided(alike)):
+        with lanes.on(number):
+            changed = _muon(config, parameters, moments["momentum_buffer"], gradients, names, rates.muon, shrink)
         for name, (parameter, buffer) in changed.items():
             after[name], moments_after["momentum_buffer"][name] = parameter, buffer
     return {name: after[name] for name in parameters}, moments_after, count

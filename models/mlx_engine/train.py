@@ -15,12 +15,15 @@ from models.config import ModelConfig
 from models.engine import Batch, EngineName, Layout, Precision, State, StepResult, counted_targets
 from models.mlx_engine.attention import row_places
 from models.mlx_engine.batches import check_batch, real_positions, rows_of
+from models.mlx_engine.device import on_cpu
 from models.mlx_engine.head import parts_of, summed_loss, target_log_probabilities
 from models.mlx_engine.inference import MlxInference, described, peak_memory
+from models.mlx_engine.lanes import Arrays, Lanes, Part
 from models.mlx_engine.loss_scale import LossScale, fresh_scale, next_scale
-from models.mlx_engine.mixture import Routing, balance_loss, total
+from models.mlx_engine.mixture import balance_loss, total
 from models.mlx_engine.model import (
     Parameters,
+    Read,
     Transformer,
     compute_dtype,
     load_weights,
@@ -37,10 +40,6 @@ from models.optimizer import (
     OptimizerConfig,
 )
 from models.weights import Piece
-
-Arrays = dict[str, mx.array]
-"""One micro-batch on the device: the fields of `batches.Rows` that there are, and `keys` (R, 2) of dropout."""
-
 
 OptimizerState = tuple[Moments, mx.array, LossScale]
 """The moments, the number of updates (0-d int32), and the loss scale."""
@@ -76,9 +75,12 @@ class MlxTraining:
         if compiled is None:
             # On a CPU, compiled steps were no faster, and MLX compiles with a g++ that may be missing, into files that
             # two processes at a time, or one that is killed, leave half-written for all later ones.
-            compiled = mx.default_device() != mx.Device(mx.cpu)
+            compiled = not on_cpu()
         compile_: Callable[..., Any] = mx.compile if compiled else lambda function: function
         self._compiled = compiled
+        # The balance of experts needs all rows at once, and processes are as many as the cores are to be.
+        alone = compiled or self._balanced or processes.count > 1
+        self._lanes = Lanes(1) if alone else Lanes.where_they_help()
         self._gradients_of = compile_(self._traced(self._gradients_function))
         self._counts_of = compile_(self._traced(self._counts_function))
         self._loss_of = compile_(self._traced(self._loss_function))
@@ -112,7 +114,8 @@ class MlxTraining:
         # The last rows of a validation are fewer: they are filled up to the shape that is compiled.
         self._loss_rows[shape] = at_least = max(self._loss_rows.get(shape, 0), len(batch.tokens_BT))
         arrays = self._arrays(batch, -(-at_least // self._processes.count), None)
-        (found,) = self._processes.sum([self._with_parameters(self._loss_of, arrays)])
+        parts = self._lanes.each(lambda rows: self._with_parameters(self._loss_of, rows), arrays)
+        (found,) = self._processes.sum([sum(parts[1:], parts[0])])
         return float(found), int(batch.loss_mask_BT.sum())
 
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
@@ -213,51 +216,56 @@ class MlxTraining:
                 # Their product with probabilities is the loss, so the parts' gradients need them beforehand.
                 counts = [self._with_parameters(self._counts_of, arrays) for arrays in parts]
                 numbers["counts"] = self._processes.sum([sum(counts[1:], counts[0])])[0]
-        loss, gradients = self._with_parameters(self._gradients_of, parts[0], numbers)
+        loss, gradients = self._gradients(parts[0], numbers)
         for arrays in parts[1:]:
             mx.async_eval(loss, gradients)
-            more, further = self._with_parameters(self._gradients_of, arrays, numbers)
+            more, further = self._gradients(arrays, numbers)
             loss, gradients = loss + more, {name: array + further[name] for name, array in gradients.items()}
         names = list(gradients)
         loss, *summed = self._processes.sum([loss, *gradients.values()])
         return loss, dict(zip(names, summed, strict=True))
 
+    def _gradients(self, arrays: Arrays, numbers: Arrays) -> tuple[mx.array, Parameters]:
+        """A micro-batch's part of the mean loss, and of the scaled gradients."""
+        parts = self._lanes.each(lambda rows: self._with_parameters(self._gradients_of, rows, numbers), arrays)
+        return self._lanes.added(parts)
+
     @property
     def _balanced(self) -> bool:
         return self._config.mlp == "mixture" and self._config.router_aux_loss_coef > 0
 
-    def _read(self, parameters: Parameters, arrays: Arrays) -> tuple[mx.array, list[Routing]]:
+    def _read(self, parameters: Parameters, arrays: Arrays) -> Read:
         replace_parameters(self._model, parameters)
         places = row_places(arrays.get("documents"), arrays.get("positions"))
         return self._model.read(arrays["tokens"], places, arrays.get("real"), arrays.get("keys"))
 
-    def _gradients_function(
-        self, parameters: Parameters, arrays: Arrays, numbers: Arrays
-    ) -> tuple[mx.array, Parameters]:
-        """This micro-batch's part of the mean loss, and of the scaled gradients."""
+    def _gradients_function(self, parameters: Parameters, arrays: Arrays, numbers: Arrays) -> Part:
+        """What these rows add to the mean loss, and to the scaled gradients."""
 
-        def objective(parameters: Parameters) -> tuple[mx.array, mx.array]:
-            x_RTD, routings = self._read(parameters, arrays)
-            x_MD, head_VD = x_RTD.reshape(-1, x_RTD.shape[-1]), self._model.head_VD
+        def objective(parameters: Parameters) -> tuple[mx.array, mx.array, list[mx.array]]:
+            read = self._read(parameters, arrays)
+            x_MD, head_VD = read.x_BTD.reshape(-1, read.x_BTD.shape[-1]), self._model.head_VD
             loss = summed_loss(x_MD, head_VD, arrays["targets"].reshape(-1), arrays["counted"].reshape(-1))
             loss = whole = loss * numbers["share"]
             if self._balanced:
-                found = total(routings)
+                found = total(read.routings)
                 counts_E = numbers.get("counts", found.counts_E)
                 balance = balance_loss(found.probabilities_E, counts_E, numbers["positions"])
                 whole = loss + self._config.router_aux_loss_coef * balance
-            return (whole * numbers["scale"] if self._is_fp16 else whole), loss
+            # What is compiled would give back all that it names.
+            between = [] if self._compiled else read.between
+            return (whole * numbers["scale"] if self._is_fp16 else whole), loss, between
 
-        (_, loss), gradients = mx.value_and_grad(objective)(parameters)
-        return loss, gradients
+        (_, loss, between), gradients = mx.value_and_grad(objective)(parameters)
+        return Part(loss, gradients, between)
 
     def _counts_function(self, parameters: Parameters, arrays: Arrays) -> mx.array:
         """How often each expert was chosen, in all layers together."""
-        return total(self._read(parameters, arrays)[1]).counts_E
+        return total(self._read(parameters, arrays).routings).counts_E
 
     def _loss_function(self, parameters: Parameters, arrays: Arrays) -> mx.array:
         """The summed cross-entropy, without a gradient and without dropout."""
-        x_RTD, _ = self._read(parameters, arrays)
+        x_RTD = self._read(parameters, arrays).x_BTD
         x_MD, found = x_RTD.reshape(-1, x_RTD.shape[-1]), mx.zeros(())
         targets_M, counted_M = arrays["targets"].reshape(-1), arrays["counted"].reshape(-1)
         for part in parts_of(len(x_MD), self._config.vocab_size):
@@ -278,13 +286,15 @@ class MlxTraining:
         moments, updates, scale = state
         if self._is_fp16:
             gradients = {name: gradient / scale.scale for name, gradient in gradients.items()}
-        norm = gradient_norm(gradients)
+        norm = gradient_norm(gradients, self._lanes)
         finite = mx.isfinite(norm) & mx.isfinite(loss)
         after = next_scale(scale, finite) if self._is_fp16 else scale
         skipped = 1.0 - finite.astype(mx.float32)
         if not self._compiled and not finite.item():
             return parameters, (moments, updates, after), norm, skipped
-        new, new_moments, count = updated(self._optimizer_config, parameters, moments, updates, gradients, rates, norm)
+        new, new_moments, count = updated(
+            self._optimizer_config, parameters, moments, updates, gradients, rates, norm, self._lanes
+        )
         if self._compiled:
             # On a CPU, choosing element by element would take as long as the rest of the update.
             new, new_moments, count = tree_map(

@@ -16,8 +16,9 @@ if [ -n "${WHEELS:-}" ]; then
   "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$out/site" "$WHEELS"/*.whl || exit 1
 fi
 export PYTHONPATH="$PWD:$out/site" PYTHONUNBUFFERED=1
-# JAX would take three quarters of the memory at once, and three engines share the device in the tests.
-export XLA_PYTHON_CLIENT_PREALLOCATE=false
+# JAX would take three quarters of the memory at once, and three engines share the device in the tests, which would
+# not optimise what they compile.
+export XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS="${XLA_FLAGS-}"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/device.txt"
 failed=0
 : > "$out/throughput.jsonl"

@@ -6,6 +6,7 @@ from the checkpoints below FOLDER, and process 0 writes what was found there as 
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -166,7 +167,7 @@ def elsewhere(
     """What `main` comes to in other processes, started as a stage starts them; JAX has so many devices in each."""
     command = ["tests.models.loop_run", str(folder), engine, json.dumps(job), layout.model_dump_json()]
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     run_all(engine, command, processes, environment, folder)
     found = json.loads((folder / "found.json").read_text())
     return {optimizer: Found(**one) for optimizer, one in found.items()}

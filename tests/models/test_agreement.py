@@ -31,7 +31,7 @@ from tests.models.agreement import (
 )
 from tests.models.tiny import cut
 
-pytestmark = several_engines
+pytestmark = [several_engines, pytest.mark.agreement]
 NEW_TOKENS = 24
 DRAWN = SamplingConfig(max_new_tokens=NEW_TOKENS, temperature=0.9, top_k=50, top_p=0.95, repetition_penalty=1.1, seed=3)
 CLOSE_CALL = 2e-3

@@ -14,7 +14,7 @@ from models.engine import EngineName, Layout, is_installed
 from tests.models.agreement import HERE, pairs_of, several_engines, tell
 from tests.models.loop_run import OPTIMIZERS, Found, elsewhere, go, settings, write_data
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.agreement, pytest.mark.slow]
 BARS = {"adamw": 1e-5, "muon": 1e-4}
 """Of one engine on other devices."""
 LEARNT = {"adamw": 0.1, "muon": 0.1}

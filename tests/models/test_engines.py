@@ -75,12 +75,19 @@ def test_updates_are_those_of_the_definition(engine_name: EngineName, name: str,
     reference = ReferenceOptimizer(config, optimizer, weights.initial_weights(config, 1))
     for step, scale in enumerate((1.0, 0.5, 0.25)):
         rows = batch(seed=step)
-        norm = reference.step(gradients(engine, [rows], step), scale)
+        given = gradients(engine, [rows], step)
+        norm = reference.step(given, scale)
         result = engine.step([rows], scale, step)
         assert float(result.gradient_norm) == pytest.approx(norm, rel=1e-4)
         assert not float(result.skipped)
-        found = weights.gather(engine.export("weights"), weights.canonical_shapes(config))
-        assert_same(found, reference.canonical(), atol=2e-5, rtol=1e-4)
+        found, expected = exported(engine, optimizer=False), reference.canonical()
+        for name, gradient in given.items():
+            # Adam makes a step of a gradient however small: rounding is much of it then, and all of a bias of keys.
+            part = np.minimum(1e-7 * norm / np.maximum(abs(gradient), 1e-30), 2)
+            if gradient.ndim > 1:
+                part[gradient == 0] = 0  # of tokens that are not there
+            allowed = 2e-5 + 1e-4 * abs(expected[name]) + optimizer.learning_rate * part
+            assert (abs(found[name] - expected[name]) <= allowed).all(), name
         # Small differences of gradients near zero grow in Adam's quotient: go on from the same point.
         reference.values = reference._read(found)
 

@@ -23,6 +23,7 @@ __all__ = ["engine_name"]  # the fixture
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.agreement
 without_compiling = pytest.mark.parametrize("engine_name", ["torch", "mlx"], indirect=True)
 """JAX, which would compile for each of these, is held to the other engines by test_agreement.py."""
 NAMES = ["gpt2", "llama", "mixtral", "llama-tied"]

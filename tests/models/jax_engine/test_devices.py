@@ -42,6 +42,7 @@ def free_port() -> int:
         return port
 
 
+@pytest.mark.agreement
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", list(TOLERANCES))
 def test_eight_devices_lose_as_one(optimizer: str, tmp_path: Path) -> None:
@@ -64,6 +65,7 @@ def test_other_models_do_so_too(model: str, changes: dict[str, Any], tmp_path: P
     assert_close(run(job("adamw", model, layout=layout, **more), tmp_path, devices=8), alone, "adamw")
 
 
+@pytest.mark.agreement
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"fsdp": 2}, {"data": 2}, {"data": 2, "tensor": 2}], ids=str)
 def test_two_processes_lose_as_one(layout: dict[str, int], tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def _start(path: Path, devices: int, processes: int, number: int, port: int) -> 
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "error",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
     }
     if processes > 1:
         environment |= {

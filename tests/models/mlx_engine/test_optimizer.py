@@ -7,6 +7,7 @@ pytest.importorskip("models.mlx_engine")
 
 import mlx.core as mx  # only where MLX is
 
+from models.mlx_engine.lanes import Lanes
 from models.mlx_engine.loss_scale import LossScale, fresh_scale, next_scale
 from models.mlx_engine.optimizer import _correction, gradient_norm, orthogonalised
 from tests.models import reference
@@ -37,7 +38,7 @@ def test_bias_corrections_keep_their_digits(beta: float) -> None:
 def test_the_norm_of_many_numbers_keeps_its_digits() -> None:
     gradients = {"one": np.full((4096, 512), 0.1, np.float32), "other": np.full(300, 0.1, np.float32)}
     expected = np.sqrt(sum((array.astype(np.float64) ** 2).sum() for array in gradients.values()))
-    found = gradient_norm({name: mx.array(array) for name, array in gradients.items()})
+    found = gradient_norm({name: mx.array(array) for name, array in gradients.items()}, Lanes(1))
     assert float(found) == pytest.approx(expected, rel=3e-5)
 
 
