@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from models.config import ModelConfig
 from models.engine import Bits, Layout, Precision
-from models.mlx_engine.blas import preload
+from models.mlx_engine.blas import cores, divide_products, preload
 from models.optimizer import OptimizerConfig
 from models.weights import Piece
 
@@ -37,4 +37,5 @@ def inference_engine(
     module = Transformer(model, compute_dtype(precision))
     load_weights(module, weights)
     module.freeze()
+    divide_products(cores())  # which an engine that trained before this one in the same process has stopped
     return MlxInference(module if bits is None else quantized(module, bits))

@@ -12,6 +12,7 @@ As a program, `python -P models/mlx_engine/blas.py` says where the library is mi
 """
 
 import ctypes
+import functools
 import sys
 
 NAMES = ("libopenblas.so.0", "libopenblas.so")
@@ -37,15 +38,17 @@ def preload(names: tuple[str, ...] = NAMES) -> str | None:
     return None
 
 
-def threads() -> int:
-    """Threads that OpenBLAS divides a product over; 1 where it is not loaded for MLX."""
+@functools.cache
+def cores() -> int:
+    """Threads that OpenBLAS divides a product over when nobody has told it otherwise; 1 where MLX does not have it."""
     symbols = ctypes.CDLL(None)
     return int(symbols.openblas_get_num_threads()) if hasattr(symbols, "openblas_get_num_threads") else 1
 
 
-def use_one_thread() -> None:
-    """Has OpenBLAS do each product in the thread that asks for it, from now on."""
-    ctypes.CDLL(None).openblas_set_num_threads(1)
+def divide_products(parts: int) -> None:
+    """Has OpenBLAS divide each product over so many threads from now on, where MLX has it."""
+    if cores() > 1:
+        ctypes.CDLL(None).openblas_set_num_threads(parts)
 
 
 if __name__ == "__main__" and sys.platform == "linux" and preload() is None:

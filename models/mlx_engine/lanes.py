@@ -44,10 +44,10 @@ class Lanes:
 
     @classmethod
     def where_they_help(cls) -> "Lanes":
-        """One for each core that OpenBLAS uses, which is told to use one from now on; one on GPUs and without it."""
-        count = min(blas.threads(), MOST) if on_cpu() else 1
+        """One for each core that OpenBLAS divides products over, which from now on it does not; one on GPUs."""
+        count = min(blas.cores(), MOST) if on_cpu() else 1
         if count > 1:
-            blas.use_one_thread()
+            blas.divide_products(1)
             _keep_freed_memory()
             # MLX orders operations in breadth up to this, read once: two blocks side by side are broader than its 20.
             os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100")

@@ -31,7 +31,12 @@ import numpy as np
 one, other = (np.random.default_rng(seed).standard_normal((70, 70), np.float32) for seed in (0, 1))
 error = float(abs(np.array(mx.array(one) @ mx.array(other)) - one @ other).max())
 symbols = hasattr(ctypes.CDLL(None), "openblas_get_num_threads")
-print(json.dumps({{"loaded": loaded, "error": error, "symbols": symbols, "again": blas.preload()}}))
+threads = [blas.cores()]
+blas.divide_products(1)
+threads += [blas.cores(), ctypes.CDLL(None).openblas_get_num_threads() if symbols else 1]
+print(json.dumps(
+    {{"loaded": loaded, "error": error, "symbols": symbols, "again": blas.preload(), "threads": threads}}
+))
 """
 
 
@@ -39,6 +44,7 @@ def test_without_the_library_products_are_those_of_the_wheel() -> None:
     found = run(LOAD.replace("NAMES", '("libno-such-blas.so.0",)'))
     assert found["loaded"] is None
     assert not found["symbols"]
+    assert found["threads"] == [1, 1, 1]
     assert isinstance(found["error"], float)
     assert found["error"] < 1e-4
 
@@ -48,6 +54,9 @@ def test_the_library_is_there_for_mlx_to_find_and_not_loaded_too_late() -> None:
     if found["loaded"] is None:
         pytest.skip("the system has no OpenBLAS; apt-get install libopenblas0-pthread")
     assert found["symbols"]
+    assert isinstance(found["threads"], list)
+    assert found["threads"][0] == found["threads"][1]
+    assert found["threads"][2] == 1
     assert isinstance(found["error"], float)
     assert found["error"] < 1e-4
     assert found["again"] is None

@@ -101,8 +101,8 @@ def test_there_are_as_many_as_cores_where_they_are_exact(monkeypatch: pytest.Mon
         return len(engine._lanes._streams)
 
     told: list[int] = []
-    monkeypatch.setattr(blas, "threads", lambda: 64)
-    monkeypatch.setattr(blas, "use_one_thread", lambda: told.append(1))
+    monkeypatch.setattr(blas, "cores", lambda: 64)
+    monkeypatch.setattr(blas, "divide_products", told.append)
     monkeypatch.setattr(lanes, "_keep_freed_memory", lambda: None)
     monkeypatch.setenv("MLX_BFS_MAX_WIDTH", "20")
     assert count(tiny("llama")) == lanes.MOST
@@ -110,5 +110,5 @@ def test_there_are_as_many_as_cores_where_they_are_exact(monkeypatch: pytest.Mon
     # The balance of experts is over the whole batch.
     assert count(tiny("mixtral")) == 0
     assert count(tiny("mixtral", router_aux_loss_coef=0.0)) == lanes.MOST
-    monkeypatch.setattr(blas, "threads", lambda: 1)
+    monkeypatch.setattr(blas, "cores", lambda: 1)
     assert count(tiny("llama")) == 0
