@@ -11,18 +11,11 @@ from contextlib import contextmanager, suppress
 
 from artifacts.store import DamagedObject, Store
 from common.errors import StageFailed, StageInterrupted, UserError
+from models.machine import ENGINE_ENVIRONMENT
 from tasks.events import ENDINGS, Event, Listener
 from tasks.work import Outcome, Work
 
 logger = logging.getLogger("cairn.tasks")
-
-_ENVIRONMENT = {
-    # Threads that spin while they wait for each other take the cores from the threads that work.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    # glibc keeps what is freed: the kernel clears each page that it gives anew, up to 6% of a step's processor time.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
-}
 
 
 class EngineProcess:
@@ -100,7 +93,7 @@ class EngineProcess:
                 text=True,
                 # A Ctrl-C reaches it through `interrupt` alone, once.
                 start_new_session=True,
-                env={**_ENVIRONMENT, **os.environ},
+                env={**ENGINE_ENVIRONMENT, **os.environ},
             )
             os.close(write_end)
             self._events_file = os.fdopen(read_end)

@@ -6,9 +6,7 @@ width 384 took two thirds as long.
 """
 
 import contextlib
-import ctypes
 import os
-import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -48,7 +46,6 @@ class Lanes:
         count = min(blas.cores(), MOST) if on_cpu() else 1
         if count > 1:
             blas.divide_products(1)
-            _keep_freed_memory()
             # MLX orders operations in breadth up to this, read once: two blocks side by side are broader than its 20.
             os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100")
         return cls(count)
@@ -96,11 +93,3 @@ class Lanes:
                     summed[name] = sum(others, first)
             mx.async_eval(*(summed[name] for name in some))
         return loss, {name: summed[name] for name in names}
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc not to give freed memory back: asking for it again, zeroed, took a tenth of a step."""
-    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        library.mallopt(trim_threshold, most)
-        library.mallopt(mmap_threshold, most)

@@ -4,9 +4,9 @@
     python -m tests.benchmarks.jax_step --rounds 5 --steps 10 --precision float32
 
 The model is a Llama of 6 layers, 384 wide, with rows of 256 tokens of a vocabulary of 4,096, eight to a step, with
-AdamW. Each kind runs in a process of its own, in turns, so that what else the machine does falls on all alike. Speeds
-are medians over all steps of all rounds, by the clock; ratios are medians over the rounds. The memory is the most
-that a process held (VmHWM), less what it held before the first step was compiled.
+AdamW. Each kind runs in a process of its own with the variables of a stage's, in turns, so that what else the machine
+does falls on all alike. Speeds are medians over all steps of all rounds, by the clock; ratios are medians over the
+rounds. The memory is the most that a process held (VmHWM), less what it held before the first step was compiled.
 
 `bare` is what one would write for this one model and nothing else: unrolled layers, plain softmax, `optax.adamw`, no
 masks, no check of tokens, no accumulation, no skipping.
@@ -28,6 +28,7 @@ import numpy as np
 from models import weights
 from models.config import ModelConfig
 from models.engine import Batch, Layout, training_engine
+from models.machine import ENGINE_ENVIRONMENT
 from models.optimizer import OptimizerConfig
 
 KINDS = ("engine", "engine-remat", "bare", "transformers")
@@ -68,7 +69,9 @@ def in_process(kind: str, precision: str, steps: int) -> dict[str, Any]:
     """Measures a kind in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.jax_step", "--only", kind]
     command += ["--precision", precision, "--steps", str(steps)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env={**ENGINE_ENVIRONMENT, **os.environ}
+    )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -4,12 +4,13 @@
     python -m tests.benchmarks.mlx_step --memory
 
 The model is a Llama of 6 layers, 384 wide, with a vocabulary of 4,096, on 8 rows of 256 tokens, with AdamW in fp32.
-The ways take turns, each in a process of its own; what counts is the median of a way's steps, and of the rounds.
+The ways take turns, each in a process of its own with the variables of a stage's; what counts is the median of a way's steps, and of the rounds.
 Every way has OpenBLAS where the system has it. `--memory` says what a step needs with and without
 rematerialisation, and what that takes in time.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import numpy as np
 from models import weights
 from models.config import ModelConfig
 from models.engine import Batch, Layout
+from models.machine import ENGINE_ENVIRONMENT
 from models.optimizer import OptimizerConfig
 
 WAYS = ("engine", "engine compiled", "bare", "bare compiled", "transformers")
@@ -46,7 +48,8 @@ def main() -> None:
         for way in ways:
             command = [sys.executable, "-m", "tests.benchmarks.mlx_step", "--way", way, "--steps", str(given.steps)]
             command += ["--rows", str(given.rows), "--length", str(given.length)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            environment = {**ENGINE_ENVIRONMENT, **os.environ}
+            output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
             found[way].append([float(number) for number in output.split()[-3:]])
     for way, rounds in found.items():
         seconds, processor, memory = (float(np.median(part)) for part in zip(*rounds, strict=True))

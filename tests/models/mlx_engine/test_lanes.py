@@ -103,7 +103,6 @@ def test_there_are_as_many_as_cores_where_they_are_exact(monkeypatch: pytest.Mon
     told: list[int] = []
     monkeypatch.setattr(blas, "cores", lambda: 64)
     monkeypatch.setattr(blas, "divide_products", told.append)
-    monkeypatch.setattr(lanes, "_keep_freed_memory", lambda: None)
     monkeypatch.setenv("MLX_BFS_MAX_WIDTH", "20")
     assert count(tiny("llama")) == lanes.MOST
     assert told == [1]
