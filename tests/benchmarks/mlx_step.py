@@ -4,7 +4,8 @@
     python -m tests.benchmarks.mlx_step --memory
 
 The model is a Llama of 6 layers, 384 wide, with a vocabulary of 4,096, on 8 rows of 256 tokens, with AdamW in fp32.
-The ways take turns, each in a process of its own with the variables of a stage's; what counts is the median of a way's steps, and of the rounds.
+The ways take turns, each in a process of its own with the variables of a stage's; what counts is the median of a way's
+steps, and of the rounds.
 Every way has OpenBLAS where the system has it. `--memory` says what a step needs with and without
 rematerialisation, and what that takes in time.
 """
