@@ -82,7 +82,8 @@ def main(arguments: list[str]) -> int:
         channel.send({"event": "Interrupted"})
         return EXIT_GO_ON_LATER
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for late in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(late, signal.SIG_IGN)
     return 0
 
 
@@ -105,9 +106,10 @@ def _leave_others(environment: MutableMapping[str, str]) -> None:
 
 
 def _raise_interrupted(number: int, frame: object) -> None:
-    # Once is enough: a second one would come up in the middle of the ending.
+    # Once is enough: a second one would come up in the middle of the ending. Not SIG_IGN: Python says with a traceback
+    # that it ignores a signal which came in the same moment.
     for stopping in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stopping, signal.SIG_IGN)
+        signal.signal(stopping, lambda number, frame: None)
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 

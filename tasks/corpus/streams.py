@@ -32,7 +32,8 @@ def line_blocks(file: Readable, name: str, reading: Reading) -> Iterator[tuple[i
     while True:
         try:
             data = file.read(BLOCK_BYTES)
-            while start and len(data) < len(BOM) and (more := file.read(BLOCK_BYTES)):
+            # One byte more than the mark, or what is left of it would look like the end of the file.
+            while start and len(data) <= len(BOM) and (more := file.read(BLOCK_BYTES)):
                 data += more
         except DamagedFile as error:
             reading.lose(f"{name} line {number}", str(error), 1)

@@ -217,3 +217,27 @@ input()
             kill(parent.pid)
         # The stage under way stops for it, although nobody tells it to.
         assert wait_until_gone(children[0], 10)
+
+
+_TWO_SIGNALS = """
+import os, signal
+from tasks import child
+
+both = {signal.SIGINT, signal.SIGTERM}
+for number in both:
+    signal.signal(number, child._raise_interrupted)
+signal.pthread_sigmask(signal.SIG_BLOCK, both)
+for number in both:
+    os.kill(os.getpid(), number)
+try:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+    list(range(1000))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_two_signals_in_the_same_moment_are_one() -> None:
+    command = [sys.executable, "-c", _TWO_SIGNALS]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")

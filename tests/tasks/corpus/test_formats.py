@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
@@ -302,6 +302,7 @@ LINES = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(lines=st.lists(LINES, max_size=8), block=st.integers(1, 40), ends=st.booleans())
+@example(lines=[b'\xef\xbb\xbf{"text": "a"}'], block=1, ends=False)
 def test_json_lines_are_read_as_pythons_reader_does(
     lines: list[bytes], block: int, ends: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
