@@ -7,31 +7,39 @@ additions and products, of which it does many at a time, powers take 4. On GPUs 
 import math
 
 import mlx.core as mx
+from numpy.polynomial import Chebyshev, Polynomial
 
 from models.mlx_engine.device import on_cpu
 
-_TAYLOR = [math.log(2) ** degree / math.factorial(degree) for degree in range(7)]
-"""Of 2^x, to 1e-7 of it where |x| ≤ 1/2."""
+_SERIES = Polynomial([math.log(2) ** degree / math.factorial(degree) for degree in range(1, 10)])
+_TERMS: list[float] = (
+    _SERIES.convert(kind=Chebyshev, domain=[-0.5, 0.5]).truncate(5).convert(kind=Polynomial).coef.tolist()
+)
+"""Of (2^x − 1) / x by powers of x: five that serve, where |x| ≤ 1/2, as well as Taylor's first six."""
 _ROUNDING = 1.5 * 2.0**23
 
 
 def exp(x: mx.array) -> mx.array:
     """e^x in fp32, within the range of normal numbers; without a gradient, as `sigmoid` is."""
-    if not on_cpu():
-        return mx.exp(x)
-    power = mx.clip(x * (1 / math.log(2)), -126.0, 126.0)
-    # So large a number has no fraction: adding it rounds, and leaves the whole power in the lowest bits.
-    rounded = power + _ROUNDING
-    rest = power - (rounded - _ROUNDING)
-    found = rest * _TAYLOR[-1]
-    for term in _TAYLOR[-2:0:-1]:
-        found = (found + term) * rest
-    return (found + 1.0) * mx.view((mx.view(rounded, mx.int32) + 127) << 23, mx.float32)
+    return _power_of_two(x * (1 / math.log(2))) if on_cpu() else mx.exp(x)
 
 
 def sigmoid(x: mx.array) -> mx.array:
     """1 / (1 + e^-x), in the dtype of x."""
-    return (1 / (1 + exp(-x.astype(mx.float32)))).astype(x.dtype) if on_cpu() else mx.sigmoid(x)
+    if not on_cpu():
+        return mx.sigmoid(x)
+    return (1 / (1 + _power_of_two(x.astype(mx.float32) * (-1 / math.log(2))))).astype(x.dtype)
+
+
+def _power_of_two(power: mx.array) -> mx.array:
+    power = mx.clip(power, -126.0, 126.0)
+    # So large a number has no fraction: adding it rounds, and leaves the whole power in the lowest bits.
+    rounded = power + _ROUNDING
+    rest = power - (rounded - _ROUNDING)
+    found = rest * _TERMS[-1]
+    for term in _TERMS[-2::-1]:
+        found = (found + term) * rest
+    return (found + 1.0) * mx.view((mx.view(rounded, mx.int32) + 127) << 23, mx.float32)
 
 
 def silu(x: mx.array) -> mx.array:
@@ -57,8 +65,8 @@ def _silu(x: mx.array) -> tuple[mx.array, mx.array]:
 
 @_silu.vjp
 def _silu_gradient(x: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> mx.array:
-    gradient, gate = cotangents[0], outputs[1]
-    return gradient * gate * (1 + x * (1 - gate))
+    gradient, (found, gate) = cotangents[0], outputs
+    return gradient * (gate + found * (1 - gate))
 
 
 _LINEAR, _CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715

@@ -34,6 +34,22 @@ class Rates(NamedTuple):
     muon: mx.array
 
 
+class _Numbers(NamedTuple):
+    """What AdamW multiplies whole arrays by, once for all of them; 0-d fp32 arrays.
+
+    Bias corrections and clipping are in here, which saves three of sixteen passes over each array.
+    """
+
+    first: mx.array
+    """Of the clipped gradient, in the first moment, by the gradient as it is."""
+    second: mx.array
+    """The same of its square in the second moment."""
+    rate: mx.array
+    eps: mx.array
+    decay: mx.array
+    """The learning rate as weight decay has it."""
+
+
 def fresh_moments(config: OptimizerConfig, parameters: Parameters) -> Moments:
     """The moments before the first update."""
     moments: Moments = {prefix: {} for prefix in (*ADAMW_MOMENTS, *MUON_MOMENTS)}
@@ -66,6 +82,7 @@ def updated(
     """Parameters, moments and count after one clipped update; updates: 0-d int32; norm: the gradients' norm."""
     shrink = mx.array(1.0) if config.clip is None else mx.minimum(config.clip / (norm + 1e-6), 1.0)
     count = updates + 1
+    numbers = _numbers(config, count, rates.adamw, shrink)
     after: Parameters = {}
     moments_after: Moments = {prefix: {} for prefix in moments}
     shapes: dict[tuple[int, ...], list[str]] = {}
@@ -76,7 +93,7 @@ def updated(
         old = moments["exp_avg"][name], moments["exp_avg_sq"][name]
         decay = config.weight_decay if is_decayed(parameter.shape) else 0.0
         with lanes.on(number):
-            after[name], *new = _adamw(config, parameter, *old, gradients[name] * shrink, count, rates.adamw, decay)
+            after[name], *new = _adamw(config, parameter, *old, gradients[name], decay, numbers)
         moments_after["exp_avg"][name], moments_after["exp_avg_sq"][name] = new
     for number, names in enumerate(some for alike in shapes.values() for some in lanes.divided(alike)):
         with lanes.on(number):
@@ -86,20 +103,24 @@ def updated(
     return {name: after[name] for name in parameters}, moments_after, count
 
 
+def _numbers(config: OptimizerConfig, count: mx.array, rate: mx.array, shrink: mx.array) -> _Numbers:
+    root = mx.sqrt(_correction(config.beta2, count))
+    return _Numbers(
+        first=(1 - config.beta1) * shrink,
+        second=(1 - config.beta2) * shrink * shrink,
+        rate=rate * root / _correction(config.beta1, count),
+        eps=config.eps * root,
+        decay=rate,
+    )
+
+
 def _adamw(
-    config: OptimizerConfig,
-    w: mx.array,
-    m: mx.array,
-    v: mx.array,
-    g: mx.array,
-    count: mx.array,
-    rate: mx.array,
-    decay: float,
+    config: OptimizerConfig, w: mx.array, m: mx.array, v: mx.array, g: mx.array, decay: float, numbers: _Numbers
 ) -> tuple[mx.array, mx.array, mx.array]:
-    m = config.beta1 * m + (1 - config.beta1) * g
-    v = config.beta2 * v + (1 - config.beta2) * g * g
-    denominator = mx.sqrt(v / _correction(config.beta2, count)) + config.eps
-    return w * (1 - rate * decay) - rate * ((m / _correction(config.beta1, count)) / denominator), m, v
+    m = config.beta1 * m + numbers.first * g
+    v = config.beta2 * v + numbers.second * (g * g)
+    change = numbers.rate * (m / (mx.sqrt(v) + numbers.eps))
+    return w * (1 - numbers.decay * decay) - change, m, v
 
 
 def _correction(beta: float, count: mx.array) -> mx.array:
