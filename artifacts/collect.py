@@ -13,13 +13,14 @@ from common.config import FrozenModel
 
 DEFAULT_GRACE = timedelta(days=14)
 
-Kind = Literal["record", "object", "checkpoint", "attachment", "damaged", "temporary", "lease"]
+Kind = Literal["record", "object", "checkpoint", "attachment", "attempt", "damaged", "temporary", "lease"]
 _FOLDERS: dict[str, Kind] = {
     # Records first: whatever is interrupted, no record is left without its files.
     "records": "record",
     "objects": "object",
     "checkpoints": "checkpoint",
     "attachments": "attachment",
+    "attempts": "attempt",
     "damaged": "damaged",
     "tmp": "temporary",
     "leases": "lease",

@@ -1,7 +1,7 @@
 """The store: commits, finds, fetches and names artifacts, in a local folder or at any fsspec URL.
 
 Layout: objects/<digest>/…  records/<key>.json  refs/<name>  leases/<key>…  checkpoints/<key>/…
-attachments/<key>/…  damaged/<digest>/…  tmp/….
+attachments/<key>/…  attempts/<key>  damaged/<digest>/…  tmp/….
 A record is written last, so its presence means that its artifact is complete.
 """
 
@@ -282,6 +282,18 @@ class Store:
             raise UserError(f"'{prefix}' is ambiguous{suggestion(prefix, keys + outputs)}")
         return keys or [record.key for record in self.records() if record.output in outputs][:1]
 
+    def attempt(self, key: str) -> int:
+        """The number of the start on a worker that the work on a key is at, from 0."""
+        with explained(self.url):
+            data = self.backend.read(f"attempts/{check_digest(key)}") or b""
+        return int(data) if data.isdigit() else 0
+
+    def end_attempt(self, key: str, number: int) -> None:
+        """Notes that a start has ended for good, so that the next has another number. Whoever sees the same end may
+        say so too."""
+        with explained(self.url):
+            self.backend.write(f"attempts/{check_digest(key)}", str(number + 1).encode())
+
     def scratch(self, key: str) -> tuple[Any, str]:
         """The fsspec filesystem and the folder in it where the work on a key keeps what lets it go on."""
         return self.filesystem, f"{self.root}/checkpoints/{check_digest(key)}"
@@ -310,6 +322,15 @@ class Store:
         folder = f"attachments/{check_digest(key)}"
         with explained(self.url):
             return {name: self.backend.url(f"{folder}/{name}") for name in sorted(self.backend.sizes(folder))}
+
+    def attachment(self, key: str, name: str) -> bytes:
+        """What is attached to a key under a name. Raises UserError where nothing is."""
+        path = f"attachments/{check_digest(key)}/{check_file_name(name)}"
+        with explained(self.url):
+            data = self.backend.read(path)
+        if data is None:
+            raise UserError(f"nothing is attached to {key[:8]} under the name '{name}' in {self.url}")
+        return data
 
     def verify(self, record: Record | None = None) -> Verification:
         """Hashes all files of one record, or of the whole store with its records and names; says what is wrong.

@@ -34,6 +34,8 @@ PREFECT_SETTINGS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+}
+QUIET = {
     # Its log lines would garble the progress bar; errors are reported here.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
 }
@@ -73,7 +75,7 @@ def run(
 
     # Checked before Prefect is imported, which takes seconds.
     loaded = load_recipe(recipe, overrides or [], continue_on=continue_on)
-    for name, value in PREFECT_SETTINGS.items():
+    for name, value in {**PREFECT_SETTINGS, **QUIET}.items():
         os.environ.setdefault(name, value)
     from flows.run import run_recipe
 
@@ -94,6 +96,61 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or [], continue_on=continue_on)
     console.print(plan_table(plan_recipe(loaded, Store.open(store), continue_on)))
+
+
+@app.command(epilog="Example: cairn server")
+def server(
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; others than this machine's need a password.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 4200,
+) -> None:
+    """Serves Prefect's API and UI for workers and pipelines, until it is stopped."""
+    from flows.server import serve
+
+    serve(host, port)
+
+
+@app.command(epilog="Example: cairn deploy")
+def deploy() -> None:
+    """Tells the Prefect server of Cairn's pools, automations and deployments; safe to repeat."""
+    url = _configured_server()
+    from flows.deploy import deploy as deploy_all
+    from flows.server import check_answers
+
+    check_answers(url)
+    deploy_all(lambda line: console.print(escape(line), highlight=False, soft_wrap=True))
+
+
+@app.command(epilog="Example: cairn worker cuda")
+def worker(
+    pool: Annotated[
+        Literal["pipeline", "cpu", "cuda", "tpu", "apple"], typer.Argument(help="The pool whose runs it takes.")
+    ],
+    name: Annotated[str | None, typer.Option(help="The worker's name; made of the machine's unless given.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Runs at a time: 1, or 10 pipelines.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Takes the stages of a pool, or pipelines, from the Prefect server until it is stopped."""
+    url = _configured_server()
+    from flows.worker import run_worker
+
+    sys.exit(run_worker(pool, url, Store.open(store), name, limit or (10 if pool == "pipeline" else 1)))
+
+
+def _configured_server() -> str:
+    """The Prefect server's address; raises UserError where none is configured."""
+    for name, value in PREFECT_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if not url:
+        raise UserError(
+            "no Prefect server is configured: start one with `cairn server`, and set PREFECT_API_URL to its address, "
+            "such as http://127.0.0.1:4200/api"
+        )
+    return str(url)
 
 
 @app.command(epilog="Example: cairn recipes")

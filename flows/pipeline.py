@@ -1,37 +1,29 @@
 """The whole run as a Prefect flow: each stage is a task run, started when its inputs are there."""
 
-import base64
 import logging
-import re
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prefect import Flow, flow, runtime
-from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.futures import PrefectFuture
 from prefect.states import Cancelled
 
-from artifacts.lineage import to_text, tree
 from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import StageInterrupted
 from flows.plan import continued, recipe_ref, stage_ref, work_for
 from flows.recipe import Recipe, StageEntry, load_recipe
+from flows.showing import show_stage
 from flows.stopping import Stopping
 from flows.view import View
 from models.engine import EngineName
 from tasks.dispatch import dispatch, stage_task
-from tasks.encoding.card import DATA_CARD, LENGTHS_PICTURE
 from tasks.process import EngineProcess
 from tasks.work import Outcome
 
-LOSS_CURVE = "loss.png"
-PICTURES = {LOSS_CURVE: ("loss", "Loss curve"), LENGTHS_PICTURE: ("lengths", "Document lengths")}
-"""Pictures among a stage's logs: how their artifacts' keys end, and what they show."""
 logger = logging.getLogger("cairn.flows")
 
 
@@ -46,7 +38,7 @@ class RunResult:
 
 
 def pipeline_flow(view: View) -> Flow[..., RunResult]:
-    """The flow that runs a recipe and tells `view` how it goes."""
+    """The flow that runs a recipe where the user is, and tells `view` how it goes."""
 
     @flow(name="pipeline", flow_run_name="{recipe}", persist_result=False, validate_parameters=False)
     def pipeline(
@@ -61,16 +53,15 @@ def pipeline_flow(view: View) -> Flow[..., RunResult]:
         `continue_on`: the engine that does what is not done, going on from checkpoints of others.
         """
         loaded = load_recipe(recipe, overrides or [], continue_on=continue_on)
-        run = _Run(loaded, Store.open(store), view, continue_on)
         try:
-            return run.all_stages()
+            return PipelineRun(loaded, Store.open(store), view, continue_on).all_stages()
         except StageInterrupted as error:
             return Cancelled(message=str(error))
 
     return pipeline
 
 
-class _Run:
+class PipelineRun:
     """One run of a recipe, inside the flow."""
 
     def __init__(self, recipe: Recipe, store: Store, view: View, continue_on: EngineName | None) -> None:
@@ -80,6 +71,12 @@ class _Run:
         self.view = view
         self.process = EngineProcess()
         self.stopping = Stopping(self.process.interrupt)
+        self.leaves_stages: Callable[[], bool] = lambda: False
+        """Whether stages on workers are left to themselves when the run is stopped, instead of being cancelled."""
+
+    def stop(self) -> None:
+        """Stops the run in good order, from any thread, as SIGTERM does."""
+        self.stopping.stop()
 
     def all_stages(self) -> RunResult:
         """Submits every stage to Prefect and waits for them all; raises what the first failed stage raised."""
@@ -118,43 +115,10 @@ class _Run:
         if self.continue_on is not None and entry.definition.has_engine:
             work = continued(work, self.continue_on, self.store)
         started = time.monotonic()
-        outcome = dispatch(work, self.process, self.view.listener(entry.name), lambda: self.stopping.requested)
+        listener = self.view.listener(entry.name)
+        outcome = dispatch(work, self.process, listener, lambda: self.stopping.requested, self.leaves_stages)
         self._name(stage_ref(self.recipe.name, entry.name), outcome.record)
         self.view.finished(entry.name, outcome.record, outcome.reused, time.monotonic() - started)
         if not outcome.reused:
-            _show(self.recipe, entry, self.store, outcome.record)
+            show_stage(self.recipe.name, entry.name, self.store, outcome.record)
         return outcome
-
-
-def _show(recipe: Recipe, entry: StageEntry, store: Store, record: Record) -> None:
-    """Puts a stage's table, picture and lineage into the Prefect UI; what fails there does not fail the run."""
-    key = re.sub(r"[^a-z0-9]+", "-", f"{recipe.name}-{entry.name}".lower()).strip("-")
-    rows = [{"name": name, "value": value} for name, value in sorted(plain_metrics(record).items())]
-    try:
-        create_table_artifact(rows, key=key, description=record.summary)
-        create_markdown_artifact(f"```\n{to_text(tree(store, record))}\n```", key=f"{key}-lineage")
-        attached = {name: Path(place) for name, place in store.attachments(record.key).items()}
-        for name, (ending, description) in PICTURES.items():
-            if name in attached and attached[name].is_file():
-                encoded = base64.b64encode(attached[name].read_bytes()).decode()
-                data = f"data:image/png;base64,{encoded}"
-                create_image_artifact(data, key=f"{key}-{ending}", description=description)
-        if DATA_CARD in attached and attached[DATA_CARD].is_file():
-            create_markdown_artifact(attached[DATA_CARD].read_text(encoding="utf-8"), key=f"{key}-card")
-    except Exception as error:  # whatever the server answers, the artifact is in the store already
-        logger.warning("stage '%s' is done, but the Prefect server did not take its artifacts: %s", entry.name, error)
-
-
-def plain_metrics(record: Record) -> dict[str, str]:
-    """The numbers and short texts among a record's metrics, nested ones by dotted names."""
-    found: dict[str, str] = {}
-
-    def visit(name: str, value: object) -> None:
-        if isinstance(value, dict):
-            for inner_name, inner in value.items():
-                visit(f"{name}.{inner_name}" if name else inner_name, inner)
-        elif not isinstance(value, list):
-            found[name] = f"{value:,.6g}" if isinstance(value, float) else str(value)
-
-    visit("", record.metrics)
-    return found

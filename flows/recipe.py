@@ -12,10 +12,10 @@ from pydantic import Field, SerializeAsAny, ValidationError
 from common.config import FrozenModel
 from common.errors import UserError, suggestion
 from models.config import ModelConfig
-from models.engine import EngineName, Precision, check_engine
-from models.machine import default_engine
+from models.engine import EngineName, Precision, check_abilities, check_engine
+from models.machine import default_engine, engine_for
 from tasks.registry import STAGES, stage_named
-from tasks.stage import Runtime, Stage
+from tasks.stage import Runtime, Stage, Worker
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -28,10 +28,12 @@ class RecipeFile(FrozenModel):
     description: str = Field(min_length=1)
     """What the run is for, in a line."""
     engine: EngineName | None = None
-    """The engine of every stage that names none; null for the one that suits the machine where the recipe is loaded:
-    MLX on Apple Silicon, JAX where a TPU is, else PyTorch, of those that are installed."""
+    """The engine of every stage that names none; null for the one that suits its worker: MLX on Apple Silicon, JAX on
+    a TPU, else PyTorch; on the machine where the recipe is loaded, of those that are installed."""
     precision: Precision = "float32"
     """The precision of every stage that names none."""
+    worker: Worker = "local"
+    """Where every stage runs that does not say."""
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
     """The stages by name, in order. Each has `stage` (its kind), its inputs by name (an earlier stage each), the keys
     of its config, and those of Runtime."""
@@ -96,7 +98,6 @@ def load_recipe(
         file = RecipeFile.model_validate(content)
     except ValidationError as error:
         raise UserError(f"recipe {path}: {_first_problem(error, RecipeFile)}") from error
-    file = file.model_copy(update={"engine": file.engine or continue_on or default_engine()})
     stages: list[StageEntry] = []
     for name, keys in file.stages.items():
         try:
@@ -198,7 +199,7 @@ def _stage(
     known_inputs = {**stage.inputs, **stage.optional_inputs}
     inputs, portions = _inputs(where, stage, keys)
     _check_inputs(where, stage, inputs, before)
-    runtime_keys = {key: value for key, value in keys.items() if key in Runtime.model_fields}
+    runtime_keys = {"worker": file.worker} | {key: value for key, value in keys.items() if key in Runtime.model_fields}
     config_keys = {
         key: value
         for key, value in keys.items()
@@ -207,13 +208,14 @@ def _stage(
     for key in portions.keys() & config_keys.keys():
         raise UserError(f"{where}.{key}: the shares are written where the artifacts are named, not apart from them")
     config_keys |= portions
-    for key in ("engine", "precision"):
-        if key in stage.config.model_fields:
-            config_keys.setdefault(key, getattr(file, key))
     try:
         runtime = Runtime.model_validate(runtime_keys)
     except ValidationError as error:
         raise UserError(f"{where}.{_first_problem(error, Runtime)}") from error
+    if stage.has_engine:
+        config_keys.setdefault("engine", file.engine or continue_on or _engine_on(runtime.worker))
+    if "precision" in stage.config.model_fields:
+        config_keys.setdefault("precision", file.precision)
     try:
         config = stage.config.model_validate(config_keys)
         config = stage.resolved(config) if stage.resolved and resolve else config
@@ -226,12 +228,18 @@ def _stage(
     models = {key: model for key, value in inputs.items() if (model := before[value].model) is not None}
     try:
         if stage.has_engine:
+            # Whether a worker has an engine is its own to say.
+            check = check_engine if runtime.worker == "local" else check_abilities
             precision, bits = config_keys.get("precision", "float32"), getattr(config, "bits", None)
-            check_engine(continue_on or config_keys["engine"], precision, bits)
+            check(continue_on or config_keys["engine"], precision, bits)
         model = stage.model_of(config, models) if stage.model_of else None
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return StageEntry(name=name, stage=kind, inputs=inputs, config=config, runtime=runtime, model=model)
+
+
+def _engine_on(worker: Worker) -> EngineName:
+    return default_engine() if worker == "local" else engine_for(worker)
 
 
 def _inputs(where: str, stage: Stage, keys: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[Any]]]:

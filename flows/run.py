@@ -19,9 +19,10 @@ from artifacts.record import Record
 from artifacts.store import DamagedObject, Store
 from common.errors import StageInterrupted, UserError
 from flows.console import ConsoleView, blend_table, evaluation_tables
-from flows.pipeline import LOSS_CURVE, RunResult, pipeline_flow
+from flows.pipeline import RunResult, pipeline_flow
 from flows.recipe import Recipe
 from flows.server import prefect_server, wait_until_stored
+from flows.showing import LOSS_CURVE
 from models.engine import EngineName
 from tasks.stage import Kind
 

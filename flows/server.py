@@ -29,6 +29,17 @@ from common.errors import UserError
 STOP_SECONDS = 8.0
 LOG_BYTES = 1 << 20
 DRAIN_SECONDS = 2.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SERVER_SETTINGS = {
+    # Nothing calls out: neither the server nor a page of its UI, whose newer version does.
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_V2_ENABLED": "false",
+    "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
+    # Several clients may share the database, and SQLite lets one write at a time.
+    "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
+}
+"""What a server is started with; variables that a user has set go before."""
 
 
 @contextmanager
@@ -36,7 +47,7 @@ def prefect_server() -> Iterator[None]:
     """Within the block, Prefect has a server. Raises UserError where the configured one does not answer, or the
     temporary one does not start."""
     if url := PREFECT_API_URL.value():
-        _check_answers(url)
+        check_answers(url)
         yield
         return
     with _temporary_server() as port:
@@ -49,7 +60,8 @@ def prefect_server() -> Iterator[None]:
             yield
 
 
-def _check_answers(url: str) -> None:
+def check_answers(url: str) -> None:
+    """Raises UserError where no Prefect server answers at a URL."""
     with get_client(sync_client=True) as client:
         error = client.api_healthcheck()
     if error is not None:
@@ -57,6 +69,18 @@ def _check_answers(url: str) -> None:
             f"no Prefect server answers at {url} ({error}): start it, or unset PREFECT_API_URL, and the run has one "
             f"of its own"
         )
+
+
+def serve(host: str, port: int) -> None:
+    """Becomes Prefect's server on an address. Raises UserError for one that others reach, without a password."""
+    if host not in LOOPBACK and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+        raise UserError(
+            f"a server on {host} is open to all who reach this machine: set PREFECT_SERVER_API_AUTH_STRING to "
+            f"user:password for it, and PREFECT_API_AUTH_STRING to the same for workers and pipelines"
+        )
+    environment = {**SERVER_SETTINGS, **os.environ}
+    command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
+    os.execve(sys.executable, command, environment)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ class Stopping:
     """
 
     def __init__(self, stop: Callable[[], None]) -> None:
-        """`stop` is called once, in the main thread, when the first signal comes."""
+        """`stop` is called when the first signal comes, in the main thread."""
         self._stop = stop
         self._before: dict[int, Any] = {}
         self.requested = False
@@ -30,10 +30,14 @@ class Stopping:
     ) -> None:
         self._restore()
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def stop(self) -> None:
+        """Asks to stop as a signal would, from any thread."""
         self.requested = True
-        self._restore()
         self._stop()
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self._restore()
+        self.stop()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

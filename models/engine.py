@@ -190,6 +190,11 @@ def check_engine(engine: EngineName, precision: Precision = "float32", bits: Bit
     that it does not have; imports nothing."""
     if not is_installed(engine):
         raise UserError(f"engine '{engine}' is not installed; run: pip install 'cairn[{engine}]'")
+    check_abilities(engine, precision, bits)
+
+
+def check_abilities(engine: EngineName, precision: Precision, bits: Bits | None) -> None:
+    """Raises UserError for a precision or bits that an engine does not have, be it installed here or not."""
     if precision == "float16" and engine != "mlx":
         raise UserError(f"engine '{engine}' does not compute in float16; use bfloat16, or engine: mlx")
     if bits is not None and engine != "mlx":

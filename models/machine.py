@@ -1,11 +1,12 @@
 """Which engine suits this machine, found out without importing one, and the memory of a process on it."""
 
+import os
 import platform
 import resource
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from models.engine import EngineName, is_installed
 
@@ -19,6 +20,9 @@ ENGINE_ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 """What the process of an engine is started with, for the sake of speed; variables that a user has set go before."""
+
+Hardware = Literal["cpu", "cuda", "tpu", "apple"]
+"""What a worker's machine computes with."""
 
 _DEVICES = Path("/sys/bus/pci/devices")
 _GOOGLE = "0x1ae0"
@@ -43,6 +47,30 @@ def preferred_engine(system: str, machine: str, tpu: bool, installed: Collection
     elif tpu:
         order.insert(0, "jax")
     return next((engine for engine in order if engine in installed), "torch")
+
+
+def engine_for(hardware: Hardware) -> EngineName:
+    """The engine of a stage that names none and runs on a worker with such hardware."""
+    engines: dict[Hardware, EngineName] = {"cpu": "torch", "cuda": "torch", "tpu": "jax", "apple": "mlx"}
+    return engines[hardware]
+
+
+def accelerators(hardware: Hardware) -> list[str]:
+    """The devices of a kind that this machine has, by names that do not change; none where it has none.
+
+    The processor is one device. Of NVIDIA's GPUs only those in CUDA_VISIBLE_DEVICES count, where that is set.
+    """
+    if hardware == "cpu":
+        return ["cpu"]
+    if hardware == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is not None:
+            return [f"cuda-{name}" for name in visible.replace(" ", "").split(",") if name and name != "-1"]
+        found = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+        return [f"cuda-{number}" for number in sorted(found, key=int)]
+    if hardware == "tpu":
+        return ["tpu"] if has_tpu(_DEVICES) else []
+    return ["apple"] if (platform.system(), platform.machine()) == ("Darwin", "arm64") else []
 
 
 def peak_resident_memory() -> int:

@@ -56,6 +56,10 @@ class EngineProcess:
     def interrupt(self) -> None:
         """Tells the stage under way to stop, after its checkpoint, and refuses all that would come after it."""
         self._stopping = True
+        self.stop_stage()
+
+    def stop_stage(self) -> None:
+        """Tells the stage under way alone to stop, after its checkpoint."""
         process = self._process
         if process is not None and process.poll() is None:
             process.terminate()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fsspec import AbstractFileSystem
 from pydantic import Field
@@ -15,6 +15,8 @@ from models.engine import Layout
 from models.training.config import CheckpointConfig
 
 Metrics = dict[str, Any]
+Worker = Literal["local", "cpu", "cuda", "tpu", "apple"]
+"""Where a stage runs: on the machine that runs the recipe, or on a worker of one of the pools."""
 
 
 class Kind(StrEnum):
@@ -33,10 +35,14 @@ class Runtime(FrozenModel):
 
     checkpoints: CheckpointConfig = CheckpointConfig()
     """How often a training stage saves its state, and how many of them are kept."""
+    worker: Worker = "local"
+    """Where it runs: `local` for the machine that runs the recipe, else a pool of workers."""
     retries: int = Field(default=2, ge=0)
     """How often a stage that failed is started again; errors that the user has to mend are not retried."""
     retry_delay_seconds: float = Field(default=1.0, ge=0)
     """Seconds before it is started again."""
+    time_limit_seconds: float | None = Field(default=None, gt=0)
+    """Seconds after which a start is stopped and counts as failed; null for none. What it has saved is kept."""
     processes: int | None = Field(default=None, gt=0)
     """Processes or threads that a data stage works with; null for one per core."""
     layout: Layout = Layout()

@@ -1,0 +1,107 @@
+"""`cairn deploy`: what a Prefect server has to know of Cairn. Safe to repeat: what people have changed stays."""
+
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from prefect.automations import Automation
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import EventTrigger, Posture
+from prefect.exceptions import ObjectNotFound
+from prefect.workers.process import ProcessWorker
+
+from common.errors import UserError
+
+DEPLOYMENTS = Path(__file__).parent.parent / "deployment" / "prefect.yaml"
+POOLS = {
+    "pipeline": (10, "Pipelines, which mostly wait: none may hold the slot that its own stage waits for."),
+    "cpu": (1, "Stages for machines with processors alone."),
+    "cuda": (1, "Stages for machines with NVIDIA GPUs."),
+    "tpu": (1, "Stages for machines with a TPU."),
+    "apple": (1, "Stages for Apple Silicon."),
+}
+"""The pools: how many runs each has at a time, which may be changed later, and what it is for."""
+SILENT_SECONDS = 90
+PENDING_SECONDS = 300
+_ENDINGS = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+
+
+def deploy(tell: Any) -> None:
+    """Makes the pools, the automations and the deployments on the configured server; `tell` takes a line for each.
+
+    Raises UserError where `prefect deploy` does not succeed.
+    """
+    with get_client(sync_client=True) as client:
+        # First: without its pool, `prefect deploy` stops at a deployment.
+        for name, (concurrency, description) in POOLS.items():
+            tell(f"pool {name}: {_make_pool(client, name, concurrency, description)}")
+        known = {automation.name for automation in client.read_automations()}
+        for automation in automations():
+            if automation.name not in known:
+                automation.create()
+            tell(f"automation '{automation.name}': {'there already' if automation.name in known else 'made'}")
+    command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file"]
+    done = subprocess.run([*command, str(DEPLOYMENTS)], cwd=DEPLOYMENTS.parent, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"`prefect deploy` of {DEPLOYMENTS} did not succeed:\n{done.stdout}{done.stderr}".rstrip())
+    tell(f"deployments: those of {DEPLOYMENTS}")
+
+
+def _make_pool(client: SyncPrefectClient, name: str, concurrency: int, description: str) -> str:
+    try:
+        found = client.read_work_pool(name)
+    except ObjectNotFound:
+        template = ProcessWorker.get_default_base_job_template()
+        pool = WorkPoolCreate(
+            name=name,
+            type="process",
+            description=description,
+            concurrency_limit=concurrency,
+            base_job_template=template,
+        )
+        client.create_work_pool(pool)
+        return f"made, {concurrency} at a time"
+    limit = "without a limit" if found.concurrency_limit is None else f"{found.concurrency_limit} at a time"
+    return f"there already, {limit}"
+
+
+def automations() -> list[Automation]:
+    """What ends runs that would wait or run for ever."""
+    return [
+        _crash(
+            "Cairn: silent runs have crashed",
+            f"no heartbeat for {SILENT_SECONDS} s: its process or its machine is gone",
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *_ENDINGS},
+            seconds=SILENT_SECONDS,
+        ),
+        _crash(
+            "Cairn: runs that never begin have crashed",
+            f"not begun {PENDING_SECONDS} s after a worker took it: its process could not start",
+            after={"prefect.flow-run.Pending"},
+            expect={"prefect.flow-run.Running", *_ENDINGS},
+            seconds=PENDING_SECONDS,
+        ),
+    ]
+
+
+def _crash(name: str, message: str, after: set[str], expect: set[str], seconds: int) -> Automation:
+    return Automation(
+        name=name,
+        description="Marks such a flow run as crashed, so that whoever waits for it can start it anew.",
+        trigger=EventTrigger(
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            for_each={"prefect.resource.id"},
+            after=after,
+            expect=expect,
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=seconds),
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=message)],
+    )

@@ -1,0 +1,99 @@
+"""What the Prefect UI shows of a stage: how far it is while it trains, then a table, pictures and the lineage."""
+
+import base64
+import logging
+import re
+import time
+from collections.abc import Callable
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_image_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from artifacts.lineage import to_text, tree
+from artifacts.record import Record
+from artifacts.store import Store
+from flows.view import progress_line
+from tasks.encoding.card import DATA_CARD, LENGTHS_PICTURE
+from tasks.events import Event
+
+LOSS_CURVE = "loss.png"
+PICTURES = {LOSS_CURVE: ("loss", "Loss curve"), LENGTHS_PICTURE: ("lengths", "Document lengths")}
+"""Pictures among a stage's logs: how their artifacts' keys end, and what they show."""
+_LIVE_SECONDS = 5.0
+logger = logging.getLogger("cairn.flows")
+
+
+class LiveProgress:
+    """A progress artifact of the run that it is made in, renewed every few seconds while a stage trains."""
+
+    def __init__(self, stage: str) -> None:
+        self._key = f"{_slug(stage)}-progress"
+        self._artifact: UUID | None = None
+        self._at = -_LIVE_SECONDS
+
+    def listen(self, event: Event) -> None:
+        """Takes a stage's events."""
+        last = event["event"] == "Progress" and event["step"] == event["steps"]
+        if event["event"] != "Progress" or (time.monotonic() - self._at < _LIVE_SECONDS and not last):
+            return
+        self._at = time.monotonic()
+        _quietly("progress", lambda: self._show(100 * event["step"] / event["steps"], progress_line(event)))
+
+    def _show(self, percent: float, line: str) -> None:
+        if self._artifact is None:
+            # `UUID` in truth: it can be awaited, too, where there is a loop.
+            self._artifact = create_progress_artifact(percent, key=self._key, description=line)  # type: ignore[assignment]
+        else:
+            update_progress_artifact(self._artifact, percent, description=line)
+
+
+def show_stage(recipe: str, stage: str, store: Store, record: Record) -> None:
+    """Puts a stage's table, pictures and lineage into the Prefect UI; what fails there does not fail the run."""
+    key = f"{_slug(recipe)}-{_slug(stage)}"
+
+    def show() -> None:
+        rows = [{"name": name, "value": value} for name, value in sorted(plain_metrics(record).items())]
+        create_table_artifact(rows, key=key, description=record.summary)
+        create_markdown_artifact(f"```\n{to_text(tree(store, record))}\n```", key=f"{key}-lineage")
+        attached = store.attachments(record.key)
+        for name, (ending, description) in PICTURES.items():
+            if name in attached:
+                encoded = base64.b64encode(store.attachment(record.key, name)).decode()
+                data = f"data:image/png;base64,{encoded}"
+                create_image_artifact(data, key=f"{key}-{ending}", description=description)
+        if DATA_CARD in attached:
+            create_markdown_artifact(store.attachment(record.key, DATA_CARD).decode(), key=f"{key}-card")
+
+    _quietly(f"artifacts of stage '{stage}'", show)
+
+
+def _quietly(what: str, show: Callable[[], None]) -> None:
+    try:
+        show()
+    except Exception as error:  # whatever the server answers, what was made is in the store
+        logger.warning("the Prefect server did not take the %s: %s", what, error)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def plain_metrics(record: Record) -> dict[str, str]:
+    """The numbers and short texts among a record's metrics, nested ones by dotted names."""
+    found: dict[str, str] = {}
+
+    def visit(name: str, value: object) -> None:
+        if isinstance(value, dict):
+            for inner_name, inner in value.items():
+                visit(f"{name}.{inner_name}" if name else inner_name, inner)
+        elif not isinstance(value, list):
+            found[name] = f"{value:,.6g}" if isinstance(value, float) else str(value)
+
+    visit("", record.metrics)
+    return found

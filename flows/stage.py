@@ -1,0 +1,94 @@
+"""The flow that a worker runs: one stage, whose work is its one parameter."""
+
+import logging
+import os
+from contextlib import ExitStack
+from typing import Any
+
+from prefect import flow, runtime
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Completed, Crashed, Failed
+
+from artifacts.store import DamagedObject, Store
+from common.errors import StageInterrupted, UserError
+from flows.devices import hold_devices
+from flows.showing import LiveProgress
+from flows.stopping import Stopping
+from flows.view import LogView
+from models.engine import check_engine
+from models.machine import accelerators
+from tasks.dispatch import do_here
+from tasks.events import Event
+from tasks.process import EngineProcess, engine_process
+from tasks.remote import DAMAGED, REFUSED, STOPPED
+from tasks.work import Outcome, Work
+
+WORKER = "CAIRN_WORKER"
+"""The environment's name for the pool that this machine works for, which `cairn worker` sets."""
+logger = logging.getLogger("cairn.flows")
+
+
+@flow(name="stage", persist_result=False, validate_parameters=False)
+def stage(work: dict[str, Any]) -> Any:
+    """Does a stage that a pipeline has sent to this machine's pool. Not to be started by hand."""
+    parsed = Work.model_validate(work)
+    stopping: Stopping | None = None
+    try:
+        with ExitStack() as stack:
+            process = stack.enter_context(engine_process())
+            stopping = stack.enter_context(Stopping(process.interrupt))
+            outcome = _done(parsed, process, stopping)
+    except DamagedObject as error:
+        return Failed(name=DAMAGED, message=str(error))
+    except UserError as error:
+        return Failed(name=REFUSED, message=str(error))
+    except StageInterrupted as error:
+        return _interrupted(error)
+    return Completed(message=outcome.record.summary)
+
+
+def _done(work: Work, process: EngineProcess, stopping: Stopping) -> Outcome:
+    check_fits(work)
+    log, live = LogView().listener(work.name), LiveProgress(work.name)
+
+    def listen(event: Event) -> None:
+        log(event)
+        live.listen(event)
+
+    def should_stop() -> bool:
+        return stopping.requested
+
+    with hold_devices(work, should_stop):
+        return do_here(work, process, listen, should_stop)
+
+
+def check_fits(work: Work) -> None:
+    """Raises UserError where this machine is not what a work wants, or does not see its store."""
+    pool = work.runtime.worker
+    mine = os.environ.get(WORKER)
+    if mine != pool:
+        raise UserError(
+            f"stage '{work.name}' is for workers of pool '{pool}', and this is one of '{mine or 'none'}': "
+            f"start workers with `cairn worker {pool}`"
+        )
+    if pool != "local" and not accelerators(pool):
+        raise UserError(f"stage '{work.name}' wants '{pool}', and this machine ({os.uname().nodename}) has none")
+    if work.definition.has_engine:
+        check_engine(work.config["engine"], work.config.get("precision", "float32"), work.config.get("bits"))
+    store = Store.open(work.store)
+    for name, reference in work.inputs.items():
+        if store.read_record(reference.key) is None:
+            raise UserError(
+                f"stage '{work.name}': the worker on {os.uname().nodename} does not see the input '{name}' in "
+                f"{work.store}; machines that work together need one store that all reach, such as s3://bucket/store"
+            )
+
+
+def _interrupted(error: StageInterrupted) -> State[Any]:
+    """Somebody has cancelled the run, or only the worker is being stopped and the stage is to go on elsewhere."""
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(runtime.flow_run.id).state
+    if state is not None and (state.is_cancelling() or state.is_cancelled()):
+        return Cancelled(message=str(error))
+    return Crashed(name=STOPPED, message=f"the worker on {os.uname().nodename} was stopped")

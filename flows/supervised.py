@@ -1,0 +1,66 @@
+"""A Python module that runs as a program in a process of its own, and is told to end when its parent has gone.
+
+`python -m flows.supervised PIPE MODULE ARGUMENTS…` runs the module; at the end of the pipe it takes SIGTERM.
+"""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+
+class Supervised:
+    """Such a process, as its parent has it. Its pipe is open as long as the parent lives, however that ends."""
+
+    def __init__(self, module: str, *arguments: str, folder: Path, environment: Mapping[str, str]) -> None:
+        read_end, self._write_end = os.pipe()
+        self.process = subprocess.Popen(
+            # -P: a folder may have files of the names that this imports.
+            [sys.executable, "-P", "-m", "flows.supervised", str(read_end), module, *arguments],
+            pass_fds=(read_end,),
+            cwd=folder,
+            env=dict(environment),
+            # What a terminal sends to all of its processes comes by way of the parent alone, once.
+            start_new_session=True,
+        )
+        os.close(read_end)
+
+    def pass_signals_on(self) -> None:
+        """From now on this process's SIGTERM and SIGINT go to that one, as SIGTERM."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: self.terminate())
+
+    def terminate(self) -> None:
+        """Sends it SIGTERM."""
+        self.process.terminate()
+
+    def wait(self) -> int:
+        """Waits for its end; gives the exit code, as a shell has it for one that a signal killed."""
+        code = self.process.wait()
+        os.close(self._write_end)
+        return code if code >= 0 else 128 - code
+
+
+def main(arguments: list[str]) -> None:
+    """Runs a module until it is done."""
+    read_end, module, *rest = arguments
+    # A shell that starts its parent in the background has both ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_end_with_the_parent, args=(int(read_end),), daemon=True).start()
+    sys.argv = [module, *rest]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _end_with_the_parent(read_end: int) -> None:
+    with suppress(OSError):
+        os.read(read_end, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

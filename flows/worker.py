@@ -1,0 +1,78 @@
+"""`cairn worker`: a Prefect worker for one of the pools, on a machine that is what the pool is for."""
+
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+from artifacts.store import Store
+from common.errors import UserError
+from flows.engine import FOLDER, RUNS
+from flows.server import check_answers
+from flows.stage import WORKER
+from flows.supervised import Supervised
+from models.engine import is_installed
+from models.machine import accelerators, engine_for
+
+Pool = Literal["pipeline", "cpu", "cuda", "tpu", "apple"]
+_GRACE_SECONDS = 300.0
+"""Seconds that runs may take to write their checkpoints when the worker is stopped."""
+_SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+    "PREFECT_WORKER_QUERY_SECONDS": "2",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "cairn",
+}
+"""What a worker and its runs are started with; variables that a user has set go before."""
+
+
+def run_worker(pool: Pool, server: str, store: Store, name: str | None, limit: int) -> int:
+    """Works for a pool until it is told to stop, and then until its runs have written their checkpoints.
+
+    Gives the exit code. Raises UserError where the machine is not what the pool is for, and where the server or the
+    store cannot be reached.
+    """
+    _check_machine(pool)
+    check_answers(server)
+    store.names()  # raises where the store cannot be reached
+    with tempfile.TemporaryDirectory(prefix="cairn-worker-") as runs:
+        places = {WORKER: pool, FOLDER: str(Path.cwd()), RUNS: runs, "CAIRN_STORE": store.url}
+        arguments = ["worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
+        arguments += ["--name", name or f"{platform.node()}-{pool}-{os.getpid()}"]
+        worker = Supervised("prefect", *arguments, folder=Path.cwd(), environment={**_SETTINGS, **os.environ, **places})
+        worker.pass_signals_on()
+        code = worker.wait()
+        _wait_for_runs(Path(runs))
+    return code
+
+
+def _check_machine(pool: Pool) -> None:
+    if pool == "pipeline":
+        return
+    if not accelerators(pool):
+        raise UserError(f"this machine has nothing that pool '{pool}' is for; `cairn worker cpu` works everywhere")
+    engine = engine_for(pool)
+    if not is_installed(engine):
+        raise UserError(f"a worker of pool '{pool}' needs engine '{engine}'; run: pip install 'cairn[{engine}]'")
+
+
+def _wait_for_runs(folder: Path) -> None:
+    """Waits until the runs have ended; they know that the worker has."""
+    until = time.monotonic() + _GRACE_SECONDS
+    running = [int(path.name) for path in folder.iterdir()]
+    while time.monotonic() < until and (running := [pid for pid in running if _is_alive(pid)]):
+        time.sleep(0.1)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        # In a container, this process is the one that inherits what others leave.
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        return True

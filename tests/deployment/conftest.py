@@ -1,0 +1,199 @@
+"""What tests of a fleet share: a real Prefect server, real workers, and pipelines that they work for."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import FlowRun, WorkerStatus
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from artifacts.identity import content_digest, describe_files
+from tests.flows.processes import descendants, kill, runs_module
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "arithmetic-tiny"
+Process = subprocess.Popen[bytes]
+
+
+def wait_for(found: Callable[[], Any], seconds: float = 120.0, what: str = "") -> Any:
+    """The first result that is not false; fails where there is none in time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if result := found():
+            return result
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds:.0f} s: {what or found}")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+class Server:
+    """A Prefect server that can be killed and started again with what it knew."""
+
+    def __init__(self, home: Path, **settings: str) -> None:
+        self.home, self.port, self._settings = home, free_port(), settings
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        self._process: Process | None = None
+
+    def start(self) -> None:
+        """Starts it, and waits until it answers."""
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(self.home), **self._settings}
+        with (self.home / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "flows.cli", "server", "--port", str(self.port)],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_for(self._answers, what=f"the server's answer; see {self.home}")
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health").is_success
+        except httpx.TransportError:
+            return False
+
+    def kill(self) -> None:
+        """SIGKILL to all of it."""
+        if self._process is not None:
+            kill(self._process.pid, *descendants(self._process.pid))
+            self._process.wait()
+
+
+class Fleet:
+    """Workers and pipelines of one test, with a server that others use too and a store of their own."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        self.server, self.folder = server, folder
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PREFECT_API_URL": server.url,
+            "PREFECT_HOME": str(folder / "prefect"),
+            "CAIRN_STORE": str(folder / "store"),
+            "CAIRN_CACHE": str(folder / "cache"),
+            "CAIRN_LOCKS": str(folder / "locks"),
+            "COLUMNS": "250",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.started: list[Process] = []
+
+    def cairn(self, log: str, *arguments: str, **environment: str) -> Process:
+        """Starts `cairn`, whose output goes to a file of the folder."""
+        with (self.folder / log).open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flows.cli", *arguments],
+                cwd=self.folder,
+                env={**self.environment, **environment},
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.started.append(process)
+        return process
+
+    def worker(self, pool: str = "cpu", name: str = "one", **environment: str) -> Process:
+        """Starts a worker, and waits until the server knows it."""
+        process = self.cairn(f"worker-{name}.log", "worker", pool, "--name", name, **environment)
+
+        def is_online() -> bool:
+            assert process.poll() is None, self.text(f"worker-{name}.log")
+            with self.client() as client:
+                workers = client.read_workers_for_work_pool(pool)
+            return any(worker.name == name and worker.status == WorkerStatus.ONLINE for worker in workers)
+
+        wait_for(is_online, what=f"worker {name}")
+        return process
+
+    def run(self, *overrides: str, log: str = "run.log", **environment: str) -> Process:
+        """Starts a pipeline."""
+        sets = [part for override in ("worker=cpu", *overrides) for part in ("--set", override)]
+        return self.cairn(log, "run", RECIPE, *sets, **environment)
+
+    def text(self, log: str = "run.log") -> str:
+        return (self.folder / log).read_text()
+
+    def finish(self, process: Process, log: str = "run.log", seconds: float = 300.0) -> str:
+        """Waits for a pipeline to succeed; gives what it printed."""
+        code = process.wait(seconds)
+        assert code == 0, self.text(log)
+        return self.text(log)
+
+    def published(self) -> str:
+        """The digest of what the pipelines published."""
+        return content_digest(describe_files(self.folder / "published" / RECIPE))
+
+    @contextmanager
+    def client(self) -> Iterator[SyncPrefectClient]:
+        with temporary_settings({PREFECT_API_URL: self.server.url}), get_client(sync_client=True) as client:
+            yield client
+
+    def runs(self, stage: str) -> list[FlowRun]:
+        """The runs of one stage of this test's pipelines, in the order of their attempts."""
+        with self.client() as client:
+            found = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"name": {"like_": stage}}))
+        mine = [run for run in found if run.parameters.get("work", {}).get("store") == str(self.folder / "store")]
+        return sorted(mine, key=lambda run: run.created or run.expected_start_time)  # type: ignore[arg-type, return-value]
+
+    def training(self, stage: str = "base", steps: int = 1) -> None:
+        """Waits until a stage has written a checkpoint."""
+
+        def has_checkpoints() -> bool:
+            return len(list((self.folder / "store" / "checkpoints").glob("*/step-*"))) >= steps
+
+        wait_for(has_checkpoints, what=f"a checkpoint of {stage}")
+
+    def stage_process(self, worker: Process) -> int:
+        """The process in which a worker's stage trains."""
+
+        def found() -> int | None:
+            return next((pid for pid in descendants(worker.pid) if runs_module(pid, "tasks.child")), None)
+
+        pid: int = wait_for(found, what="a stage's process")
+        return pid
+
+    def close(self) -> None:
+        """Ends what is left of it, on the server too, where a run that nobody does would keep its pool's slot."""
+        for process in self.started:
+            if process.poll() is None:
+                kill(process.pid, *descendants(process.pid))
+            process.wait()
+        with self.client() as client:
+            for run in client.read_flow_runs():
+                if run.state is None or not run.state.is_final():
+                    client.delete_flow_run(run.id)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with Cairn's pools, automations and deployments."""
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_URL": server.url}
+    environment["PREFECT_HOME"] = str(server.home / "client")
+    subprocess.run([sys.executable, "-m", "flows.cli", "deploy"], env=environment, check=True)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def fleet(server: Server, tmp_path: Path) -> Iterator[Fleet]:
+    fleet = Fleet(server, tmp_path)
+    yield fleet
+    fleet.close()
