@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -39,6 +40,8 @@ def run_worker(pool: Pool, server: str, store: Store, name: str | None, limit: i
     store.names()  # raises where the store cannot be reached
     with tempfile.TemporaryDirectory(prefix="cairn-worker-") as runs:
         places = {WORKER: pool, FOLDER: str(Path.cwd()), RUNS: runs, "CAIRN_STORE": store.url}
+        # A deployment says `python` for every worker: here it is the one with Cairn.
+        places["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         arguments = ["worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
         arguments += ["--name", name or f"{platform.node()}-{pool}-{os.getpid()}"]
         worker = Supervised("prefect", *arguments, folder=Path.cwd(), environment={**_SETTINGS, **os.environ, **places})
