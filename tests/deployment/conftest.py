@@ -15,6 +15,7 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, WorkerStatus
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from artifacts.identity import content_digest, describe_files
@@ -22,6 +23,7 @@ from tests.flows.processes import descendants, kill, runs_module
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "arithmetic-tiny"
+LONG = ("stages.base.training.steps=1500", "stages.base.checkpoints.every_seconds=0.5")
 Process = subprocess.Popen[bytes]
 
 
@@ -122,8 +124,8 @@ class Fleet:
         return process
 
     def run(self, *overrides: str, log: str = "run.log", **environment: str) -> Process:
-        """Starts a pipeline."""
-        sets = [part for override in ("worker=cpu", *overrides) for part in ("--set", override)]
+        """Starts a pipeline, whose stage `base` trains on a worker, and long enough to be disturbed."""
+        sets = [part for override in (*LONG, "stages.base.worker=cpu", *overrides) for part in ("--set", override)]
         return self.cairn(log, "run", RECIPE, *sets, **environment)
 
     def text(self, log: str = "run.log") -> str:
@@ -144,20 +146,21 @@ class Fleet:
         with temporary_settings({PREFECT_API_URL: self.server.url}), get_client(sync_client=True) as client:
             yield client
 
-    def runs(self, stage: str) -> list[FlowRun]:
-        """The runs of one stage of this test's pipelines, in the order of their attempts."""
+    def runs(self) -> list[FlowRun]:
+        """The runs of stage `base` of this test's pipelines, in the order of their attempts."""
+        name = FlowRunFilter.model_validate({"name": {"like_": "base on "}})
         with self.client() as client:
-            found = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"name": {"like_": stage}}))
-        mine = [run for run in found if run.parameters.get("work", {}).get("store") == str(self.folder / "store")]
-        return sorted(mine, key=lambda run: run.created or run.expected_start_time)  # type: ignore[arg-type, return-value]
+            found = client.read_flow_runs(flow_run_filter=name, sort=FlowRunSort.START_TIME_ASC)
+        return [run for run in found if run.parameters["work"]["store"] == self.environment["CAIRN_STORE"]]
 
-    def training(self, stage: str = "base", steps: int = 1) -> None:
-        """Waits until a stage has written a checkpoint."""
+    def states(self) -> list[str | None]:
+        """The names of their states."""
+        return [run.state_name for run in self.runs()]
 
-        def has_checkpoints() -> bool:
-            return len(list((self.folder / "store" / "checkpoints").glob("*/step-*"))) >= steps
-
-        wait_for(has_checkpoints, what=f"a checkpoint of {stage}")
+    def training(self) -> None:
+        """Waits until stage `base` has written a checkpoint."""
+        checkpoints = self.folder / "store" / "checkpoints"
+        wait_for(lambda: list(checkpoints.glob("*/step-*/state.json")), what="a checkpoint")
 
     def stage_process(self, worker: Process) -> int:
         """The process in which a worker's stage trains."""
@@ -190,6 +193,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     subprocess.run([sys.executable, "-m", "flows.cli", "deploy"], env=environment, check=True)
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of what a pipeline publishes that nothing befalls, all of it on this machine."""
+    fleet = Fleet(server, tmp_path_factory.mktemp("undisturbed"))
+    fleet.finish(fleet.run("stages.base.worker=local"))
+    return fleet.published()
 
 
 @pytest.fixture

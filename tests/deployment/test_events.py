@@ -1,99 +1,159 @@
 """What befalls a run on a worker: whatever it is, the published weights are bitwise those of an undisturbed run."""
 
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
-import pytest
-
-from tests.deployment.conftest import Fleet, Server, wait_for
+from tests.deployment.conftest import ROOT, Fleet, Server, wait_for
 from tests.flows.processes import descendants, kill
-
-LONG = (
-    "stages.base.training.steps=1500",
-    "stages.base.checkpoints.every_seconds=0.5",
-    "stages.base.checkpoints.keep_last=2",
-)
-"""Training that lasts long enough to be disturbed."""
-
-
-@pytest.fixture(scope="session")
-def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of what the recipe publishes where nothing happens, made without a worker."""
-    fleet = Fleet(server, tmp_path_factory.mktemp("undisturbed"))
-    fleet.finish(fleet.run("worker=local", *LONG))
-    return fleet.published()
 
 
 def test_the_stage_process_is_killed(fleet: Fleet, undisturbed: str) -> None:
     worker = fleet.worker()
-    run = fleet.run(*LONG)
+    run = fleet.run()
     fleet.training()
     kill(fleet.stage_process(worker))
     killed = time.monotonic()
-    wait_for(lambda: len(fleet.runs("base")) == 2 and fleet.runs("base")[1].state_name == "Running")
+    wait_for(lambda: fleet.states()[1:] == ["Running"])
     print(f"on a worker again after {time.monotonic() - killed:.1f} s")
-    fleet.finish(run)
-    first, second = fleet.runs("base")
-    assert (first.state_name, second.state_name) == ("Failed", "Completed")
-    assert "killed by signal 9" in (first.state.message or "")  # type: ignore[union-attr]
+    output = fleet.finish(run)
+    assert fleet.states() == ["Failed", "Completed"]
+    assert "killed by signal 9" in str(fleet.runs()[0].state)
+    assert "going on from the checkpoint" in fleet.text("worker-one.log"), output
     assert fleet.published() == undisturbed
 
 
 def test_the_worker_is_killed_with_its_children(fleet: Fleet, undisturbed: str) -> None:
     worker = fleet.worker()
-    run = fleet.run(*LONG)
+    run = fleet.run()
     fleet.training()
     kill(worker.pid, *descendants(worker.pid))
     killed = time.monotonic()
     fleet.worker(name="two")
-    wait_for(lambda: fleet.runs("base")[0].state_name == "Crashed", 150)
+    wait_for(lambda: fleet.states()[0] == "Crashed", 150)
     print(f"seen as crashed after {time.monotonic() - killed:.1f} s")
     fleet.finish(run)
-    assert [one.state_name for one in fleet.runs("base")] == ["Crashed", "Completed"]
+    assert fleet.states() == ["Crashed", "Completed"]
+    assert "going on from the checkpoint" in fleet.text("worker-two.log")
     assert fleet.published() == undisturbed
 
 
 def test_the_pipeline_is_killed(fleet: Fleet, undisturbed: str) -> None:
     fleet.worker()
-    run = fleet.run(*LONG)
+    run = fleet.run()
     fleet.training()
     kill(run.pid, *descendants(run.pid))
-    fleet.finish(fleet.run(*LONG, log="again.log"), log="again.log")
-    assert [one.state_name for one in fleet.runs("base")] == ["Completed"]
+    fleet.finish(fleet.run(log="again.log"), log="again.log")
+    assert fleet.states() == ["Completed"]
     assert fleet.published() == undisturbed
 
 
 def test_the_worker_is_stopped(fleet: Fleet, undisturbed: str) -> None:
     worker = fleet.worker()
     # Going on elsewhere is no failure, so no retry is needed for it.
-    run = fleet.run(*LONG, "stages.base.retries=0")
+    run = fleet.run("stages.base.retries=0")
     fleet.training()
     worker.terminate()
     assert worker.wait(60) == 0
-    stopped = fleet.runs("base")[0]
-    assert stopped.state_name == "Stopped"
+    assert fleet.states()[0] == "Stopped"
     fleet.worker(name="two")
     fleet.finish(run)
-    assert [one.state_name for one in fleet.runs("base")] == ["Stopped", "Completed"]
+    assert fleet.states() == ["Stopped", "Completed"]
+    assert "going on from the checkpoint" in fleet.text("worker-two.log")
     assert fleet.published() == undisturbed
 
 
 def test_the_pipeline_is_stopped(fleet: Fleet, undisturbed: str) -> None:
     fleet.worker()
-    run = fleet.run(*LONG)
+    run = fleet.run()
     fleet.training()
     run.send_signal(signal.SIGINT)
     assert run.wait(60) == 130, fleet.text()
-    assert [one.state_name for one in fleet.runs("base")] == ["Cancelled"]
-    fleet.finish(fleet.run(*LONG, log="again.log"), log="again.log")
-    assert [one.state_name for one in fleet.runs("base")] == ["Cancelled", "Completed"]
+    assert fleet.states() == ["Cancelled"]
+    fleet.finish(fleet.run(log="again.log"), log="again.log")
+    assert fleet.states() == ["Cancelled", "Completed"]
+    assert "going on from the checkpoint" in fleet.text("worker-one.log")
+    assert fleet.published() == undisturbed
+
+
+def test_the_stage_is_cancelled_by_command(fleet: Fleet, undisturbed: str) -> None:
+    fleet.worker()
+    run = fleet.run()
+    fleet.training()
+    command = [sys.executable, "-m", "prefect", "flow-run", "cancel", str(fleet.runs()[0].id)]
+    subprocess.run(command, env=fleet.environment, check=True, capture_output=True)
+    assert run.wait(60) == 130, fleet.text()
+    assert fleet.states() == ["Cancelled"]
+    fleet.finish(fleet.run(log="again.log"), log="again.log")
+    assert "going on from the checkpoint" in fleet.text("worker-one.log")
     assert fleet.published() == undisturbed
 
 
 def test_two_pipelines_share_one_run(fleet: Fleet, undisturbed: str) -> None:
     fleet.worker()
-    one, other = fleet.run(*LONG, log="one.log"), fleet.run(*LONG, log="other.log")
+    one, other = fleet.run(log="one.log"), fleet.run(log="other.log")
     fleet.finish(one, log="one.log")
     fleet.finish(other, log="other.log")
-    assert [one.state_name for one in fleet.runs("base")] == ["Completed"]
+    assert fleet.states() == ["Completed"]
     assert fleet.published() == undisturbed
+
+
+def test_the_server_is_killed_and_comes_back(fleet: Fleet, server: Server, undisturbed: str) -> None:
+    fleet.worker()
+    run = fleet.run()
+    fleet.training()
+    server.kill()
+    time.sleep(5)
+    server.start()
+    fleet.finish(run)
+    assert fleet.states() == ["Completed"]
+    assert fleet.published() == undisturbed
+
+
+def test_a_worker_without_the_engine_refuses(fleet: Fleet, tmp_path: Path) -> None:
+    # An environment without JAX, as far as Python's import system can tell.
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "sitecustomize.py").write_text(_WITHOUT_JAX)
+    fleet.worker(PYTHONPATH=f"{tmp_path / 'without'}:{ROOT}")
+    run = fleet.run("stages.base.engine=jax")
+    assert run.wait(120) == 1
+    assert "engine 'jax' is not installed; run: pip install 'cairn[jax]'" in fleet.text()
+    assert "Traceback" not in fleet.text()
+    assert fleet.states() == ["Refused"]
+
+
+_WITHOUT_JAX = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Without(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("jax", "jaxlib"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Without())
+"""
+
+
+def test_a_stage_without_a_worker_waits_and_says_for_what(fleet: Fleet) -> None:
+    run = fleet.run("stages.base.worker=cuda")
+    wait_for(lambda: "no worker of pool 'cuda' is online; start one on such a machine" in fleet.text(), what="the hint")
+    assert fleet.states()[0] in ("Scheduled", "Late")
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) == 130, fleet.text()
+    assert fleet.states() == ["Cancelled"]
+
+
+def test_a_worker_of_another_kind_does_not_start(fleet: Fleet) -> None:
+    worker = fleet.cairn("worker.log", "worker", "tpu")
+    assert worker.wait(60) == 1
+    assert "this machine has nothing that pool 'tpu' is for" in fleet.text("worker.log")
+
+
+def test_a_worker_that_does_not_reach_the_store_does_not_start(fleet: Fleet) -> None:
+    (fleet.folder / "store").write_text("in the way")
+    worker = fleet.cairn("worker.log", "worker", "cpu")
+    assert worker.wait(60) == 1
+    assert "is a file, not a folder" in fleet.text("worker.log")
