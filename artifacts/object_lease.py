@@ -11,7 +11,9 @@ from artifacts.conditional import ConditionalWrites
 from artifacts.errors import LeaseLost
 from artifacts.lease import LeaseInfo, new_lease
 
-LEASE_SECONDS = 60.0
+LEASE_SECONDS = 90.0
+"""How long a lease lasts that is not renewed: a store may be out of reach for half a minute, and be waited for in
+growing pauses."""
 POLL_SECONDS = 5.0
 
 logger = logging.getLogger("cairn.artifacts")
@@ -84,7 +86,7 @@ def object_lease(
     """Holds the lease at `path` on the key and input keys `wanted`, after waiting for its holder."""
     lease = _acquire(writes, path, wanted, wait, seconds)
     stop = threading.Event()
-    renewal = threading.Thread(target=_keep, args=(lease, stop, seconds / 3), name="lease", daemon=True)
+    renewal = threading.Thread(target=_keep, args=(lease, stop, seconds / 6), name="lease", daemon=True)
     renewal.start()
     try:
         yield lease

@@ -18,6 +18,7 @@ from artifacts.errors import DamagedObject, LeaseLost, explained, full_disk_expl
 from artifacts.identity import check_digest, check_file_name, check_name, content_digest, describe_files
 from artifacts.lease import Lease
 from artifacts.local import LocalBackend
+from artifacts.patience import wait_out_outages
 from artifacts.record import Record, RecordFields, make_record
 from artifacts.verification import Damage, Verification, verify_records
 from common.errors import UserError, suggestion
@@ -98,6 +99,10 @@ class Store:
                 )
                 return None
         return record
+
+    def be_patient(self) -> None:
+        """From now on, waits out outages of a store at a URL, as long work wants it that has reached it before."""
+        wait_out_outages(self.filesystem)
 
     def read_record(self, key: str) -> Record | None:
         """A key's record whether or not its files are there; None where it is absent or damaged, which is logged."""

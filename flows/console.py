@@ -14,8 +14,8 @@ from rich.text import Text
 
 from artifacts.record import Record
 from flows.plan import Step
-from flows.view import LogView, event_line
-from tasks.events import Event, Listener
+from flows.view import LogView
+from tasks.events import Event, Listener, event_line
 
 
 class ConsoleView(AbstractContextManager["ConsoleView"]):

@@ -80,6 +80,8 @@ class PipelineRun:
 
     def all_stages(self) -> RunResult:
         """Submits every stage to Prefect and waits for them all; raises what the first failed stage raised."""
+        self.store.names()  # raises at once where the store is out of reach
+        self.store.be_patient()
         with self.stopping, closing(self.process):
             futures: dict[str, PrefectFuture[Outcome]] = {}
             for entry in self.recipe.stages:

@@ -18,9 +18,8 @@ from prefect.artifacts import (
 from artifacts.lineage import to_text, tree
 from artifacts.record import Record
 from artifacts.store import Store
-from flows.view import progress_line
 from tasks.encoding.card import DATA_CARD, LENGTHS_PICTURE
-from tasks.events import Event
+from tasks.events import Event, progress_line
 
 LOSS_CURVE = "loss.png"
 PICTURES = {LOSS_CURVE: ("loss", "Loss curve"), LENGTHS_PICTURE: ("lengths", "Document lengths")}

@@ -5,13 +5,13 @@ import os
 from contextlib import ExitStack
 from typing import Any
 
-from prefect import flow, runtime
+from prefect import flow, get_run_logger, runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from artifacts.store import DamagedObject, Store
-from common.errors import StageInterrupted, UserError
+from common.errors import StageFailed, StageInterrupted, UserError
 from flows.devices import hold_devices
 from flows.showing import LiveProgress
 from flows.stopping import Stopping
@@ -45,12 +45,17 @@ def stage(work: dict[str, Any]) -> Any:
         return Failed(name=REFUSED, message=str(error))
     except StageInterrupted as error:
         return _interrupted(error)
+    except StageFailed as error:
+        # It brings the traceback of the process that failed; that of this one says nothing more.
+        return Failed(message=str(error))
     return Completed(message=outcome.record.summary)
 
 
 def _done(work: Work, process: EngineProcess, stopping: Stopping) -> Outcome:
     check_fits(work)
-    log, live = LogView().listener(work.name), LiveProgress(work.name)
+    run_logger = get_run_logger()
+    log = LogView(lambda stage, line: run_logger.info("%s: %s", stage, line)).listener(work.name)
+    live = LiveProgress(work.name)
 
     def listen(event: Event) -> None:
         log(event)

@@ -1,4 +1,4 @@
-"""Progress events as JSON objects, so that they pass from a child process to whoever shows them."""
+"""Progress events as JSON objects, so that they pass from a child process to whoever shows them, and as lines."""
 
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
@@ -17,3 +17,36 @@ def as_event(event: object) -> Event:
     if not is_dataclass(event) or isinstance(event, type):
         raise TypeError(f"{event!r} is no event")
     return {"event": type(event).__name__, **asdict(event)}
+
+
+def event_line(event: Event) -> str | None:
+    """An event in a line; nothing for what people need not see."""
+    if event["event"] == "Progress":
+        return progress_line(event)
+    if event["event"] == "Validation":
+        exact = "" if event["exact_match"] is None else f", exact match {event['exact_match']:.2%}"
+        each = ", ".join(f"{source} {loss:.4f}" for source, loss in event["by_source"].items())
+        return f"step {event['step']:,}: validation loss {event['loss']:.4f}{f' ({each})' if each else ''}{exact}"
+    if event["event"] == "Log":
+        return str(event["message"])
+    if event["event"] == "Note":
+        return str(event["text"])
+    return None
+
+
+def progress_line(event: Event) -> str:
+    """A training step in a line: step, loss, tokens/s, utilisation or FLOP/s, time to go."""
+    loss = "—" if event["loss"] is None else f"{event['loss']:.4f}"
+    speed = f"MFU {event['mfu']:.1%}" if event["mfu"] is not None else f"{_short(event['flops_per_second'])}FLOP/s"
+    minutes, seconds = divmod(round(event["eta_seconds"]), 60)
+    return (
+        f"step {event['step']:,}/{event['steps']:,}  loss {loss}  {_short(event['tokens_per_second'])}tokens/s  "
+        f"{speed}  ETA {minutes}:{seconds:02d}"
+    )
+
+
+def _short(number: float) -> str:
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.1f} {unit}"
+    return f"{number:.0f} "

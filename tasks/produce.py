@@ -14,6 +14,7 @@ from common.errors import StageInterrupted
 from tasks.provenance import git_state, hardware, packages
 from tasks.ranks import ranks_of, run_in_ranks
 from tasks.stage import Context, Stage
+from tasks.stage_log import stage_log
 from tasks.work import Outcome, Work
 
 logger = logging.getLogger("cairn.tasks")
@@ -29,6 +30,7 @@ def produce(
     found = store.find(work.key)
     if found is not None:
         return Outcome(found, reused=True)
+    store.be_patient()
     # The work's own key too: its logs lie under that one, and are not to be collected meanwhile.
     held_keys = [work.key, *(reference.key for reference in work.inputs.values())]
 
@@ -53,12 +55,12 @@ def produce(
             return should_stop()
 
         with store.workspace(work.key) as output:
-            with store.logs(work.key) as logs:
+            with store.logs(work.key) as logs, stage_log(logs, report) as tell:
                 count = ranks_of(work)
                 if count > 1:
-                    metrics = run_in_ranks(work, count, output, logs, report, stopping)
+                    metrics = run_in_ranks(work, count, output, logs, tell, stopping)
                 else:
-                    metrics = run_stage(store, work, output, logs, report, stopping)
+                    metrics = run_stage(store, work, output, logs, tell, stopping)
             commit, dirty = git_state()
             record = store.commit(
                 output,

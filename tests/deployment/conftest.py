@@ -19,6 +19,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from artifacts.identity import content_digest, describe_files
+from artifacts.store import Store
 from tests.flows.processes import descendants, kill, runs_module
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +131,11 @@ class Fleet:
 
     def text(self, log: str = "run.log") -> str:
         return (self.folder / log).read_text()
+
+    def stage_log(self) -> str:
+        """What stage `base` has logged, over all of its attempts."""
+        store = Store.open(self.environment["CAIRN_STORE"])
+        return store.attachment(store.resolve(f"models/{RECIPE}@base").key, "stage.log").decode()
 
     def finish(self, process: Process, log: str = "run.log", seconds: float = 300.0) -> str:
         """Waits for a pipeline to succeed; gives what it printed."""

@@ -104,7 +104,7 @@ def test_it_is_done_once_and_recorded_whole(store: Store, runs: list[Context]) -
     assert record.packages["python"]
     assert record.hardware["cores"]
     assert (store.fetch(record) / "text").read_text() == "a"
-    assert list(store.attachments(record.key)) == ["log.txt"]
+    assert list(store.attachments(record.key)) == ["log.txt", "stage.log"]
     # Neither the name nor how carefully it runs makes it another work.
     again = work(store, name="renamed").model_copy(update={"runtime": Runtime(retries=9)})
     assert produce(store, again, events.append) == Outcome(record, reused=True)

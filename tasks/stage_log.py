@@ -1,0 +1,56 @@
+"""A stage's log as a file among what hangs on its record, so that it is read where the artifact is."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tasks.events import as_event, event_line
+
+NAME = "stage.log"
+_PROGRESS_SECONDS = 10.0
+
+
+@contextmanager
+def stage_log(folder: Path, report: Callable[[object], None]) -> Iterator[Callable[[object], None]]:
+    """Writes what a stage tells and logs to `stage.log` in a folder, after what an interrupted start wrote there.
+
+    Gives what takes events in place of `report`, which still gets them all.
+    """
+    log = _Log(folder / NAME)
+    cairn = logging.getLogger("cairn")
+    # Stages beside this one in threads log here too: their messages say whose they are.
+    cairn.addHandler(log)
+    try:
+        yield lambda event: log.tell(event, report)
+    except BaseException as error:
+        log.say(logging.ERROR, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        cairn.removeHandler(log)
+        log.close()
+
+
+class _Log(logging.FileHandler):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+        formatter.converter = time.gmtime
+        self.setFormatter(formatter)
+        self._said = -_PROGRESS_SECONDS
+
+    def say(self, level: int, line: str) -> None:
+        self.handle(logging.LogRecord("cairn", level, "", 0, line, None, None))
+
+    def tell(self, event: object, report: Callable[[object], None]) -> None:
+        known = as_event(event)
+        line = event_line(known)
+        if known["event"] == "Progress" and known["step"] < known["steps"]:
+            if time.monotonic() - self._said < _PROGRESS_SECONDS:
+                line = None
+            else:
+                self._said = time.monotonic()
+        if line is not None:
+            self.say(logging.INFO, line)
+        report(event)
