@@ -89,8 +89,9 @@ class PipelineRun:
                 futures[entry.name] = task.submit({source: futures[source] for source in entry.inputs.values()})
             for future in futures.values():
                 future.wait()
-        if self.stopping.requested:
-            raise StageInterrupted("stopped")
+        cancelled = [name for name, future in futures.items() if future.state.is_cancelled()]
+        if self.stopping.requested or cancelled:
+            raise StageInterrupted(f"stage '{cancelled[0]}' was stopped" if cancelled else "stopped")
         records = {name: future.result().record for name, future in futures.items()}
         reference = recipe_ref(self.recipe.name)
         self._name(reference, records[self.recipe.stages[-1].name])

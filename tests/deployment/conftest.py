@@ -194,11 +194,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with Cairn's pools, automations and deployments."""
     server = Server(tmp_path_factory.mktemp("server"))
     server.start()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_URL": server.url}
-    environment["PREFECT_HOME"] = str(server.home / "client")
-    subprocess.run([sys.executable, "-m", "flows.cli", "deploy"], env=environment, check=True)
+    deploy_to(server)
     yield server
     server.kill()
+
+
+def deploy_to(server: Server, **environment: str) -> None:
+    """Tells a server of Cairn."""
+    places = {"PYTHONPATH": str(ROOT), "PREFECT_API_URL": server.url, "PREFECT_HOME": str(server.home / "client")}
+    command = [sys.executable, "-m", "flows.cli", "deploy"]
+    subprocess.run(command, env={**os.environ, **places, **environment}, check=True)
 
 
 @pytest.fixture(scope="session")
