@@ -31,11 +31,13 @@ LOG_BYTES = 1 << 20
 DRAIN_SECONDS = 2.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SERVER_SETTINGS = {
-    # Nothing calls out: neither the server nor a page of its UI, whose newer version does.
+    # Nothing calls out: neither the server nor, with `flows.serving`, a page of its UI.
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_V2_ENABLED": "false",
     "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
+    # Else pages ask for the API at this machine's port 4200, whatever they were loaded from.
+    "PREFECT_SERVER_UI_API_URL": "/api",
     # Several clients may share the database, and SQLite lets one write at a time.
     "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
 }
@@ -79,7 +81,7 @@ def serve(host: str, port: int) -> None:
             f"user:password for it, and PREFECT_API_AUTH_STRING to the same for workers and pipelines"
         )
     environment = {**SERVER_SETTINGS, **os.environ}
-    command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "flows.serving", "server", "start", "--host", host, "--port", str(port)]
     os.execve(sys.executable, command, environment)
 
 
