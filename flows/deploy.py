@@ -6,16 +6,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from prefect.automations import Automation
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
-from prefect.events.schemas.automations import EventTrigger, Posture
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
 from common.errors import UserError
+from tasks.remote import DAMAGED, REFUSED, STOPPED
 
 DEPLOYMENTS = Path(__file__).parent.parent / "deployment" / "prefect.yaml"
 POOLS = {
@@ -28,7 +28,9 @@ POOLS = {
 """The pools: how many runs each has at a time, which may be changed later, and what it is for."""
 SILENT_SECONDS = 90
 PENDING_SECONDS = 300
-_ENDINGS = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+_STATES = ("Completed", "Failed", "Cancelled", "Crashed", "AwaitingRetry", "Scheduled", REFUSED, DAMAGED, STOPPED)
+_ENDINGS = {f"prefect.flow-run.{state}" for state in _STATES}
+"""Events that say of a run that nobody need listen for it any more; each bears the name of the run's state."""
 
 
 def deploy(tell: Any) -> None:
@@ -40,11 +42,8 @@ def deploy(tell: Any) -> None:
         # First: without its pool, `prefect deploy` stops at a deployment.
         for name, (concurrency, description) in POOLS.items():
             tell(f"pool {name}: {_make_pool(client, name, concurrency, description)}")
-        known = {automation.name for automation in client.read_automations()}
         for automation in automations():
-            if automation.name not in known:
-                automation.create()
-            tell(f"automation '{automation.name}': {'there already' if automation.name in known else 'made'}")
+            tell(f"automation '{automation.name}': {_make_automation(client, automation)}")
     command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file"]
     done = subprocess.run([*command, str(DEPLOYMENTS)], cwd=DEPLOYMENTS.parent, capture_output=True, text=True)
     if done.returncode:
@@ -70,13 +69,23 @@ def _make_pool(client: SyncPrefectClient, name: str, concurrency: int, descripti
     return f"there already, {limit}"
 
 
-def automations() -> list[Automation]:
+def _make_automation(client: SyncPrefectClient, automation: AutomationCore) -> str:
+    for found in client.read_automations_by_name(automation.name):
+        # Brought up to date; off where somebody has turned it off.
+        client.update_automation(found.id, automation.model_copy(update={"enabled": found.enabled}))
+        return "there already" if found.enabled else "there already, and turned off"
+    client.create_automation(automation)
+    return "made"
+
+
+def automations() -> list[AutomationCore]:
     """What ends runs that would wait or run for ever."""
     return [
         _crash(
             "Cairn: silent runs have crashed",
             f"no heartbeat for {SILENT_SECONDS} s: its process or its machine is gone",
-            after={"prefect.flow-run.heartbeat"},
+            # The first heartbeat of a process that dies young may never arrive; the server says itself that it runs.
+            after={"prefect.flow-run.heartbeat", "prefect.flow-run.Running"},
             expect={"prefect.flow-run.heartbeat", *_ENDINGS},
             seconds=SILENT_SECONDS,
         ),
@@ -90,8 +99,8 @@ def automations() -> list[Automation]:
     ]
 
 
-def _crash(name: str, message: str, after: set[str], expect: set[str], seconds: int) -> Automation:
-    return Automation(
+def _crash(name: str, message: str, after: set[str], expect: set[str], seconds: int) -> AutomationCore:
+    return AutomationCore(
         name=name,
         description="Marks such a flow run as crashed, so that whoever waits for it can start it anew.",
         trigger=EventTrigger(
