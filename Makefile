@@ -1,18 +1,25 @@
-# `make run` trains the default recipe from nothing; `make test` runs every test; both set up .venv on first use.
+# `make run` trains the default recipe from nothing; `make test` runs the tests, `make test-deployment` those with servers
+# and workers, `make soak` a long one of these; all set up .venv on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # What pip is given for PyTorch. Another build, for the CPU alone or for a GPU: make run TORCH="--index-url URL torch"
 TORCH ?= torch==2.13.0
 
-.PHONY: run test check format clean setup
+.PHONY: run test test-deployment soak check format clean setup
 
 run: setup
 	$(BIN)/cairn run arithmetic
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not agreement"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not agreement and not deployment"
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m agreement
+
+test-deployment: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m deployment
+
+soak: setup
+	$(BIN)/python -m tests.deployment.soak
 
 check: setup
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tasks.remote import run_on_worker
 from tasks.stage import Runtime
+from tasks.tokenizer import Config
 from tasks.work import Work
 from tests.deployment.conftest import Fleet, Server, deploy_to
 
@@ -45,15 +46,7 @@ def main() -> None:
 
 def measure(fleet: Fleet, number: int) -> tuple[float, float]:
     """Seconds from the dispatch to the stage's first line, and to the call of its flow."""
-    vocabulary = {"kind": "characters", "characters": "0123456789" + chr(ord("a") + number)}
-    work = Work(
-        name="base",
-        stage="tokenizer",
-        config={"vocabulary": vocabulary},
-        inputs={},
-        runtime=Runtime(worker="cpu"),
-        store=fleet.environment["CAIRN_STORE"],
-    )
+    work = tokenizer_work(fleet.environment["CAIRN_STORE"], number)
     time.sleep(1 + number * 0.37 % 2)  # nobody dispatches in step with a worker's polling
     dispatched = time.time()
     record = run_on_worker(work, lambda event: None, lambda: False, lambda: False).record
@@ -61,6 +54,20 @@ def measure(fleet: Fleet, number: int) -> tuple[float, float]:
     assert record.started is not None
     assert run.start_time is not None
     return record.started.timestamp() - dispatched, run.start_time.timestamp() - dispatched
+
+
+def tokenizer_work(store: str, number: int) -> Work:
+    """The work of a stage that takes next to no time, another one for each number."""
+    characters = "0123456789" + chr(ord("一") + number)
+    config = Config.model_validate({"vocabulary": {"kind": "characters", "characters": characters}})
+    return Work(
+        name="base",
+        stage="tokenizer",
+        config=config.model_dump(mode="json"),
+        inputs={},
+        runtime=Runtime(worker="cpu"),
+        store=store,
+    )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,14 @@ LONG = ("stages.base.training.steps=1500", "stages.base.checkpoints.every_second
 Process = subprocess.Popen[bytes]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks all tests of this folder, before others choose by marks."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker("deployment")
+
+
 def wait_for(found: Callable[[], Any], seconds: float = 120.0, what: str = "") -> Any:
     """The first result that is not false; fails where there is none in time."""
     until = time.monotonic() + seconds
@@ -155,8 +163,13 @@ class Fleet:
     def runs(self) -> list[FlowRun]:
         """The runs of stage `base` of this test's pipelines, in the order of their attempts."""
         name = FlowRunFilter.model_validate({"name": {"like_": "base on "}})
+        found: list[FlowRun] = []
         with self.client() as client:
-            found = client.read_flow_runs(flow_run_filter=name, sort=FlowRunSort.START_TIME_ASC)
+            # The server gives 200 at a time.
+            while page := client.read_flow_runs(
+                flow_run_filter=name, sort=FlowRunSort.START_TIME_ASC, limit=200, offset=len(found)
+            ):
+                found += page
         return [run for run in found if run.parameters["work"]["store"] == self.environment["CAIRN_STORE"]]
 
     def states(self) -> list[str | None]:
