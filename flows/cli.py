@@ -34,6 +34,8 @@ PREFECT_SETTINGS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # A server that `cairn deploy` has told of Cairn takes runs for crashed that are silent for longer.
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
 }
 QUIET = {
     # Its log lines would garble the progress bar; errors are reported here.

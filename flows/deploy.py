@@ -105,6 +105,8 @@ def _crash(name: str, message: str, after: set[str], expect: set[str], seconds: 
         description="Marks such a flow run as crashed, so that whoever waits for it can start it anew.",
         trigger=EventTrigger(
             match={"prefect.resource.id": "prefect.flow-run.*"},
+            # Others may use the server too, with runs that are silent for longer.
+            match_related={"prefect.resource.role": "flow", "prefect.resource.name": ["pipeline", "stage"]},
             for_each={"prefect.resource.id"},
             after=after,
             expect=expect,

@@ -21,25 +21,24 @@ logger = logging.getLogger("cairn.flows")
 
 
 @contextmanager
-def hold_devices(work: Work, should_stop: Callable[[], bool]) -> Iterator[None]:
-    """Holds the devices that a work computes with, after waiting for those that hold them.
+def hold_devices(work: Work, should_stop: Callable[[], bool]) -> Iterator[tuple[int, ...]]:
+    """Holds the devices that a work computes with, after waiting for those that hold them; gives the descriptors of the
+    locks, for a process that computes to hold them too.
 
     A stage without an engine takes none. Raises StageInterrupted when told to stop while it waits, and UserError where
     the locks' folder cannot be written.
     """
     pool = work.runtime.worker
     if not work.definition.has_engine or pool == "local":
-        yield
+        yield ()
         return
     folder = Path(os.environ.get(LOCKS) or Path(tempfile.gettempdir()) / "cairn-devices")
     with ExitStack() as stack:
-        for device in accelerators(pool):
-            stack.enter_context(_held(folder, device, work, should_stop))
-        yield
+        yield tuple(stack.enter_context(_held(folder, device, work, should_stop)) for device in accelerators(pool))
 
 
 @contextmanager
-def _held(folder: Path, device: str, work: Work, should_stop: Callable[[], bool]) -> Iterator[None]:
+def _held(folder: Path, device: str, work: Work, should_stop: Callable[[], bool]) -> Iterator[int]:
     path = folder / f"{device}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +57,6 @@ def _held(folder: Path, device: str, work: Work, should_stop: Callable[[], bool]
             if should_stop():
                 raise StageInterrupted(f"stage '{work.name}' was stopped while it waited for {device}")
             time.sleep(_POLL_SECONDS)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)

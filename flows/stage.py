@@ -64,7 +64,7 @@ def _done(work: Work, process: EngineProcess, stopping: Stopping) -> Outcome:
     def should_stop() -> bool:
         return stopping.requested
 
-    with hold_devices(work, should_stop):
+    with hold_devices(work, should_stop) as process.locks:
         return do_here(work, process, listen, should_stop)
 
 

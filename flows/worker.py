@@ -21,8 +21,6 @@ Pool = Literal["pipeline", "cpu", "cuda", "tpu", "apple"]
 _GRACE_SECONDS = 300.0
 """Seconds that runs may take to write their checkpoints when the worker is stopped."""
 _SETTINGS = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     "PREFECT_WORKER_QUERY_SECONDS": "2",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "cairn",
     # What a thread outside of a run says stays on this machine.

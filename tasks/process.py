@@ -25,6 +25,9 @@ class EngineProcess:
         self._process: subprocess.Popen[str] | None = None
         self._busy = threading.Lock()
         self._stopping = False
+        self.locks: tuple[int, ...] = ()
+        """Descriptors of locks that the child holds too, so that they last until it has ended, whatever befalls this
+        process."""
 
     def do(self, work: Work, listener: Listener) -> Outcome:
         """Does a work in the child; `listener` gets its progress events.
@@ -93,7 +96,7 @@ class EngineProcess:
                 [sys.executable, "-P", "-m", "tasks.child", str(write_end)],
                 stdin=subprocess.PIPE,
                 stdout=sys.stderr,
-                pass_fds=(write_end,),
+                pass_fds=(write_end, *self.locks),
                 text=True,
                 # A Ctrl-C reaches it through `interrupt` alone, once.
                 start_new_session=True,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
@@ -139,6 +140,14 @@ class Fleet:
 
     def text(self, log: str = "run.log") -> str:
         return (self.folder / log).read_text()
+
+    def pipeline_states(self) -> list[str]:
+        """The names of the states that the pipeline has been in which made the documents."""
+        store = Store.open(self.environment["CAIRN_STORE"])
+        run = store.resolve(f"models/{RECIPE}@documents").flow_run_id
+        assert run is not None
+        with self.client() as client:
+            return [str(state.name) for state in client.read_flow_run_states(UUID(run))]
 
     def stage_log(self) -> str:
         """What stage `base` has logged, over all of its attempts."""

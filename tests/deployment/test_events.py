@@ -36,6 +36,8 @@ def test_the_worker_is_killed_with_its_children(fleet: Fleet, undisturbed: str) 
     print(f"seen as crashed after {time.monotonic() - killed:.1f} s")
     fleet.finish(run)
     assert fleet.states() == ["Crashed", "Completed"]
+    # The pipeline was alive all the time, for longer than a silent run is.
+    assert "Crashed" not in fleet.pipeline_states()
     assert "going on from the checkpoint" in fleet.stage_log()
     assert fleet.published() == undisturbed
 
