@@ -1,109 +1,145 @@
 """The pipeline as it is launched from the Prefect UI: what its form asks for, and the run on a worker of `pipeline`."""
 
 import functools
+import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
-from prefect import flow, runtime
+from prefect import flow, get_run_logger, runtime
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.exceptions import Abort
 from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 from pydantic import BaseModel, Field, create_model
 
-from artifacts.store import Store
-from common.errors import StageInterrupted, UserError
+from artifacts.store import DamagedObject, Store
+from common.errors import StageFailed, StageInterrupted, UserError
 from flows.pipeline import PipelineRun
 from flows.recipe import Recipe, known_recipes, load_recipe
 from flows.view import LogView
+from models.engine import EngineName
 from tasks.registry import STAGES
 from tasks.remote import REFUSED
-from tasks.stage import Worker
+from tasks.stage import Stage, Worker
 
 AS_WRITTEN = "as the recipe says"
-WorkerChoice = Literal["as the recipe says", "local", "cpu", "cuda", "tpu", "apple"]
-EngineChoice = Literal["as the recipe says", "torch", "jax", "mlx"]
+AS_ABOVE = "as above"
 
 RecipeName = Enum("RecipeName", {name: name for name in known_recipes()}, type=str)  # type: ignore[misc]  # no literal
 """The recipes that come with Cairn, for a list to choose from."""
 
 
-def _choices(name: str, choice: Any, kinds: list[str], what: str) -> type[BaseModel]:
+def _choices(name: str, choice: Any, descriptions: Mapping[str, str | None]) -> type[BaseModel]:
     """A model with a choice for each kind of stage: a form shows it as a list for each."""
     fields: dict[str, Any] = {
-        kind: (choice, Field(AS_WRITTEN, title=kind, description=what.format(kind=kind))) for kind in kinds
+        kind: (choice, Field(AS_ABOVE, title=kind, description=description))
+        for kind, description in descriptions.items()
     }
     return create_model(name, **fields)
 
 
-Workers = _choices("Workers", WorkerChoice, list(STAGES), "Where stages of the kind `{kind}` run.")
-Engines = _choices(
-    "Engines",
-    EngineChoice,
-    [name for name, stage in STAGES.items() if stage.has_engine],
-    "What stages of the kind `{kind}` compute with.",
+def _what_it_makes(stage: Stage) -> str:
+    """What the file of a kind of stage says of it."""
+    first_line = (inspect.getmodule(stage.run).__doc__ or "").partition("\n")[0]
+    text = first_line.removeprefix(f"Stage `{stage.name}`: ")
+    return text[:1].upper() + text[1:]
+
+
+Workers = _choices(
+    "Workers", Literal[AS_ABOVE, Worker], {name: _what_it_makes(stage) for name, stage in STAGES.items()}
 )
+Engines = _choices(
+    "Engines", Literal[AS_ABOVE, EngineName], {name: None for name, stage in STAGES.items() if stage.has_engine}
+)
+
+
+def _titled(title: str) -> Any:
+    """What a form calls a parameter. Prefect titles each with its name, but for what is added to its schema."""
+    return Field(json_schema_extra={"title": title})
 
 
 @flow(name="pipeline", flow_run_name=lambda: _run_name(runtime.flow_run.parameters), persist_result=False)
 def launch(
-    recipe: RecipeName = RecipeName("arithmetic"),  # noqa: B008 - it is frozen
-    name: str | None = None,
+    recipe: RecipeName,
+    # Without null, which a form would show as a choice of types.
+    name: str = "",
+    budget_hours: Annotated[float, Field(ge=0), _titled("budget in hours")] = 0.0,
     worker: Worker = "cpu",
-    workers: Workers = Workers(),  # type: ignore[valid-type]  # noqa: B008
-    engines: Engines = Engines(),  # type: ignore[valid-type]  # noqa: B008
-    budget_hours: float | None = Field(default=None, gt=0),
+    engine: Literal["as the recipe says", EngineName] = "as the recipe says",
+    workers: Annotated[Workers, _titled("worker for each kind of stage")] = Workers(),  # type: ignore[valid-type]  # noqa: B008
+    engines: Annotated[Engines, _titled("engine for each kind of stage")] = Engines(),  # type: ignore[valid-type]  # noqa: B008
     overrides: list[str] = [],  # noqa: B006 - nobody writes to it
 ) -> Any:
     """Runs a recipe. What is in the store is reused; what was interrupted goes on.
 
     Args:
-        recipe: What to run.
-        name: What the run is called; the recipe's name unless given.
-        worker: Where stages run that neither the recipe nor the choices below place: a pool of workers, or `local` for
-            the machine of this run.
-        workers: Where stages of a kind run, whatever the recipe says.
-        engines: What stages of a kind compute with, whatever the recipe says.
-        budget_hours: Hours after which the run is stopped; what it has made is kept, and running again goes on.
-        overrides: Keys of the recipe, such as stages.base.training.steps=500.
+        recipe: What to run; `cairn recipes` says what each of them trains.
+        name: What the run is called once it runs, instead of the Run Name above; the recipe's name unless given.
+        budget_hours: Hours after which the run is stopped, 0 for no limit. What it has made is kept, and running again
+            goes on from there.
+        worker: Where stages run that neither the recipe nor the choices below place: on a worker of a pool, or `local`
+            for the machine of the pipeline itself.
+        engine: What stages compute with for which neither the recipe nor a choice below names an engine.
+        workers: Goes before the worker above and before what the recipe says.
+        engines: Goes before the engine above and before what the recipe says.
+        overrides: Other keys of the recipe, such as `stages.base.training.steps=500` or `stages.base.worker=cuda`.
     """
-    own = _OwnRun()
     try:
-        loaded = _loaded(recipe.value, worker, workers, engines, overrides)
-        run = PipelineRun(loaded, Store.open(), LogView(), None)
-        with _budget(run, budget_hours) as is_up:
-            # A stage on a worker goes on where only this run's own worker is stopped.
-            run.leaves_stages = lambda: not (is_up.is_set() or own.is_cancelled)
-            result = run.all_stages()
+        return _run(_loaded(recipe.value, worker, engine, workers, engines, overrides), budget_hours)
     except UserError as error:
         return Failed(name=REFUSED, message=str(error))
-    except StageInterrupted as error:
-        if is_up.is_set():
-            return Cancelled(message=f"the budget of {budget_hours:g} hours is used up; run again to go on from here")
-        if own.is_cancelled:
-            return Cancelled(message=str(error))
-        return AwaitingRetry(message="its worker was stopped; another goes on with it")
-    return Completed(message=f"{result.reference}: {result.records[loaded.stages[-1].name].summary}")
+    except StageFailed as error:
+        # It brings the traceback of the process that failed; that of this one says nothing more.
+        return Failed(message=str(error))
+
+
+def _run(recipe: Recipe, budget_hours: float) -> State[Any]:
+    """Runs a recipe; gives how it ended, or raises Abort where it is to begin again."""
+    own = _OwnRun()
+    # Asked in a stage's thread, it is the logger of the stage's task.
+    view = LogView(lambda stage, line: get_run_logger().info("%s: %s", stage, line))
+    run = PipelineRun(recipe, Store.open(), view, None)
+    with _budget(run, budget_hours) as is_up:
+        # A stage on a worker goes on where only this run's own worker is stopped.
+        run.leaves_stages = lambda: not (is_up.is_set() or own.is_cancelled)
+        try:
+            result = run.all_stages()
+        except DamagedObject as error:
+            # More come of a disk that damages what is written to it.
+            if runtime.flow_run.run_count > len(recipe.stages):
+                raise
+            own.begin_again(f"{error}; going through the recipe once more")
+        except StageInterrupted as error:
+            if is_up.is_set():
+                return Cancelled(message=f"its {budget_hours:g} hours are used up; run again to go on from here")
+            if own.is_cancelled or not run.stopping.requested:
+                return Cancelled(message=str(error))
+            own.begin_again("its worker was stopped; another goes on with it")
+    return Completed(message=f"{result.reference}: {result.records[recipe.stages[-1].name].summary}")
 
 
 def _run_name(parameters: dict[str, Any]) -> str:
-    return str(parameters.get("name") or parameters["recipe"])
+    return str(parameters.get("name") or RecipeName(parameters["recipe"]).value)
 
 
-def _loaded(recipe: str, worker: Worker, workers: BaseModel, engines: BaseModel, overrides: list[str]) -> Recipe:
+def _loaded(
+    recipe: str, worker: Worker, engine: str, workers: BaseModel, engines: BaseModel, overrides: list[str]
+) -> Recipe:
     """The recipe as the form has it; what is overridden key by key goes before the choices."""
-    chosen = [f"worker={worker}"]
+    chosen = [f"worker={worker}", *([f"engine={engine}"] if engine != AS_WRITTEN else [])]
     for entry in load_recipe(recipe, resolve=False).stages:
         for key, choices in (("worker", workers), ("engine", engines)):
-            choice = getattr(choices, entry.stage, AS_WRITTEN)
-            if choice != AS_WRITTEN:
+            choice = getattr(choices, entry.stage, AS_ABOVE)
+            if choice != AS_ABOVE:
                 chosen.append(f"stages.{entry.name}.{key}={choice}")
     return load_recipe(recipe, [*chosen, *overrides])
 
 
 @contextmanager
-def _budget(run: PipelineRun, hours: float | None) -> Iterator[threading.Event]:
+def _budget(run: PipelineRun, hours: float) -> Iterator[threading.Event]:
     """Stops the run when its time is up; gives whether it is."""
     up = threading.Event()
 
@@ -111,7 +147,7 @@ def _budget(run: PipelineRun, hours: float | None) -> Iterator[threading.Event]:
         up.set()
         run.stop()
 
-    timer = threading.Timer(hours * 3600 if hours is not None else threading.TIMEOUT_MAX, stop)
+    timer = threading.Timer(hours * 3600 if hours else threading.TIMEOUT_MAX, stop)
     timer.daemon = True
     timer.start()
     try:
@@ -129,3 +165,10 @@ class _OwnRun:
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(runtime.flow_run.id).state
         return state is not None and (state.is_cancelling() or state.is_cancelled())
+
+    def begin_again(self, reason: str) -> NoReturn:
+        """Gives it back to the workers of its pool. Raises Abort, at which Prefect ends this process in good order; a
+        flow that returned such a state would end as one that has failed."""
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(runtime.flow_run.id, AwaitingRetry(message=reason))
+        raise Abort(reason)

@@ -16,11 +16,12 @@ from artifacts.store import Store
 from common.errors import StageInterrupted
 from flows.plan import continued, recipe_ref, stage_ref, work_for
 from flows.recipe import Recipe, StageEntry, load_recipe
-from flows.showing import show_stage
+from flows.showing import LiveProgress, show_stage
 from flows.stopping import Stopping
 from flows.view import View
 from models.engine import EngineName
 from tasks.dispatch import dispatch, stage_task
+from tasks.events import Event, Listener
 from tasks.process import EngineProcess
 from tasks.work import Outcome
 
@@ -111,6 +112,19 @@ class PipelineRun:
 
         return body
 
+    def _listener(self, entry: StageEntry) -> Listener:
+        """Tells of a stage, and shows how far it is; one on a worker shows that itself."""
+        tell = self.view.listener(entry.name)
+        if entry.runtime.worker != "local":
+            return tell
+        live = LiveProgress(entry.name)
+
+        def listen(event: Event) -> None:
+            tell(event)
+            live.listen(event)
+
+        return listen
+
     def _stage(self, entry: StageEntry, inputs: dict[str, Record]) -> Outcome:
         if self.stopping.requested:
             raise StageInterrupted(f"stage '{entry.name}' was stopped before it began")
@@ -118,7 +132,7 @@ class PipelineRun:
         if self.continue_on is not None and entry.definition.has_engine:
             work = continued(work, self.continue_on, self.store)
         started = time.monotonic()
-        listener = self.view.listener(entry.name)
+        listener = self._listener(entry)
         outcome = dispatch(work, self.process, listener, lambda: self.stopping.requested, self.leaves_stages)
         self._name(stage_ref(self.recipe.name, entry.name), outcome.record)
         self.view.finished(entry.name, outcome.record, outcome.reused, time.monotonic() - started)

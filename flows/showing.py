@@ -4,18 +4,17 @@ import base64
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from uuid import UUID
 
 from prefect.artifacts import (
-    create_image_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
     update_progress_artifact,
 )
 
-from artifacts.lineage import to_text, tree
+from artifacts.lineage import Node, summary, tree
 from artifacts.record import Record
 from artifacts.store import Store
 from tasks.encoding.card import DATA_CARD, LENGTHS_PICTURE
@@ -42,7 +41,9 @@ class LiveProgress:
         if event["event"] != "Progress" or (time.monotonic() - self._at < _LIVE_SECONDS and not last):
             return
         self._at = time.monotonic()
-        _quietly("progress", lambda: self._show(100 * event["step"] / event["steps"], progress_line(event)))
+        # A page shows several spaces as one.
+        line = " · ".join(progress_line(event).split("  "))
+        _quietly("progress", lambda: self._show(100 * event["step"] / event["steps"], line))
 
     def _show(self, percent: float, line: str) -> None:
         if self._artifact is None:
@@ -59,15 +60,20 @@ def show_stage(recipe: str, stage: str, store: Store, record: Record) -> None:
     def show() -> None:
         rows = [{"name": name, "value": value} for name, value in sorted(plain_metrics(record).items())]
         create_table_artifact(rows, key=key, description=record.summary)
-        create_markdown_artifact(f"```\n{to_text(tree(store, record))}\n```", key=f"{key}-lineage")
+        lines = _lineage_lines(tree(store, record), "", "")
+        create_markdown_artifact("\n".join(lines), key=f"{key}-lineage", description="What it was made from")
         attached = store.attachments(record.key)
-        for name, (ending, description) in PICTURES.items():
-            if name in attached:
-                encoded = base64.b64encode(store.attachment(record.key, name)).decode()
-                data = f"data:image/png;base64,{encoded}"
-                create_image_artifact(data, key=f"{key}-{ending}", description=description)
+        pictures = {name: _inline(store.attachment(record.key, name)) for name in PICTURES if name in attached}
+        for name, data in pictures.items():
+            ending, description = PICTURES[name]
+            # Not as an image artifact: the page of one spells its data out, across all that is beside it.
+            picture = f"![{description}]({data})"
+            create_markdown_artifact(picture, key=f"{key}-{ending}", description=description)
         if DATA_CARD in attached:
-            create_markdown_artifact(store.attachment(record.key, DATA_CARD).decode(), key=f"{key}-card")
+            card = store.attachment(record.key, DATA_CARD).decode()
+            for name, data in pictures.items():
+                card = card.replace(f"]({name})", f"]({data})")
+            create_markdown_artifact(card, key=f"{key}-card", description="Data card")
 
     _quietly(f"artifacts of stage '{stage}'", show)
 
@@ -79,12 +85,29 @@ def _quietly(what: str, show: Callable[[], None]) -> None:
         logger.warning("the Prefect server did not take the %s: %s", what, error)
 
 
+def _inline(picture: bytes) -> str:
+    """A PNG file as a URL that needs no server."""
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+
+
+def _lineage_lines(node: Node, title: str, indent: str) -> Iterator[str]:
+    """A lineage as a nested list, which a narrow page breaks into lines."""
+    yield f"{indent}- {title}**{_escaped(node.label)}** {_escaped(summary(node))}"
+    for name, child in node.inputs.items():
+        yield from _lineage_lines(child, f"{_escaped(name)}: ", f"{indent}  ")
+
+
+def _escaped(text: str) -> str:
+    """Text in which markdown and HTML find nothing of theirs."""
+    return re.sub(r"[\\`*_\[\]<>&#|~]", r"\\\g<0>", text)
+
+
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def plain_metrics(record: Record) -> dict[str, str]:
-    """The numbers and short texts among a record's metrics, nested ones by dotted names."""
+    """The numbers and short texts among a record's metrics but its summary, nested ones by dotted names."""
     found: dict[str, str] = {}
 
     def visit(name: str, value: object) -> None:
@@ -92,7 +115,15 @@ def plain_metrics(record: Record) -> dict[str, str]:
             for inner_name, inner in value.items():
                 visit(f"{name}.{inner_name}" if name else inner_name, inner)
         elif not isinstance(value, list):
-            found[name] = f"{value:,.6g}" if isinstance(value, float) else str(value)
+            found[name] = _plain(value)
 
-    visit("", record.metrics)
+    visit("", {name: value for name, value in record.metrics.items() if name != "summary"})
     return found
+
+
+def _plain(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "—", True: "yes", False: "no"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.6g}" if isinstance(value, float) else str(value)

@@ -6,12 +6,15 @@
 import os
 import runpy
 import signal
+import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_COPY_SECONDS = 1.0
 
 
 class Supervised:
@@ -38,6 +41,9 @@ class Supervised:
     def terminate(self) -> None:
         """Sends it SIGTERM."""
         self.process.terminate()
+        # At the pipe's end it would take a second one, which may not wait for anything.
+        with suppress(OSError):
+            os.write(self._write_end, b".")
 
     def wait(self) -> int:
         """Waits for its end; gives the exit code, as a shell has it for one that a signal killed."""
@@ -53,13 +59,45 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_the_parent, args=(int(read_end),), daemon=True).start()
     sys.argv = [module, *rest]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    with _outliving(1), _outliving(2):
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _end_with_the_parent(read_end: int) -> None:
+    told = b""
     with suppress(OSError):
-        os.read(read_end, 1)
-    os.kill(os.getpid(), signal.SIGTERM)
+        told = os.read(read_end, 1)
+    if not told:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def _outliving(output: int) -> Iterator[None]:
+    """Within the block, an output that is a pipe takes everything even when its reader has gone: what is printed while
+    a checkpoint is written, here or in a process that inherits it, would else be an error."""
+    if not stat.S_ISFIFO(os.fstat(output).st_mode):
+        yield
+        return
+    outside = os.dup(output)
+    read_end, write_end = os.pipe()
+    os.dup2(write_end, output)
+    os.close(write_end)
+    copying = threading.Thread(target=_copy, args=(read_end, outside), daemon=True)
+    copying.start()
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # closed already
+            (sys.stdout if output == 1 else sys.stderr).flush()
+        os.dup2(outside, output)
+        # It ends when no other process has the pipe open.
+        copying.join(_COPY_SECONDS)
+
+
+def _copy(read_end: int, outside: int) -> None:
+    while chunk := os.read(read_end, 1 << 16):
+        with suppress(OSError):
+            os.write(outside, chunk)
 
 
 if __name__ == "__main__":

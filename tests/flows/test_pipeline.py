@@ -62,7 +62,11 @@ def test_prefect_shows_what_was_made(prefect_url: str, flow_run: UUID) -> None:
         found = artifacts_of(client, flow_run)
     pictures = {f"{RECIPE}-base-loss", f"{RECIPE}-refined-loss", f"{RECIPE}-tokens-lengths"}
     everywhere = {f"{RECIPE}-{stage}{kind}" for stage in STAGES for kind in ("", "-lineage")}
-    assert set(found) == everywhere | pictures | {f"{RECIPE}-tokens-card"}
+    assert set(found) == everywhere | pictures | {f"{RECIPE}-tokens-card", "base-progress", "refined-progress"}
+    progress = found["base-progress"]
+    assert progress.type == "progress"
+    assert progress.data == 100
+    assert str(progress.description).startswith("step 40/40 · loss ")
     table = found[f"{RECIPE}-base"]
     assert table.type == "table"
     assert '"parameters"' in str(table.data)
@@ -72,9 +76,11 @@ def test_prefect_shows_what_was_made(prefect_url: str, flow_run: UUID) -> None:
     card = found[f"{RECIPE}-tokens-card"]
     assert card.type == "markdown"
     assert str(card.data).startswith("# Data card of `tokens`: arithmetic")
+    inline = "](data:image/png;base64,iVBORw0KGgo"
+    assert inline in str(card.data)
     for name in pictures:
-        assert found[name].type == "image"
-        assert str(found[name].data).startswith("data:image/png;base64,iVBORw0KGgo")
+        assert found[name].type == "markdown"
+        assert str(found[name].data).startswith(f"![{found[name].description}{inline}")
 
 
 def test_a_second_run_reuses_everything_and_publishes_again(
