@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -50,9 +51,8 @@ def run_on_worker(
     Raises UserError, StageFailed where the run failed or crashed, and StageInterrupted where it was cancelled; for
     `should_stop` it is cancelled here, or left to itself where `leaves` says so.
     """
+    _check_shared(work.store)
     store = Store.open(work.store)
-    if work.store.startswith("memory:"):
-        raise UserError("a memory:// store is seen by one process alone, and workers are others; use a folder or a URL")
     with get_client(sync_client=True) as client:
         server = _Server(client, work, should_stop, leaves)
         while True:
@@ -62,6 +62,18 @@ def run_on_worker(
                 return _outcome(work, store, run, state)
             listener({"event": "Note", "text": f"{state.message}; it goes on elsewhere"})
             store.end_attempt(work.key, attempt)
+
+
+def _check_shared(store: str) -> None:
+    """Raises UserError for the URL of a store that workers cannot share, or should not be told."""
+    if store.startswith("memory:"):
+        raise UserError("a memory:// store is seen by one process alone, and workers are others; use a folder or a URL")
+    place = urlsplit(store)
+    if place.password:
+        raise UserError(
+            f"the store's URL at {place.hostname} has a password in it, which every run would show: leave it to the "
+            f"environment of the machines that use it"
+        )
 
 
 def _outcome(work: Work, store: Store, run: FlowRun, state: State) -> Outcome:

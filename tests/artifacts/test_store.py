@@ -325,3 +325,21 @@ def test_logs_outlive_a_failure_and_are_attached_in_the_end(store: Store) -> Non
         (folder / "deeper").mkdir(exist_ok=True)
         (folder / "deeper" / "events").write_text("2")
     assert sorted(store.attachments(KEY)) == ["deeper/events", "training.csv"]
+
+
+def test_attempts_are_counted_by_who_sees_them_end(store: Store) -> None:
+    assert store.attempt(KEY) == 0
+    store.end_attempt(KEY, 0)
+    # A second one who has seen the same end says no more than the first.
+    store.end_attempt(KEY, 0)
+    assert store.attempt(KEY) == 1
+    store.end_attempt(KEY, 1)
+    assert store.attempt(KEY) == 2
+
+
+def test_what_is_attached_is_read_back(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "loss.png").write_bytes(b"picture")
+    store.attach(KEY, tmp_path / "loss.png", "plots/loss.png")
+    assert store.attachment(KEY, "plots/loss.png") == b"picture"
+    with pytest.raises(UserError, match="nothing is attached to"):
+        store.attachment(KEY, "loss.png")

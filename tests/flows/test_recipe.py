@@ -94,6 +94,30 @@ def test_few_bits_are_refused_where_the_engine_has_none() -> None:
         load_recipe("arithmetic-tiny", ["engine=torch", "stages.evaluation.bits=4"])
 
 
+def test_stages_run_where_they_say_or_all_of_them_do() -> None:
+    recipe = load_recipe("arithmetic-tiny", ["worker=cpu", "stages.base.worker=cuda", "stages.published.worker=local"])
+    where = {entry.name: entry.runtime.worker for entry in recipe.stages}
+    assert where["base"] == "cuda"
+    assert where["published"] == "local"
+    assert {worker for name, worker in where.items() if name not in ("base", "published")} == {"cpu"}
+    assert {entry.runtime.worker for entry in load_recipe("arithmetic-tiny").stages} == {"local"}
+
+
+def test_a_stage_without_an_engine_has_that_of_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whether a worker has its engine is not known here.
+    monkeypatch.setattr("models.engine.is_installed", lambda engine: engine == "torch")
+    sets = ["stages.base.worker=tpu", "stages.refined.worker=apple", "stages.evaluation.worker=cuda"]
+    engines = {
+        entry.name: getattr(entry.config, "engine", None) for entry in load_recipe("arithmetic-tiny", sets).stages
+    }
+    assert engines["base"] == "jax"
+    assert engines["refined"] == "mlx"
+    assert engines["evaluation"] == "torch"
+    assert engines["documents"] is None
+    with pytest.raises(UserError, match="'jax' does not compute in float16"):
+        load_recipe("arithmetic-tiny", ["stages.base.worker=tpu", "precision=float16"])
+
+
 def test_whole_weights_are_no_part_of_what_a_key_is_made_of() -> None:
     # Or evaluations that were done before there were bits would all be done again.
     for engine, bits in (("torch", None), ("mlx", 4)):

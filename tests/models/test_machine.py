@@ -1,9 +1,12 @@
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from models.engine import EngineName
-from models.machine import default_engine, has_tpu, preferred_engine
+from models.machine import accelerators, default_engine, engine_for, has_tpu, preferred_engine
 
 ALL: list[EngineName] = ["torch", "jax", "mlx"]
 
@@ -33,6 +36,23 @@ def test_a_tpu_is_told_from_what_else_google_makes(tmp_path: Path) -> None:
     (tmp_path / "network" / "device").write_text("0x0063\n")
     assert has_tpu(tmp_path)
     assert not has_tpu(tmp_path / "nothing")
+
+
+def test_workers_have_the_engine_of_their_hardware() -> None:
+    assert [engine_for(kind) for kind in ("cpu", "cuda", "tpu", "apple")] == ["torch", "torch", "jax", "mlx"]
+
+
+def test_the_devices_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert accelerators("cpu") == ["cpu"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-8932f937")
+    assert accelerators("cuda") == ["cuda-2", "cuda-GPU-8932f937"]
+    for nothing in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
+        assert accelerators("cuda") == []
+    for system, found in (("Darwin", ["apple"]), ("Linux", [])):
+        monkeypatch.setattr(platform, "system", lambda system=system: system)
+        monkeypatch.setattr(platform, "machine", lambda: "arm64")
+        assert accelerators("apple") == found
 
 
 def test_this_machine_has_one() -> None:
