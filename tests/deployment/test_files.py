@@ -1,6 +1,7 @@
 """The files of deployment/: what reads them accepts them, and they agree with each other and with the code."""
 
 import importlib
+import json
 import os
 import plistlib
 import re
@@ -20,6 +21,7 @@ from docker.utils import exclude_paths
 from dockerfile_parse import DockerfileParser
 from prefect import Flow
 from prefect.cli.deploy._models import PrefectYamlModel
+from prefect.exceptions import ParameterTypeError
 from prefect.settings import Settings
 from prefect_kubernetes.settings import KubernetesSettings
 from pydantic import ValidationError
@@ -27,8 +29,10 @@ from pydantic import ValidationError
 from flows import worker
 from flows.cli import app
 from flows.deploy import DEPLOYMENTS, POOLS
+from flows.launch import launch
 from flows.server import SERVER_SETTINGS
 from models.machine import Hardware
+from tasks.registry import STAGES
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deployment"
@@ -330,6 +334,19 @@ def test_no_secret_is_written_anywhere() -> None:
     assert secrets("POSTGRES_PASSWORD: hunter2") == ["POSTGRES_PASSWORD=hunter2"]
     assert secrets('"AWS_SECRET_ACCESS_KEY": "abc"') == ["AWS_SECRET_ACCESS_KEY=abc"]
     assert secrets("PREFECT_API_AUTH_STRING=me:secret") == ["PREFECT_API_AUTH_STRING=me:secret"]
+
+
+def test_the_guides_launches_have_parameters_that_the_pipeline_takes() -> None:
+    text = (FOLDER / "README.md").read_text()
+    launches = re.findall(r"prefect deployment run pipeline/cairn --param(s?) (?:'(.*)'|(\S+))", text)
+    assert len(launches) >= 3
+    for several, parameters, one in launches:
+        name, _, value = one.partition("=")
+        given = json.loads(parameters) if several else {name: value}
+        launch.validate_parameters(given)
+        assert set(given.get("workers", {})) <= set(STAGES)
+    with pytest.raises(ParameterTypeError, match="workers"):
+        launch.validate_parameters({"recipe": "arithmetic", "workers": {"pretrain": "gpu"}})
 
 
 def test_the_guides_links_lead_somewhere() -> None:

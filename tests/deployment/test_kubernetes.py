@@ -3,6 +3,11 @@
 import asyncio
 import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -12,10 +17,14 @@ import pytest
 import yaml
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
+from prefect.states import Cancelling, Pending
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from flows import worker
+from flows.cli import PREFECT_SETTINGS
 from flows.deploy import POOLS
+from tests.deployment.conftest import Fleet, Process, wait_for
+from tests.flows.processes import descendants, runs_module
 
 FOLDER = Path(__file__).parents[2] / "deployment" / "kubernetes"
 VERSION = "1.37"
@@ -58,7 +67,11 @@ def test_jobs_are_what_kubernetes_knows(pool: str, device: str) -> None:
     container = pod["containers"][0]
     environment = {one["name"]: one["value"] for one in container["env"]}
     assert (environment["CAIRN_WORKER"], environment["HF_HUB_OFFLINE"]) == (pool, "1")
-    assert environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == worker._SETTINGS["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]
+    # What `cairn worker` starts runs with, but for what is for the worker itself and for servers.
+    ours = {**PREFECT_SETTINGS, **worker._SETTINGS}
+    assert {name: value for name, value in ours.items() if not re.match("PREFECT_(WORKER|SERVER)_", name)}.items() <= (
+        environment.items()
+    )
     # What cancels a run inside of a pod, and has an evicted one go on elsewhere.
     assert "prefect flow-run execute" in " ".join(container["args"])
     assert environment["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
@@ -103,3 +116,55 @@ def test_workers_in_a_cluster_are_what_kubernetes_knows() -> None:
     spoilt["spec"]["replicas"] = "one"
     with pytest.raises(kubernetes_validate.ValidationError, match="one"):
         kubernetes_validate.validate(spoilt, VERSION, strict=True)
+
+
+def pod(fleet: Fleet) -> Process:
+    """What a job's container does for the stage that waits, with the environment that its template has."""
+    run = wait_for(lambda: next((one for one in fleet.runs() if one.state and one.state.is_scheduled()), None))
+    with fleet.client() as client:
+        client.set_flow_run_state(run.id, Pending())
+    container = job("cuda")["spec"]["template"]["spec"]["containers"][0]
+    environment = {**fleet.environment, **{one["name"]: one["value"] for one in container["env"]}}
+    places = {"PREFECT__FLOW_RUN_ID": str(run.id), "PREFECT_API_URL": fleet.server.url}
+    # This machine has a processor for sure.
+    places |= {"CAIRN_WORKER": "cpu", "CAIRN_CACHE": fleet.environment["CAIRN_CACHE"]}
+    places["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    with (fleet.folder / "pod.log").open("ab") as log:
+        process = subprocess.Popen(
+            container["args"],
+            cwd=fleet.folder,
+            env={**environment, **places},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    fleet.started.append(process)
+    return process
+
+
+def is_training(process: Process) -> int | None:
+    return next((pid for pid in descendants(process.pid) if runs_module(pid, "tasks.child")), None)
+
+
+def test_an_evicted_pod_and_a_cancelled_one_write_checkpoints(fleet: Fleet, undisturbed: str) -> None:
+    run = fleet.run()
+    evicted = pod(fleet)
+    fleet.training()
+    evicted.send_signal(signal.SIGTERM)
+    assert evicted.wait(60) == 0, fleet.text("pod.log")
+    # It waits for another pod, and the pipeline for it.
+    assert fleet.states() == ["AwaitingRetry"]
+    cancelled = pod(fleet)
+    wait_for(lambda: is_training(cancelled), what="a stage's process")
+    with fleet.client() as client:
+        client.set_flow_run_state(fleet.runs()[0].id, Cancelling())
+    assert cancelled.wait(60) == 0, fleet.text("pod.log")
+    run.wait(60)
+    assert fleet.states() == ["Cancelled"]
+    again = fleet.run(log="again.log")
+    last = pod(fleet)
+    fleet.finish(again, log="again.log")
+    assert last.wait(60) == 0, fleet.text("pod.log")
+    assert fleet.states() == ["Cancelled", "Completed"]
+    assert "going on from the checkpoint" in fleet.stage_log()
+    assert fleet.published() == undisturbed
