@@ -15,6 +15,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import State
 from prefect.events.worker import EventsWorker
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import (
     PREFECT_API_URL,
@@ -63,9 +64,18 @@ def prefect_server() -> Iterator[None]:
 
 
 def check_answers(url: str) -> None:
-    """Raises UserError where no Prefect server answers at a URL."""
+    """Raises UserError where no Prefect server answers at a URL, or none that takes the password."""
     with get_client(sync_client=True) as client:
         error = client.api_healthcheck()
+        try:
+            # Anybody may ask for its health.
+            if error is None:
+                client.api_version()
+        except PrefectHTTPStatusError as refused:
+            raise UserError(
+                f"the Prefect server at {url} refuses this machine ({refused.response.status_code}): set "
+                f"PREFECT_API_AUTH_STRING to its password"
+            ) from refused
     if error is not None:
         raise UserError(
             f"no Prefect server answers at {url} ({error}): start it, or unset PREFECT_API_URL, and the run has one "

@@ -37,6 +37,16 @@ def test_only_who_has_the_password_is_answered(guarded: Server) -> None:
     assert httpx.get(f"{guarded.url}/admin/version", auth=(name, password)).is_success
 
 
+@pytest.mark.parametrize("password", ["", "cairn:wrong"])
+@pytest.mark.parametrize("command", [("deploy",), ("worker", "cpu"), ("run", "arithmetic-tiny")])
+def test_a_wrong_password_is_a_line(guarded: Server, tmp_path: Path, command: tuple[str, ...], password: str) -> None:
+    fleet = Fleet(guarded, tmp_path)
+    process = fleet.cairn("it.log", *command, PREFECT_API_AUTH_STRING=password)
+    assert process.wait(60) == 1
+    assert "refuses this machine (401): set PREFECT_API_AUTH_STRING" in fleet.text("it.log")
+    assert "Traceback" not in fleet.text("it.log")
+
+
 def test_planted_secrets_are_written_nowhere(guarded: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", SECRETS["PREFECT_API_AUTH_STRING"])
     fleet = Fleet(guarded, tmp_path)
