@@ -87,18 +87,19 @@ def launch(
         engines: Goes before the engine above and before what the recipe says.
         overrides: Other keys of the recipe, such as `stages.base.training.steps=500` or `stages.base.worker=cuda`.
     """
-    try:
-        return _run(_loaded(recipe.value, worker, engine, workers, engines, overrides), budget_hours)
-    except UserError as error:
-        return Failed(name=REFUSED, message=str(error))
-    except StageFailed as error:
-        # It brings the traceback of the process that failed; that of this one says nothing more.
-        return Failed(message=str(error))
-
-
-def _run(recipe: Recipe, budget_hours: float) -> State[Any]:
-    """Runs a recipe; gives how it ended, or raises Abort where it is to begin again."""
     own = _OwnRun()
+    try:
+        loaded = _loaded(recipe.value, worker, engine, workers, engines, overrides)
+        made = _run(loaded, own, budget_hours)
+    except UserError as error:
+        own.end(Failed(name=REFUSED, message=str(error)))
+    except StageFailed as error:
+        own.end(Failed(message=str(error)))
+    return Completed(message=made)
+
+
+def _run(recipe: Recipe, own: "_OwnRun", budget_hours: float) -> str:
+    """Runs a recipe; says what it made. Raises Abort where it was stopped, or is to begin again."""
     # Asked in a stage's thread, it is the logger of the stage's task.
     view = LogView(lambda stage, line: get_run_logger().info("%s: %s", stage, line))
     run = PipelineRun(recipe, Store.open(), view, None)
@@ -111,14 +112,14 @@ def _run(recipe: Recipe, budget_hours: float) -> State[Any]:
             # More come of a disk that damages what is written to it.
             if runtime.flow_run.run_count > len(recipe.stages):
                 raise
-            own.begin_again(f"{error}; going through the recipe once more")
+            own.end(AwaitingRetry(message=f"{error}; going through the recipe once more"))
         except StageInterrupted as error:
             if is_up.is_set():
-                return Cancelled(message=f"its {budget_hours:g} hours are used up; run again to go on from here")
+                own.end(Cancelled(message=f"its {budget_hours:g} hours are used up; run again to go on from here"))
             if own.is_cancelled or not run.stopping.requested:
-                return Cancelled(message=str(error))
-            own.begin_again("its worker was stopped; another goes on with it")
-    return Completed(message=f"{result.reference}: {result.records[recipe.stages[-1].name].summary}")
+                own.end(Cancelled(message=str(error)))
+            own.end(AwaitingRetry(message="its worker was stopped; another goes on with it"))
+    return f"{result.reference}: {result.records[recipe.stages[-1].name].summary}"
 
 
 def _run_name(parameters: dict[str, Any]) -> str:
@@ -166,9 +167,9 @@ class _OwnRun:
             state = client.read_flow_run(runtime.flow_run.id).state
         return state is not None and (state.is_cancelling() or state.is_cancelled())
 
-    def begin_again(self, reason: str) -> NoReturn:
-        """Gives it back to the workers of its pool. Raises Abort, at which Prefect ends this process in good order; a
-        flow that returned such a state would end as one that has failed."""
+    def end(self, state: State[Any]) -> NoReturn:
+        """Ends it in a state. Raises Abort, at which Prefect ends this process in good order: of a flow that returns
+        another state than Completed it logs a traceback, and one that is to begin again counts as crashed."""
         with get_client(sync_client=True) as client:
-            client.set_flow_run_state(runtime.flow_run.id, AwaitingRetry(message=reason))
-        raise Abort(reason)
+            client.set_flow_run_state(runtime.flow_run.id, state)
+        raise Abort(f"{state.name}: {state.message}")

@@ -2,12 +2,13 @@
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from prefect import Flow, flow, runtime
+from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
 from prefect.states import Cancelled
 
@@ -90,6 +91,7 @@ class PipelineRun:
                 futures[entry.name] = task.submit({source: futures[source] for source in entry.inputs.values()})
             for future in futures.values():
                 future.wait()
+            _close_unbegun(futures)
         cancelled = [name for name, future in futures.items() if future.state.is_cancelled()]
         if self.stopping.requested or cancelled:
             raise StageInterrupted(f"stage '{cancelled[0]}' was stopped" if cancelled else "stopped")
@@ -139,3 +141,12 @@ class PipelineRun:
         if not outcome.reused:
             show_stage(self.recipe.name, entry.name, self.store, outcome.record)
         return outcome
+
+
+def _close_unbegun(futures: Mapping[str, PrefectFuture[Outcome]]) -> None:
+    """Says of stages whose inputs were not made that they are over: they would be shown as waiting for ever."""
+    unbegun = [future.task_run_id for future in futures.values() if future.state.is_pending()]
+    # How they are listed must not decide how the run ends.
+    with suppress(Exception), get_client(sync_client=True) as client:
+        for run in unbegun:
+            client.set_task_run_state(run, Cancelled(message="its inputs were not made"), force=True)

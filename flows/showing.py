@@ -126,4 +126,6 @@ def _plain(value: object) -> str:
         return {None: "—", True: "yes", False: "no"}[value]
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e6 else f"{value:,.6g}"
+    return str(value)
