@@ -109,16 +109,15 @@ class Browser:
         badge = self.page.locator(".page-heading-flow-run__meta .state-badge")
         expect(badge).to_have_text(state, timeout=seconds * 1000)
 
-    def picture(self, folder: str | None, name: str, height: int) -> None:
-        """Takes a picture of the upper part of the page, where a folder for pictures is named."""
+    def picture(self, folder: str | None, name: str, height: int, start: str = ".app-router-view > *") -> None:
+        """Takes a picture of the page from its first element of a selector on, where a folder for it is named."""
         if folder is None:
             return
         self.page.set_viewport_size({"width": 1200, "height": height})
-        self.page.locator(".app-router-view").evaluate(
-            "place => { place.scrollTo(0, 0); document.activeElement.blur() }"
-        )
+        shown = "element => { document.activeElement.blur(); element.scrollIntoView() }"
+        self.page.locator(start).first.evaluate(shown)
         # What moves on its way to its place would else be taken on the way.
-        self.page.wait_for_timeout(1500)
+        self.page.wait_for_timeout(3000)
         self.page.screenshot(path=Path(folder, f"{name}.png"), animations="disabled")
 
 

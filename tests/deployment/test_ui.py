@@ -49,7 +49,7 @@ def test_a_run_from_the_form_to_its_artifacts(ui: Browser) -> None:
     for kind in HERE:
         ui.choose(ui.field(kind, WORKERS_GROUP), "local")
     ui.choose(ui.field("refine", ENGINES_GROUP), "torch")
-    ui.picture(PICTURES, "form", 1250)
+    ui.picture(PICTURES, "form", 1200)
     ui.button("Submit")
     ui.button("View run")
 
@@ -59,8 +59,9 @@ def test_a_run_from_the_form_to_its_artifacts(ui: Browser) -> None:
     names = ["documents", "tokenizer", "tokens", "base on cpu", "stacked on cpu", "refined on cpu"]
     for name in (*names, "evaluation", "published"):
         expect(ui.page.get_by_role("link", name=name, exact=True).first).to_be_visible()
-    ui.picture(PICTURES, "run", 1000)
     run = ui.page.url.partition("?")[0]
+    ui.page.goto(run)
+    ui.picture(PICTURES, "run", 1000)
     _see_progress(ui)
     _see_artifacts(ui, run)
     _visit_all_pages(ui)
@@ -80,7 +81,7 @@ def _see_progress(ui: Browser) -> None:
 def _see_artifacts(ui: Browser, run: str) -> None:
     ui.page.goto(run)
     ui.tab("Artifacts")
-    ui.picture(PICTURES, "artifacts", 1250)
+    ui.picture(PICTURES, "artifacts", 900, start=".p-tab-navigation")
     ui.artifact(run, f"{RECIPE}-base")
     expect(ui.page.get_by_text("best_validation.loss", exact=True)).to_be_visible()
     for name, picture in ((f"{RECIPE}-base-loss", "Loss curve"), (f"{RECIPE}-tokens-card", "How long the documents")):
@@ -113,7 +114,7 @@ def test_cancelled_in_the_ui_and_launched_again(ui: Browser, fleet: Fleet) -> No
     fleet.training()
     ui.open(f"runs/flow-run/{run.id}")
     ui.button("Cancel")
-    ui.page.get_by_role("dialog").get_by_role("button", name="Cancel").last.click()
+    ui.button("Confirm")
     ui.state("Cancelled", 120)
     assert run.state().name == "Cancelled"
     assert fleet.states() == ["Cancelled"]
