@@ -109,7 +109,7 @@ class Browser:
         badge = self.page.locator(".page-heading-flow-run__meta .state-badge")
         expect(badge).to_have_text(state, timeout=seconds * 1000)
 
-    def picture(self, folder: str | None, name: str, height: int, start: str = ".app-router-view > *") -> None:
+    def picture(self, folder: str | None, name: str, height: int, start: str = "header") -> None:
         """Takes a picture of the page from its first element of a selector on, where a folder for it is named."""
         if folder is None:
             return
