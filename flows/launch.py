@@ -1,22 +1,19 @@
 """The pipeline as it is launched from the Prefect UI: what its form asks for, and the run on a worker of `pipeline`."""
 
-import functools
 import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger, runtime
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import State
-from prefect.exceptions import Abort
 from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from artifacts.store import DamagedObject, Store
 from common.errors import StageFailed, StageInterrupted, UserError
+from flows.own_run import OwnRun
 from flows.pipeline import PipelineRun
 from flows.recipe import Recipe, known_recipes, load_recipe
 from flows.view import LogView
@@ -38,7 +35,7 @@ def _choices(name: str, choice: Any, descriptions: Mapping[str, str | None]) -> 
         kind: (choice, Field(AS_ABOVE, title=kind, description=description))
         for kind, description in descriptions.items()
     }
-    return create_model(name, **fields)
+    return create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
 
 
 def _what_it_makes(stage: Stage) -> str:
@@ -87,7 +84,7 @@ def launch(
         engines: Goes before the engine above and before what the recipe says.
         overrides: Other keys of the recipe, such as `stages.base.training.steps=500` or `stages.base.worker=cuda`.
     """
-    own = _OwnRun()
+    own = OwnRun()
     try:
         loaded = _loaded(recipe.value, worker, engine, workers, engines, overrides)
         made = _run(loaded, own, budget_hours)
@@ -98,7 +95,7 @@ def launch(
     return Completed(message=made)
 
 
-def _run(recipe: Recipe, own: "_OwnRun", budget_hours: float) -> str:
+def _run(recipe: Recipe, own: OwnRun, budget_hours: float) -> str:
     """Runs a recipe; says what it made. Raises Abort where it was stopped, or is to begin again."""
     # Asked in a stage's thread, it is the logger of the stage's task.
     view = LogView(lambda stage, line: get_run_logger().info("%s: %s", stage, line))
@@ -155,21 +152,3 @@ def _budget(run: PipelineRun, hours: float) -> Iterator[threading.Event]:
         yield up
     finally:
         timer.cancel()
-
-
-class _OwnRun:
-    """What the server says of this run."""
-
-    @functools.cached_property
-    def is_cancelled(self) -> bool:
-        """Whether somebody has cancelled it: a worker that stops ends it too, but then it is to go on."""
-        with get_client(sync_client=True) as client:
-            state = client.read_flow_run(runtime.flow_run.id).state
-        return state is not None and (state.is_cancelling() or state.is_cancelled())
-
-    def end(self, state: State[Any]) -> NoReturn:
-        """Ends it in a state. Raises Abort, at which Prefect ends this process in good order: of a flow that returns
-        another state than Completed it logs a traceback, and one that is to begin again counts as crashed."""
-        with get_client(sync_client=True) as client:
-            client.set_flow_run_state(runtime.flow_run.id, state)
-        raise Abort(f"{state.name}: {state.message}")

@@ -2,17 +2,15 @@
 
 import logging
 import os
-from contextlib import ExitStack
 from typing import Any
 
-from prefect import flow, get_run_logger, runtime
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import State
+from prefect import flow, get_run_logger
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from artifacts.store import DamagedObject, Store
 from common.errors import StageFailed, StageInterrupted, UserError
 from flows.devices import hold_devices
+from flows.own_run import OwnRun
 from flows.showing import LiveProgress
 from flows.stopping import Stopping
 from flows.view import LogView
@@ -33,21 +31,22 @@ logger = logging.getLogger("cairn.flows")
 def stage(work: dict[str, Any]) -> Any:
     """Does a stage that a pipeline has sent to this machine's pool. Not to be started by hand."""
     parsed = Work.model_validate(work)
-    stopping: Stopping | None = None
+    own = OwnRun()
     try:
-        with ExitStack() as stack:
-            process = stack.enter_context(engine_process())
-            stopping = stack.enter_context(Stopping(process.interrupt))
+        with engine_process() as process, Stopping(process.interrupt) as stopping:
             outcome = _done(parsed, process, stopping)
     except DamagedObject as error:
-        return Failed(name=DAMAGED, message=str(error))
+        own.end(Failed(name=DAMAGED, message=str(error)))
     except UserError as error:
-        return Failed(name=REFUSED, message=str(error))
+        own.end(Failed(name=REFUSED, message=str(error)))
     except StageInterrupted as error:
-        return _interrupted(error)
+        if own.is_cancelled:
+            own.end(Cancelled(message=str(error)))
+        # Only the worker is being stopped, and the stage is to go on elsewhere.
+        own.end(Crashed(name=STOPPED, message=f"the worker on {os.uname().nodename} was stopped"))
     except StageFailed as error:
         # It brings the traceback of the process that failed; that of this one says nothing more.
-        return Failed(message=str(error))
+        own.end(Failed(message=str(error)))
     return Completed(message=outcome.record.summary)
 
 
@@ -88,12 +87,3 @@ def check_fits(work: Work) -> None:
                 f"stage '{work.name}': the worker on {os.uname().nodename} does not see the input '{name}' in "
                 f"{work.store}; machines that work together need one store that all reach, such as s3://bucket/store"
             )
-
-
-def _interrupted(error: StageInterrupted) -> State[Any]:
-    """Somebody has cancelled the run, or only the worker is being stopped and the stage is to go on elsewhere."""
-    with get_client(sync_client=True) as client:
-        state = client.read_flow_run(runtime.flow_run.id).state
-    if state is not None and (state.is_cancelling() or state.is_cancelled()):
-        return Cancelled(message=str(error))
-    return Crashed(name=STOPPED, message=f"the worker on {os.uname().nodename} was stopped")
