@@ -19,10 +19,9 @@ FOLDER = "CAIRN_FOLDER"
 def main() -> int:
     """Runs Prefect's engine to its end; gives its exit code."""
     engine = Supervised("prefect.engine", folder=Path(os.environ.get(FOLDER) or Path.home()), environment=os.environ)
-    engine.pass_signals_on()
     if RUNS in os.environ:
         Path(os.environ[RUNS], str(engine.process.pid)).touch()
-    return engine.wait()
+    return engine.wait_passing_signals_on()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 _COPY_SECONDS = 1.0
 
@@ -33,10 +34,20 @@ class Supervised:
         )
         os.close(read_end)
 
-    def pass_signals_on(self) -> None:
-        """From now on this process's SIGTERM and SIGINT go to that one, as SIGTERM."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: self.terminate())
+    def wait_passing_signals_on(self) -> int:
+        """Waits for its end, and meanwhile gives it this process's SIGTERM and SIGINT, as SIGTERM; gives the exit code,
+        as a shell has it for one that a signal killed."""
+        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            code = self.process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        os.close(self._write_end)
+        return code if code >= 0 else 128 - code
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.terminate()
 
     def terminate(self) -> None:
         """Sends it SIGTERM."""
@@ -44,12 +55,6 @@ class Supervised:
         # At the pipe's end it would take a second one, which may not wait for anything.
         with suppress(OSError):
             os.write(self._write_end, b".")
-
-    def wait(self) -> int:
-        """Waits for its end; gives the exit code, as a shell has it for one that a signal killed."""
-        code = self.process.wait()
-        os.close(self._write_end)
-        return code if code >= 0 else 128 - code
 
 
 def main(arguments: list[str]) -> None:

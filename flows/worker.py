@@ -45,8 +45,7 @@ def run_worker(pool: Pool, server: str, store: Store, name: str | None, limit: i
         arguments = ["worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
         arguments += ["--name", name or f"{platform.node()}-{pool}-{os.getpid()}"]
         worker = Supervised("prefect", *arguments, folder=Path.cwd(), environment={**_SETTINGS, **os.environ, **places})
-        worker.pass_signals_on()
-        code = worker.wait()
+        code = worker.wait_passing_signals_on()
         _wait_for_runs(Path(runs))
     return code
 
@@ -64,7 +63,9 @@ def _check_machine(pool: Pool) -> None:
 def _wait_for_runs(folder: Path) -> None:
     """Waits until the runs have ended; they know that the worker has."""
     until = time.monotonic() + _GRACE_SECONDS
-    running = [int(path.name) for path in folder.iterdir()]
+    running = [pid for path in folder.iterdir() if _is_alive(pid := int(path.name))]
+    if running:
+        print("waiting for checkpoints to be written; Ctrl-C again leaves that to the runs themselves", file=sys.stderr)
     while time.monotonic() < until and (running := [pid for pid in running if _is_alive(pid)]):
         time.sleep(0.1)
 

@@ -185,6 +185,11 @@ class Fleet:
         """The names of their states."""
         return [run.state_name for run in self.runs()]
 
+    def cancel_stage(self) -> None:
+        """Cancels the last run of stage `base`, as a user does."""
+        command = [sys.executable, "-m", "prefect", "flow-run", "cancel", str(self.runs()[-1].id)]
+        subprocess.run(command, env=self.environment, check=True, capture_output=True)
+
     def training(self) -> None:
         """Waits until stage `base` has written a checkpoint."""
         checkpoints = self.folder / "store" / "checkpoints"

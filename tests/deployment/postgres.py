@@ -14,7 +14,7 @@ import pytest
 from tests.deployment.conftest import free_port
 
 
-def programs() -> Path:
+def _programs() -> Path:
     """The folder with PostgreSQL's programs; skips where there is none of version 15 or later."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
     if not found or int(found[-1].parts[-3]) < 15:
@@ -25,6 +25,7 @@ def programs() -> Path:
 @contextmanager
 def postgres() -> Iterator[str]:
     """A server with an empty database `prefect`; gives its URL as Prefect has it."""
+    programs = _programs()
     # It refuses to run as root, and then has a folder of its own user's.
     user = "postgres" if os.getuid() == 0 else getpass.getuser()
     folder = Path(tempfile.mkdtemp(prefix="cairn-postgres-"))
@@ -32,7 +33,7 @@ def postgres() -> Iterator[str]:
     port = free_port()
 
     def run(program: str, *arguments: str) -> None:
-        command = [str(programs() / program), *arguments]
+        command = [str(programs / program), *arguments]
         subprocess.run(command, user=user if os.getuid() == 0 else None, cwd=folder, check=True, capture_output=True)
 
     try:

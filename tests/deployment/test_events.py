@@ -1,5 +1,6 @@
 """What befalls a run on a worker: whatever it is, the published weights are bitwise those of an undisturbed run."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -67,6 +68,26 @@ def test_the_worker_is_stopped(fleet: Fleet, undisturbed: str) -> None:
     assert fleet.published() == undisturbed
 
 
+def test_the_worker_is_told_twice_to_stop(fleet: Fleet, undisturbed: str) -> None:
+    worker = fleet.worker()
+    run = fleet.run("stages.base.retries=0")
+    fleet.training()
+    stage = fleet.stage_process(worker)
+    os.kill(stage, signal.SIGSTOP)
+    worker.terminate()
+    wait_for(lambda: "Ctrl-C again" in fleet.text("worker-one.log"), 30, what="the worker's wait")
+    worker.send_signal(signal.SIGINT)
+    assert worker.wait(10) == 130
+    assert "Traceback" not in fleet.text("worker-one.log")
+    assert fleet.states() == ["Running"]
+    os.kill(stage, signal.SIGCONT)
+    wait_for(lambda: fleet.states()[0] == "Stopped", 30, what="the stage's end")
+    fleet.worker(name="two")
+    fleet.finish(run)
+    assert "going on from the checkpoint" in fleet.stage_log()
+    assert fleet.published() == undisturbed
+
+
 def test_the_pipeline_is_stopped(fleet: Fleet, undisturbed: str) -> None:
     fleet.worker()
     run = fleet.run()
@@ -84,8 +105,7 @@ def test_the_stage_is_cancelled_by_command(fleet: Fleet, undisturbed: str) -> No
     fleet.worker()
     run = fleet.run()
     fleet.training()
-    command = [sys.executable, "-m", "prefect", "flow-run", "cancel", str(fleet.runs()[0].id)]
-    subprocess.run(command, env=fleet.environment, check=True, capture_output=True)
+    fleet.cancel_stage()
     assert run.wait(60) == 130, fleet.text()
     assert fleet.states() == ["Cancelled"]
     fleet.finish(fleet.run(log="again.log"), log="again.log")

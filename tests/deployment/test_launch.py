@@ -30,6 +30,19 @@ def test_the_worker_of_a_pipeline_is_stopped(fleet: Fleet, where: str) -> None:
         assert "going on from the checkpoint of step" in fleet.stage_log()
 
 
+def test_its_stage_is_cancelled(fleet: Fleet) -> None:
+    fleet.worker("pipeline", name="pipelines")
+    fleet.worker("cpu")
+    run = Launched(fleet, workers={"pretrain": "cpu"})
+    fleet.training()
+    fleet.cancel_stage()
+    assert run.ended(60).name == "Cancelled"
+    again = Launched(fleet, workers={"pretrain": "cpu"})
+    assert again.ended().name == "Completed", again.state()
+    assert fleet.states() == ["Cancelled", "Completed"]
+    assert "going on from the checkpoint of step" in fleet.stage_log()
+
+
 def test_a_budget_that_is_used_up(fleet: Fleet) -> None:
     fleet.worker("pipeline", name="pipelines")
     run = Launched(fleet, workers={"pretrain": "local"}, budget_hours=0.0005)
