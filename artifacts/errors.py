@@ -5,14 +5,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from common.errors import UserError
+from common.errors import TransientError, UserError
 
 
 class DamagedObject(UserError):
     """A stored file is missing or its bytes are not those that were recorded."""
 
 
-class LeaseLost(UserError):
+class Unreachable(TransientError):
+    """The store does not answer."""
+
+
+class LeaseLost(TransientError):
     """Somebody else holds the key now, so what was done under the lease may not be committed."""
 
 
@@ -27,12 +31,13 @@ def explained(place: object) -> Iterator[None]:
         reason = _os_reason(error, place)
         if reason is None:
             raise
-        raise UserError(reason) from error
+        raise (Unreachable if is_outage(error) else UserError)(reason) from error
     except Exception as error:
         # These packages are loaded only for their own URLs, so their errors are known by the module's name.
         if not type(error).__module__.startswith(("botocore", "aiobotocore", "google.auth", "gcsfs")):
             raise
-        raise UserError(f"cannot reach {place}: {error}; check the address and the credentials") from error
+        message = f"cannot reach {place}: {error}; check the address and the credentials"
+        raise (Unreachable if is_outage(error) else UserError)(message) from error
 
 
 @contextmanager
@@ -44,6 +49,21 @@ def full_disk_explained(place: object) -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         raise UserError(_full(error.filename or place)) from error
+
+
+_OUTAGES = (
+    "EndpointConnectionError",
+    "ConnectionClosedError",
+    "ConnectTimeoutError",
+    "ReadTimeoutError",
+    "ConnectionError",
+)
+"""Errors of botocore, by name: it is loaded only for its own URLs."""
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether an error says that a store does not answer, as opposed to refusing."""
+    return type(error).__name__ in _OUTAGES or isinstance(error, ConnectionError | TimeoutError)
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import uuid
+from pathlib import Path
 from typing import Protocol
 
 from pydantic import ValidationError
@@ -25,6 +26,8 @@ class LeaseInfo(FrozenModel):
     """The fencing token, which grows by one each time the key changes hands."""
     inputs: tuple[Digest, ...] = ()
     """The keys of the records that the holder reads, which must not be collected meanwhile."""
+    process: str | None = None
+    """The holding process, as its machine tells it from all others; null where none does."""
     expires: float | None = None
     """When it lapses unless renewed, in seconds since the epoch; null for locks that the kernel releases."""
 
@@ -55,12 +58,36 @@ class Lease(Protocol):
         """Asks the store itself whether the key is still held; raises LeaseLost if it is not."""
 
 
+def has_ended(info: LeaseInfo) -> bool:
+    """Whether the holding process is one of this machine's and is no more."""
+    number = (info.process or "").rpartition(" ")[2]
+    if not number or info.process != _process(int(number)):
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # another user's
+    return False
+
+
+def _process(number: int) -> str | None:
+    """A process of this one's namespace, by the machine's start, the namespace and its number; on Linux alone."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()} {number}"
+    except OSError:
+        return None
+
+
 def new_lease(key: str, before: LeaseInfo | None, inputs: tuple[str, ...], expires: float | None) -> LeaseInfo:
     """The lease of this process on `key` after the holder `before`."""
     return LeaseInfo(
         key=key,
         holder=f"process {os.getpid()} on {platform.node()}",
         owner=uuid.uuid4().hex,
+        process=_process(os.getpid()),
         token=before.token + 1 if before else 1,
         inputs=inputs,
         expires=expires,

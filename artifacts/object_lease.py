@@ -1,4 +1,7 @@
-"""A lease as an object: it lapses unless renewed, and every change of hands raises its fencing token."""
+"""A lease as an object: it lapses unless renewed, and every change of hands raises its fencing token.
+
+That of a process which was killed is taken over at once on the same machine, and elsewhere when it has lapsed.
+"""
 
 import contextlib
 import logging
@@ -9,7 +12,7 @@ from contextlib import contextmanager
 
 from artifacts.conditional import ConditionalWrites
 from artifacts.errors import LeaseLost
-from artifacts.lease import LeaseInfo, new_lease
+from artifacts.lease import LeaseInfo, has_ended, new_lease
 
 LEASE_SECONDS = 90.0
 """How long a lease lasts that is not renewed: a store may be out of reach for half a minute, and be waited for in
@@ -108,7 +111,7 @@ def _acquire(
     while True:
         found = writes.read(path)
         before = LeaseInfo.from_json(found[0]) if found else None
-        if before is None or (before.expires or 0.0) <= time.time():
+        if before is None or (before.expires or 0.0) <= time.time() or has_ended(before):
             asked = time.monotonic()
             info = new_lease(wanted[0], before, wanted[1], expires=time.time() + seconds)
             version = _write(writes, path, info, found[1] if found else None)

@@ -4,17 +4,12 @@ import logging
 import time
 from typing import Any
 
+from artifacts.errors import is_outage
+
 logger = logging.getLogger("cairn.artifacts")
 
 _TRIES = 14
 """Tries that s3fs makes, with pauses that grow to 15 s: about a minute and a half."""
-_OUTAGES = (
-    "EndpointConnectionError",
-    "ConnectionClosedError",
-    "ConnectTimeoutError",
-    "ReadTimeoutError",
-    "ConnectionError",
-)
 _TELL_SECONDS = 15.0
 
 
@@ -38,7 +33,7 @@ class _Outages:
         self._told = -_TELL_SECONDS
 
     def is_one(self, error: BaseException) -> bool:
-        if type(error).__name__ not in _OUTAGES and not isinstance(error, ConnectionError | TimeoutError):
+        if not is_outage(error):
             return False
         if time.monotonic() - self._told >= _TELL_SECONDS:
             self._told = time.monotonic()

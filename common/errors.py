@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class TransientError(UserError):
+    """An error that time may mend, such as a store out of reach: worth another try before the user looks."""
+
+
 class StageInterrupted(Exception):
     """A stage was told to stop; what it has saved is used when it is run again."""
 

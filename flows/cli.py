@@ -6,8 +6,10 @@ Nothing heavy is imported here: PyTorch, Prefect and pyarrow come with the comma
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import typer
@@ -19,6 +21,7 @@ from artifacts import collect
 from artifacts.collect import DEFAULT_GRACE
 from artifacts.store import Store
 from common.errors import StageFailed, StageInterrupted, UserError
+from models.machine import Hardware
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -77,8 +80,7 @@ def run(
 
     # Checked before Prefect is imported, which takes seconds.
     loaded = load_recipe(recipe, overrides or [], continue_on=continue_on)
-    for name, value in {**PREFECT_SETTINGS, **QUIET}.items():
-        os.environ.setdefault(name, value)
+    _set_prefect_up(QUIET)
     from flows.run import run_recipe
 
     run_recipe(loaded, overrides or [], Store.open(store), published, console, continue_on)
@@ -108,6 +110,7 @@ def server(
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 4200,
 ) -> None:
     """Serves Prefect's API and UI for workers and pipelines, until it is stopped."""
+    _set_prefect_up()
     from flows.server import serve
 
     serve(host, port)
@@ -126,9 +129,7 @@ def deploy() -> None:
 
 @app.command(epilog="Example: cairn worker cuda")
 def worker(
-    pool: Annotated[
-        Literal["pipeline", "cpu", "cuda", "tpu", "apple"], typer.Argument(help="The pool whose runs it takes.")
-    ],
+    pool: Annotated[Literal["pipeline", Hardware], typer.Argument(help="The pool whose runs it takes.")],
     name: Annotated[str | None, typer.Option(help="The worker's name; made of the machine's unless given.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Runs at a time: 1, or 10 pipelines.")] = None,
     store: StoreOption = None,
@@ -140,10 +141,15 @@ def worker(
     sys.exit(run_worker(pool, url, Store.open(store), name, limit or (10 if pool == "pipeline" else 1)))
 
 
+def _set_prefect_up(more: Mapping[str, str] = MappingProxyType({})) -> None:
+    """What Prefect is told before it is imported."""
+    for name, value in {**PREFECT_SETTINGS, **more}.items():
+        os.environ.setdefault(name, value)
+
+
 def _configured_server() -> str:
     """The Prefect server's address; raises UserError where none is configured."""
-    for name, value in PREFECT_SETTINGS.items():
-        os.environ.setdefault(name, value)
+    _set_prefect_up()
     from prefect.settings import PREFECT_API_URL
 
     url = PREFECT_API_URL.value()

@@ -2,9 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -15,6 +15,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
 from common.errors import UserError
+from flows.pipeline import TAG
 from tasks.remote import DAMAGED, REFUSED, STOPPED
 
 DEPLOYMENTS = Path(__file__).parent.parent / "deployment" / "prefect.yaml"
@@ -33,7 +34,7 @@ _ENDINGS = {f"prefect.flow-run.{state}" for state in _STATES}
 """Events that say of a run that nobody need listen for it any more; each bears the name of the run's state."""
 
 
-def deploy(tell: Any) -> None:
+def deploy(tell: Callable[[str], None]) -> None:
     """Makes the pools, the automations and the deployments on the configured server; `tell` takes a line for each.
 
     Raises UserError where `prefect deploy` does not succeed.
@@ -71,8 +72,11 @@ def _make_pool(client: SyncPrefectClient, name: str, concurrency: int, descripti
 
 def _make_automation(client: SyncPrefectClient, automation: AutomationCore) -> str:
     for found in client.read_automations_by_name(automation.name):
-        # Brought up to date; off where somebody has turned it off.
-        client.update_automation(found.id, automation.model_copy(update={"enabled": found.enabled}))
+        # Brought up to date, but for what people change: whether it is on, and after how long it acts.
+        trigger = automation.trigger
+        if isinstance(found.trigger, EventTrigger):
+            trigger = trigger.model_copy(update={"within": found.trigger.within})
+        client.update_automation(found.id, automation.model_copy(update={"enabled": found.enabled, "trigger": trigger}))
         return "there already" if found.enabled else "there already, and turned off"
     client.create_automation(automation)
     return "made"
@@ -106,7 +110,7 @@ def _crash(name: str, message: str, after: set[str], expect: set[str], seconds: 
         trigger=EventTrigger(
             match={"prefect.resource.id": "prefect.flow-run.*"},
             # Others may use the server too, with runs that are silent for longer.
-            match_related={"prefect.resource.role": "flow", "prefect.resource.name": ["pipeline", "stage"]},
+            match_related={"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"},
             for_each={"prefect.resource.id"},
             after=after,
             expect=expect,

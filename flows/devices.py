@@ -1,4 +1,4 @@
-"""A lock for each device of a machine, so that two runs never share one, whoever started them."""
+"""A lock for each device of a machine, so that two stages on its workers never share one, whoever started those."""
 
 import fcntl
 import logging
@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from artifacts.local_lease import try_lock
@@ -41,8 +41,12 @@ def hold_devices(work: Work, should_stop: Callable[[], bool]) -> Iterator[tuple[
 def _held(folder: Path, device: str, work: Work, should_stop: Callable[[], bool]) -> Iterator[int]:
     path = folder / f"{device}.lock"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o1777)  # workers of other users lock the same devices
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with suppress(PermissionError):  # another user's, who has done so
+            os.fchmod(descriptor, 0o666)
     except OSError as error:
         raise UserError(
             f"the lock {path} of a device cannot be made ({error.strerror}); set {LOCKS} to a folder for this machine's"

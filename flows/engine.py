@@ -19,9 +19,14 @@ FOLDER = "CAIRN_FOLDER"
 def main() -> int:
     """Runs Prefect's engine to its end; gives its exit code."""
     engine = Supervised("prefect.engine", folder=Path(os.environ.get(FOLDER) or Path.home()), environment=os.environ)
-    if RUNS in os.environ:
-        Path(os.environ[RUNS], str(engine.process.pid)).touch()
-    return engine.wait_passing_signals_on()
+    mark = Path(os.environ[RUNS], str(engine.process.pid)) if RUNS in os.environ else None
+    if mark is not None:
+        mark.touch()
+    code = engine.wait_passing_signals_on()
+    if mark is not None:
+        # The number may become another process's. The folder goes with its worker.
+        mark.unlink(missing_ok=True)
+    return code
 
 
 if __name__ == "__main__":

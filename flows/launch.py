@@ -4,6 +4,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Annotated, Any, Literal
 
@@ -11,19 +12,21 @@ from prefect import flow, get_run_logger, runtime
 from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from artifacts.store import DamagedObject, Store
+from artifacts.store import Store
 from common.errors import StageFailed, StageInterrupted, UserError
 from flows.own_run import OwnRun
-from flows.pipeline import PipelineRun
+from flows.pipeline import PipelineRun, repairing
 from flows.recipe import Recipe, known_recipes, load_recipe
 from flows.view import LogView
 from models.engine import EngineName
 from tasks.registry import STAGES
-from tasks.remote import REFUSED
+from tasks.remote import REFUSED, refuse_password
 from tasks.stage import Stage, Worker
 
 AS_WRITTEN = "as the recipe says"
 AS_ABOVE = "as above"
+_AGAIN_SECONDS = 20.0
+"""Until a run whose worker was stopped is taken again; workers look ten seconds ahead."""
 
 RecipeName = Enum("RecipeName", {name: name for name in known_recipes()}, type=str)  # type: ignore[misc]  # no literal
 """The recipes that come with Cairn, for a list to choose from."""
@@ -99,23 +102,23 @@ def _run(recipe: Recipe, own: OwnRun, budget_hours: float) -> str:
     """Runs a recipe; says what it made. Raises Abort where it was stopped, or is to begin again."""
     # Asked in a stage's thread, it is the logger of the stage's task.
     view = LogView(lambda stage, line: get_run_logger().info("%s: %s", stage, line))
-    run = PipelineRun(recipe, Store.open(), view, None)
-    with _budget(run, budget_hours) as is_up:
+    store = Store.open()
+    refuse_password(store.url)
+    store.be_patient()
+    run = PipelineRun(recipe, store, view, None)
+    with _budget(run, budget_hours, own.age_seconds) as is_up:
         # A stage on a worker goes on where only this run's own worker is stopped.
         run.leaves_stages = lambda: not (is_up.is_set() or own.is_cancelled)
         try:
-            result = run.all_stages()
-        except DamagedObject as error:
-            # More come of a disk that damages what is written to it.
-            if runtime.flow_run.run_count > len(recipe.stages):
-                raise
-            own.end(AwaitingRetry(message=f"{error}; going through the recipe once more"))
+            result = repairing(recipe, run.all_stages)
         except StageInterrupted as error:
             if is_up.is_set():
                 own.end(Cancelled(message=f"its {budget_hours:g} hours are used up; run again to go on from here"))
             if own.is_cancelled or not run.stopping.requested:
                 own.end(Cancelled(message=str(error)))
-            own.end(AwaitingRetry(message="its worker was stopped; another goes on with it"))
+            # A worker that is asked to take a run again whose process has not ended yet does not survive it.
+            again = datetime.now(UTC) + timedelta(seconds=_AGAIN_SECONDS)
+            own.end(AwaitingRetry(scheduled_time=again, message="its worker was stopped; another goes on with it"))
     return f"{result.reference}: {result.records[recipe.stages[-1].name].summary}"
 
 
@@ -137,15 +140,15 @@ def _loaded(
 
 
 @contextmanager
-def _budget(run: PipelineRun, hours: float) -> Iterator[threading.Event]:
-    """Stops the run when its time is up; gives whether it is."""
+def _budget(run: PipelineRun, hours: float, used_seconds: float) -> Iterator[threading.Event]:
+    """Stops the run when its time is up, of which some was used before it was begun again; gives whether it is."""
     up = threading.Event()
 
     def stop() -> None:
         up.set()
         run.stop()
 
-    timer = threading.Timer(hours * 3600 if hours else threading.TIMEOUT_MAX, stop)
+    timer = threading.Timer(max(0.0, hours * 3600 - used_seconds) if hours else threading.TIMEOUT_MAX, stop)
     timer.daemon = True
     timer.start()
     try:

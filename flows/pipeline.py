@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import Flow, flow, runtime
 from prefect.client.orchestration import get_client
@@ -13,7 +13,7 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled
 
 from artifacts.record import Record
-from artifacts.store import Store
+from artifacts.store import DamagedObject, Store
 from common.errors import StageInterrupted
 from flows.plan import continued, recipe_ref, stage_ref, work_for
 from flows.recipe import Recipe, StageEntry, load_recipe
@@ -26,6 +26,9 @@ from tasks.events import Event, Listener
 from tasks.process import EngineProcess
 from tasks.work import Outcome
 
+TAG = "cairn"
+"""The tag of all of Cairn's flow runs, by which automations know them."""
+Result = TypeVar("Result")
 logger = logging.getLogger("cairn.flows")
 
 
@@ -63,6 +66,17 @@ def pipeline_flow(view: View) -> Flow[..., RunResult]:
     return pipeline
 
 
+def repairing(recipe: Recipe, run: Callable[[], Result]) -> Result:
+    """Runs it, and once more after each artifact that turned out to be damaged: it is then made anew."""
+    for _ in recipe.stages:
+        try:
+            return run()
+        except DamagedObject as error:
+            logger.warning("%s; going through the recipe once more", error)
+    # More come of a disk that damages what is written to it.
+    return run()
+
+
 class PipelineRun:
     """One run of a recipe, inside the flow."""
 
@@ -93,8 +107,11 @@ class PipelineRun:
                 future.wait()
             _close_unbegun(futures)
         cancelled = [name for name, future in futures.items() if future.state.is_cancelled()]
-        if self.stopping.requested or cancelled:
+        failed = [future for future in futures.values() if future.state.is_failed()]
+        if self.stopping.requested or (cancelled and not failed):
             raise StageInterrupted(f"stage '{cancelled[0]}' was stopped" if cancelled else "stopped")
+        for future in failed:
+            future.result()
         records = {name: future.result().record for name, future in futures.items()}
         reference = recipe_ref(self.recipe.name)
         self._name(reference, records[self.recipe.stages[-1].name])

@@ -1,7 +1,6 @@
 """What `cairn run` does: a run with its progress on the terminal, and the result laid out and shown."""
 
 import fcntl
-import logging
 import os
 import shutil
 import uuid
@@ -10,23 +9,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from prefect import tags
 from prefect.client.schemas.objects import State
 from rich.console import Console
 from rich.markup import escape
 
 from artifacts.lineage import to_text, tree
 from artifacts.record import Record
-from artifacts.store import DamagedObject, Store
+from artifacts.store import Store
 from common.errors import StageInterrupted, UserError
 from flows.console import ConsoleView, blend_table, evaluation_tables
-from flows.pipeline import RunResult, pipeline_flow
+from flows.pipeline import TAG, RunResult, pipeline_flow, repairing
 from flows.recipe import Recipe
 from flows.server import prefect_server, wait_until_stored
 from flows.showing import LOSS_CURVE
 from models.engine import EngineName
+from tasks.remote import refuse_password
 from tasks.stage import Kind
-
-logger = logging.getLogger("cairn.flows")
 
 
 def lay_out(store: Store, record: Record, folder: Path) -> None:
@@ -87,18 +86,9 @@ def run_recipe(
     An artifact that turns out to be damaged is made anew. `continue_on`: the engine that does what is not done yet,
     going on from checkpoints of others.
     """
-    damages = 0
+    refuse_password(store.url)
     with prefect_server():
-        while True:
-            try:
-                records = _run_once(recipe, overrides, store, published, console, continue_on)
-                break
-            except DamagedObject as error:
-                damages += 1
-                # More come of a disk that damages what is written to it.
-                if damages > len(recipe.stages):
-                    raise
-                logger.warning("%s; going through the recipe once more", error)
+        records = repairing(recipe, lambda: _run_once(recipe, overrides, store, published, console, continue_on))
     _show_result(recipe, records, store, published, console)
 
 
@@ -110,7 +100,7 @@ def _run_once(
     console: Console,
     continue_on: EngineName | None,
 ) -> dict[str, Record]:
-    with ConsoleView(console) as view:
+    with ConsoleView(console) as view, tags(TAG):
         pipeline: Any = pipeline_flow(view)  # its type knows nothing of return_state
         state: State[RunResult] = pipeline(recipe.source, list(overrides), store.url, continue_on, return_state=True)
         wait_until_stored(state)

@@ -90,7 +90,13 @@ def serve(host: str, port: int) -> None:
             f"a server on {host} is open to all who reach this machine: set PREFECT_SERVER_API_AUTH_STRING to "
             f"user:password for it, and PREFECT_API_AUTH_STRING to the same for workers and pipelines"
         )
-    environment = {**SERVER_SETTINGS, **os.environ}
+    own = {
+        # Prefect lets pages of any other site use the API; those of its UI come from here.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port}",
+        # It copies its UI before it serves it, and may not write where it is installed.
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(Path(PREFECT_HOME.value()) / "ui"),
+    }
+    environment = {**SERVER_SETTINGS, **own, **os.environ}
     command = [sys.executable, "-P", "-m", "flows.serving", "server", "start", "--host", host, "--port", str(port)]
     os.execve(sys.executable, command, environment)
 

@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from uuid import UUID
 
-from prefect.artifacts import (
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect import runtime
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from artifacts.lineage import Node, summary, tree
 from artifacts.record import Record
@@ -24,6 +23,7 @@ LOSS_CURVE = "loss.png"
 PICTURES = {LOSS_CURVE: ("loss", "Loss curve"), LENGTHS_PICTURE: ("lengths", "Document lengths")}
 """Pictures among a stage's logs: how their artifacts' keys end, and what they show."""
 _LIVE_SECONDS = 5.0
+_IMPATIENT = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: 5.0}
 logger = logging.getLogger("cairn.flows")
 
 
@@ -40,17 +40,28 @@ class LiveProgress:
         last = event["event"] == "Progress" and event["step"] == event["steps"]
         if event["event"] != "Progress" or (time.monotonic() - self._at < _LIVE_SECONDS and not last):
             return
-        self._at = time.monotonic()
         # A page shows several spaces as one.
         line = " · ".join(progress_line(event).split("  "))
         _quietly("progress", lambda: self._show(100 * event["step"] / event["steps"], line))
+        self._at = time.monotonic()
 
     def _show(self, percent: float, line: str) -> None:
-        if self._artifact is None:
-            # `UUID` in truth: it can be awaited, too, where there is a loop.
-            self._artifact = create_progress_artifact(percent, key=self._key, description=line)  # type: ignore[assignment]
-        else:
-            update_progress_artifact(self._artifact, percent, description=line)
+        # The stage waits for whoever takes its events: a server that is away shall not hold it up by many tries.
+        with temporary_settings(_IMPATIENT), get_client(sync_client=True) as client:
+            if self._artifact is None:
+                made = client.create_artifact(
+                    ArtifactCreate(
+                        key=self._key,
+                        type="progress",
+                        description=line,
+                        data=percent,
+                        flow_run_id=runtime.flow_run.id,
+                        task_run_id=runtime.task_run.id,
+                    )
+                )
+                self._artifact = made.id
+            else:
+                client.update_artifact(self._artifact, ArtifactUpdate(description=line, data=percent))
 
 
 def show_stage(recipe: str, stage: str, store: Store, record: Record) -> None:

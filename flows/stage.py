@@ -8,7 +8,7 @@ from prefect import flow, get_run_logger
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from artifacts.store import DamagedObject, Store
-from common.errors import StageFailed, StageInterrupted, UserError
+from common.errors import StageFailed, StageInterrupted, TransientError, UserError
 from flows.devices import hold_devices
 from flows.own_run import OwnRun
 from flows.showing import LiveProgress
@@ -28,15 +28,20 @@ logger = logging.getLogger("cairn.flows")
 
 
 @flow(name="stage", persist_result=False, validate_parameters=False)
-def stage(work: dict[str, Any]) -> Any:
-    """Does a stage that a pipeline has sent to this machine's pool. Not to be started by hand."""
+def stage(work: dict[str, Any], key: str) -> Any:
+    """Does a stage that a pipeline has sent to this machine's pool. Not to be started by hand.
+
+    `key`: the work's as the pipeline has it, which another version of Cairn would not have.
+    """
     parsed = Work.model_validate(work)
     own = OwnRun()
     try:
         with engine_process() as process, Stopping(process.interrupt) as stopping:
-            outcome = _done(parsed, process, stopping)
+            outcome = _done(parsed, key, process, stopping)
     except DamagedObject as error:
         own.end(Failed(name=DAMAGED, message=str(error)))
+    except TransientError as error:
+        own.end(Failed(message=str(error)))
     except UserError as error:
         own.end(Failed(name=REFUSED, message=str(error)))
     except StageInterrupted as error:
@@ -50,8 +55,9 @@ def stage(work: dict[str, Any]) -> Any:
     return Completed(message=outcome.record.summary)
 
 
-def _done(work: Work, process: EngineProcess, stopping: Stopping) -> Outcome:
-    check_fits(work)
+def _done(work: Work, key: str, process: EngineProcess, stopping: Stopping) -> Outcome:
+    Store.open(work.store).be_patient()
+    check_fits(work, key)
     run_logger = get_run_logger()
     log = LogView(lambda stage, line: run_logger.info("%s: %s", stage, line)).listener(work.name)
     live = LiveProgress(work.name)
@@ -67,7 +73,7 @@ def _done(work: Work, process: EngineProcess, stopping: Stopping) -> Outcome:
         return do_here(work, process, listen, should_stop)
 
 
-def check_fits(work: Work) -> None:
+def check_fits(work: Work, key: str) -> None:
     """Raises UserError where this machine is not what a work wants, or does not see its store."""
     pool = work.runtime.worker
     mine = os.environ.get(WORKER)
@@ -75,6 +81,11 @@ def check_fits(work: Work) -> None:
         raise UserError(
             f"stage '{work.name}' is for workers of pool '{pool}', and this is one of '{mine or 'none'}': "
             f"start workers with `cairn worker {pool}`"
+        )
+    if work.key != key:
+        raise UserError(
+            f"stage '{work.name}': the worker on {os.uname().nodename} has another version of Cairn than the pipeline; "
+            f"give all machines the same commit"
         )
     if pool != "local" and not accelerators(pool):
         raise UserError(f"stage '{work.name}' wants '{pool}', and this machine ({os.uname().nodename}) has none")

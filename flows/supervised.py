@@ -33,6 +33,7 @@ class Supervised:
             start_new_session=True,
         )
         os.close(read_end)
+        self.told_to_end = False
 
     def wait_passing_signals_on(self) -> int:
         """Waits for its end, and meanwhile gives it this process's SIGTERM and SIGINT, as SIGTERM; gives the exit code,
@@ -51,6 +52,7 @@ class Supervised:
 
     def terminate(self) -> None:
         """Sends it SIGTERM."""
+        self.told_to_end = True
         self.process.terminate()
         # At the pipe's end it would take a second one, which may not wait for anything.
         with suppress(OSError):

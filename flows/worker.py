@@ -15,11 +15,12 @@ from flows.server import check_answers
 from flows.stage import WORKER
 from flows.supervised import Supervised
 from models.engine import is_installed
-from models.machine import accelerators, engine_for
+from models.machine import Hardware, accelerators, engine_for
 
-Pool = Literal["pipeline", "cpu", "cuda", "tpu", "apple"]
+Pool = Literal["pipeline", Hardware]
 _GRACE_SECONDS = 300.0
 """Seconds that runs may take to write their checkpoints when the worker is stopped."""
+_AGAIN_SECONDS = 10.0
 _SETTINGS = {
     "PREFECT_WORKER_QUERY_SECONDS": "2",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "cairn",
@@ -44,8 +45,15 @@ def run_worker(pool: Pool, server: str, store: Store, name: str | None, limit: i
         places["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         arguments = ["worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
         arguments += ["--name", name or f"{platform.node()}-{pool}-{os.getpid()}"]
-        worker = Supervised("prefect", *arguments, folder=Path.cwd(), environment={**_SETTINGS, **os.environ, **places})
-        code = worker.wait_passing_signals_on()
+        environment = {**_SETTINGS, **os.environ, **places}
+        while True:
+            worker = Supervised("prefect", *arguments, folder=Path.cwd(), environment=environment)
+            code = worker.wait_passing_signals_on()
+            if worker.told_to_end or not code:
+                break
+            # It gives up on a server that is away for a quarter of an hour.
+            _say(f"Prefect's worker ended with {code}; it is started again in {_AGAIN_SECONDS:.0f} s")
+            time.sleep(_AGAIN_SECONDS)
         _wait_for_runs(Path(runs))
     return code
 
@@ -60,12 +68,16 @@ def _check_machine(pool: Pool) -> None:
         raise UserError(f"a worker of pool '{pool}' needs engine '{engine}'; run: pip install 'cairn[{engine}]'")
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _wait_for_runs(folder: Path) -> None:
     """Waits until the runs have ended; they know that the worker has."""
     until = time.monotonic() + _GRACE_SECONDS
     running = [pid for path in folder.iterdir() if _is_alive(pid := int(path.name))]
     if running:
-        print("waiting for checkpoints to be written; Ctrl-C again leaves that to the runs themselves", file=sys.stderr)
+        _say("waiting for checkpoints to be written; Ctrl-C again leaves that to the runs themselves")
     while time.monotonic() < until and (running := [pid for pid in running if _is_alive(pid)]):
         time.sleep(0.1)
 
@@ -77,6 +89,6 @@ def _is_alive(pid: int) -> bool:
     except ChildProcessError:
         try:
             os.kill(pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):  # another user's has taken the number
             return False
         return True

@@ -17,10 +17,10 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 from typing import Any, Protocol
 
-from artifacts.store import DamagedObject, Store
+from artifacts.store import Store
 from common.errors import StageFailed, UserError
 from models.training.loop import EXIT_GO_ON_LATER, Interrupted
-from tasks.events import as_event
+from tasks.events import as_event, error_event
 from tasks.produce import produce
 from tasks.work import Work
 
@@ -138,8 +138,7 @@ def _do(work: Work, channel: Channel) -> None:
     try:
         outcome = produce(store, work, lambda event: channel.send(as_event(event)))
     except UserError as error:
-        damaged = isinstance(error, DamagedObject)
-        channel.send({"event": "UserError", "message": str(error), "damaged": damaged})
+        channel.send(error_event(error))
     except (Interrupted, KeyboardInterrupt):
         raise
     except StageFailed as error:

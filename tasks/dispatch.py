@@ -1,16 +1,15 @@
 """Runs one stage, here or on a worker: the only Prefect task, whose runs bear the stages' names."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from artifacts.store import Store
-from common.errors import StageFailed, StageInterrupted, UserError
+from common.errors import StageFailed, StageInterrupted, TransientError, UserError
 from tasks.events import Listener, as_event
 from tasks.process import EngineProcess
 from tasks.produce import produce
@@ -46,46 +45,51 @@ def do_here(work: Work, process: EngineProcess, listener: Listener, should_stop:
 
     Raises as `dispatch` does; StageFailed where the stage's time is up.
     """
-    with _time_limit(work, process) as is_up:
-        try:
-            if work.definition.has_engine:
-                return process.do(work, listener)
-            store = Store.open(work.store)
-            return produce(store, work, lambda event: listener(as_event(event)), lambda: is_up() or should_stop())
-        except StageInterrupted as error:
-            if not is_up() or should_stop():
-                raise
-            limit = work.runtime.time_limit_seconds
-            raise StageFailed(
-                f"stage '{work.name}' took longer than its time_limit_seconds, {limit:g}; what it saved is kept"
-            ) from error
-
-
-@contextmanager
-def _time_limit(work: Work, process: EngineProcess) -> Iterator[Callable[[], bool]]:
-    """Stops the stage when its time is up; gives whether it is."""
-    up = threading.Event()
-
-    def stop() -> None:
-        up.set()
-        process.stop_stage()
-
-    if work.runtime.time_limit_seconds is None:
-        yield up.is_set
-        return
-    timer = threading.Timer(work.runtime.time_limit_seconds, stop)
-    timer.daemon = True
-    timer.start()
+    limit = _TimeLimit(work, process.stop_stage)
     try:
-        yield up.is_set
-    finally:
-        timer.cancel()
+        if work.definition.has_engine:
+            return process.do(work, listener, limit)
+        with limit:
+            store = Store.open(work.store)
+            stops = lambda: limit.is_up or should_stop()  # noqa: E731
+            return produce(store, work, lambda event: listener(as_event(event)), stops)
+    except StageInterrupted as error:
+        if not limit.is_up or should_stop():
+            raise
+        raise StageFailed(
+            f"stage '{work.name}' took longer than its time_limit_seconds, {limit.seconds:g}; what it saved is kept"
+        ) from error
+
+
+class _TimeLimit:
+    """A block in which a stage is told to stop when its time is up."""
+
+    def __init__(self, work: Work, stop: Callable[[], None]) -> None:
+        self.seconds = work.runtime.time_limit_seconds
+        self.is_up = False
+        self._stop = stop
+
+    def __enter__(self) -> Self:
+        self._timer = threading.Timer(self.seconds or threading.TIMEOUT_MAX, self._end)
+        self._timer.daemon = True
+        if self.seconds is not None:
+            self._timer.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._timer.cancel()
+
+    def _end(self) -> None:
+        self.is_up = True
+        self._stop()
 
 
 def _is_worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """What the user has to mend, and what the user stopped, would end the same way again."""
     try:
         state.result()
+    except TransientError:
+        return True
     except (UserError, StageInterrupted):
         return False
     except Exception:

@@ -4,10 +4,28 @@ from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
+from artifacts.store import DamagedObject
+from common.errors import TransientError, UserError
+
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 ENDINGS = ("Done", "UserError", "Failed", "Interrupted")
 """The events one of which is the last of a work."""
+
+
+def error_event(error: UserError) -> Event:
+    """The last event of a work that met an error which the user can mend."""
+    kind = next(name for name, of_kind in _KINDS.items() if isinstance(error, of_kind))
+    return {"event": "UserError", "kind": kind, "message": str(error)}
+
+
+def error_of(event: Event) -> UserError:
+    """The error that such an event tells of."""
+    return _KINDS[event["kind"]](event["message"])
+
+
+_KINDS: dict[str, type[UserError]] = {"damaged": DamagedObject, "transient": TransientError, "other": UserError}
+"""The most special first."""
 
 
 def as_event(event: object) -> Event:

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
-from artifacts.store import DamagedObject, Store
+from artifacts.store import Store
 from common.errors import StageFailed, StageInterrupted, UserError
 from models.machine import ENGINE_ENVIRONMENT
-from tasks.events import ENDINGS, Event, Listener
+from tasks.events import ENDINGS, Event, Listener, error_of
 from tasks.work import Outcome, Work
 
 logger = logging.getLogger("cairn.tasks")
@@ -29,14 +29,19 @@ class EngineProcess:
         """Descriptors of locks that the child holds too, so that they last until it has ended, whatever befalls this
         process."""
 
-    def do(self, work: Work, listener: Listener) -> Outcome:
-        """Does a work in the child; `listener` gets its progress events.
+    def do(
+        self,
+        work: Work,
+        listener: Listener,
+        turn: AbstractContextManager[object] = nullcontext(),  # noqa: B008
+    ) -> Outcome:
+        """Does a work in the child; `listener` gets its progress events, `turn` is entered when others' are done.
 
         Raises UserError, StageInterrupted, or StageFailed with the child's traceback or how it died.
         """
         if work.store.startswith("memory:"):
             raise UserError("a memory:// store is seen by one process alone, and training has its own; use a folder")
-        with self._busy:
+        with self._busy, turn:
             self._refuse_if_stopping(work)
             process = self._running()
             try:
@@ -47,6 +52,10 @@ class EngineProcess:
                     process.terminate()
                 for event in self._events():
                     if event["event"] in ENDINGS:
+                        if event["event"] == "Interrupted":
+                            # It is the end of the process, too, which the next work must not be given to.
+                            self._forget()
+                            process.wait()
                         return _outcome(work, event)
                     _tell(listener, event)
             except (BrokenPipeError, json.JSONDecodeError):
@@ -114,7 +123,7 @@ class EngineProcess:
 def _outcome(work: Work, event: Event) -> Outcome:
     """What the last event of a work says: a record, or the error to raise."""
     if event["event"] == "UserError":
-        raise (DamagedObject if event["damaged"] else UserError)(event["message"])
+        raise error_of(event)
     if event["event"] == "Interrupted":
         raise StageInterrupted(f"stage '{work.name}' was stopped; it goes on from there when run again")
     if event["event"] == "Failed":

@@ -27,10 +27,10 @@ def produce(
 
     Raises UserError for what the user can mend, and what the stage itself raises.
     """
+    store.be_patient()
     found = store.find(work.key)
     if found is not None:
         return Outcome(found, reused=True)
-    store.be_patient()
     # The work's own key too: its logs lie under that one, and are not to be collected meanwhile.
     held_keys = [work.key, *(reference.key for reference in work.inputs.values())]
 

@@ -49,16 +49,18 @@ def _processor() -> str:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """The commit of Cairn's checkout and whether it has changes; nothing for an installation without git."""
+    """The commit of Cairn's checkout and whether it has changes; without git, the commit that CAIRN_COMMIT names, as
+    images do, or nothing."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
-        return None, None
+        return os.environ.get("CAIRN_COMMIT") or None, None
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return commit, None if changes is None else bool(changes)
 
 
 def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(_ROOT), *arguments]
+    # Git refuses another user's checkout, such as a service's, but to who says that it is known.
+    command = ["git", "-c", f"safe.directory={_ROOT}", "-C", str(_ROOT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

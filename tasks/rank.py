@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from artifacts.errors import full_disk_explained
-from artifacts.store import DamagedObject, Store
+from artifacts.store import Store
 from common.errors import UserError
 from models.training.loop import Interrupted
 from tasks.child import Forwarded, say_thread_error
-from tasks.events import as_event
+from tasks.events import as_event, error_event
 from tasks.produce import run_stage
 from tasks.work import Work
 
@@ -101,7 +101,7 @@ def _ending(job: dict[str, Any], line: _Line, number: int) -> dict[str, Any]:
         with full_disk_explained(output):
             metrics = run_stage(Store.open(work.store), work, output, Path(job["logs"]), report, line.should_stop)
     except UserError as error:
-        return {"event": "UserError", "message": str(error), "damaged": isinstance(error, DamagedObject)}
+        return error_event(error)
     except Interrupted as interrupted:
         return {"event": "Interrupted", "step": interrupted.step}
     except Exception:

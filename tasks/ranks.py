@@ -19,14 +19,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from artifacts.store import DamagedObject
 from artifacts.temporary import remove_abandoned, temporary_folder
 from common.errors import StageFailed, UserError
 from models.engine import EngineName
 from models.processes import Processes, process_count, start_processes
 from models.training.loop import Interrupted
 from models.training.signals import StopSignals
-from tasks.events import ENDINGS
+from tasks.events import ENDINGS, error_of
 from tasks.work import Work
 
 logger = logging.getLogger("cairn.tasks")
@@ -230,7 +229,7 @@ class _Group:
         endings = list(self._endings.items())
         for _, ending in endings:
             if ending["event"] == "UserError":
-                raise (DamagedObject if ending["damaged"] else UserError)(ending["message"])
+                raise error_of(ending)
         if self._dead:
             self._processes.kill()
             number = self._dead[0]

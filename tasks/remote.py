@@ -1,8 +1,8 @@
 """A stage on a worker: a run of the deployment `stage/<worker>`, found again or started, and waited for.
 
-A run's idempotency key is the stage's key and the number of the attempt, which the store keeps. So a pipeline that was
-killed and started again finds the run under way, two pipelines that need the same stage share one run, and what has
-crashed is started anew under the next number.
+A run's idempotency key is the pool, the store, the stage's key and the number of the attempt, which the store keeps. So
+a pipeline that was killed and started again finds the run under way, two pipelines that need the same stage share one
+run, and what has crashed is started anew under the next number.
 """
 
 import logging
@@ -22,6 +22,7 @@ from prefect.states import Cancelling
 
 from artifacts.store import DamagedObject, Store
 from common.errors import StageFailed, StageInterrupted, UserError
+from common.files import sha256_bytes
 from tasks.events import Listener
 from tasks.work import Outcome, Work
 
@@ -32,6 +33,7 @@ DAMAGED = "Damaged"
 STOPPED = "Stopped"
 """The name of a crashed state where the worker was stopped: the stage goes on elsewhere, which is no failure."""
 
+_BY_A_PIPELINE = "its pipeline was stopped"
 _POLL_SECONDS = 1.0
 _TELL_SECONDS = 10.0
 _WAIT_SECONDS = 15.0
@@ -51,23 +53,26 @@ def run_on_worker(
     Raises UserError, StageFailed where the run failed or crashed, and StageInterrupted where it was cancelled; for
     `should_stop` it is cancelled here, or left to itself where `leaves` says so.
     """
-    _check_shared(work.store)
+    if work.store.startswith("memory:"):
+        raise UserError("a memory:// store is seen by one process alone, and workers are others; use a folder or a URL")
     store = Store.open(work.store)
     with get_client(sync_client=True) as client:
         server = _Server(client, work, should_stop, leaves)
         while True:
             attempt, run = server.started(store)
             state = server.ended(run, listener)
-            if state.name != STOPPED:
+            if state.name == STOPPED:
+                listener({"event": "Note", "text": f"{state.message}; it goes on elsewhere"})
+            elif state.is_cancelled() and server.was_cancelled_by_a_pipeline(run):
+                # This one, which shared the run with that one or came just after it, still wants it.
+                listener({"event": "Note", "text": "another pipeline has stopped its run; it is started again"})
+            else:
                 return _outcome(work, store, run, state)
-            listener({"event": "Note", "text": f"{state.message}; it goes on elsewhere"})
             store.end_attempt(work.key, attempt)
 
 
-def _check_shared(store: str) -> None:
-    """Raises UserError for the URL of a store that workers cannot share, or should not be told."""
-    if store.startswith("memory:"):
-        raise UserError("a memory:// store is seen by one process alone, and workers are others; use a folder or a URL")
+def refuse_password(store: str) -> None:
+    """Raises UserError for the URL of a store that has a password: runs, records and logs tell where the store is."""
     place = urlsplit(store)
     if place.password:
         raise UserError(
@@ -131,8 +136,14 @@ class _Server:
             self._ask(partial(told.about, now))
             time.sleep(_POLL_SECONDS)
 
+    def was_cancelled_by_a_pipeline(self, run: FlowRun) -> bool:
+        """Whether it was a pipeline that cancelled a run, because it was stopped itself."""
+        states = self._ask(lambda: self._client.read_flow_run_states(run.id))
+        return any(state.message == _BY_A_PIPELINE for state in states)
+
     def _key(self, attempt: int) -> str:
-        return f"{self._work.key}-{attempt}"
+        work = self._work
+        return f"{work.runtime.worker}-{sha256_bytes(work.store.encode())[:8]}-{work.key}-{attempt}"
 
     def _find(self, attempt: int) -> FlowRun | None:
         wanted = FlowRunFilter.model_validate({"idempotency_key": {"any_": [self._key(attempt)]}})
@@ -145,7 +156,7 @@ class _Server:
             # `Any` to mypy: it can be awaited, too, where there is a loop.
             return run_deployment(  # type: ignore[return-value]
                 f"stage/{work.runtime.worker}",
-                parameters={"work": work.model_dump(mode="json")},
+                parameters={"work": work.model_dump(mode="json"), "key": work.key},
                 idempotency_key=self._key(attempt),
                 flow_run_name=f"{work.name} on {work.runtime.worker}",
                 tags=[engine] if (engine := work.config.get("engine")) else None,
@@ -164,7 +175,7 @@ class _Server:
             raise StageFailed(f"run '{run.name}' of stage '{self._work.name}' was deleted") from error
 
     def _cancel(self, run: FlowRun) -> None:
-        self._ask(lambda: self._client.set_flow_run_state(run.id, Cancelling(message="its pipeline was stopped")))
+        self._ask(lambda: self._client.set_flow_run_state(run.id, Cancelling(message=_BY_A_PIPELINE)))
         until = time.monotonic() + _CANCEL_SECONDS
         while time.monotonic() < until:
             state = self._read(run).state

@@ -12,10 +12,11 @@ from pydantic import Field
 from common.config import FrozenModel
 from models.config import ModelConfig
 from models.engine import Layout
+from models.machine import Hardware
 from models.training.config import CheckpointConfig
 
 Metrics = dict[str, Any]
-Worker = Literal["local", "cpu", "cuda", "tpu", "apple"]
+Worker = Literal["local", Hardware]
 """Where a stage runs: on the machine that runs the recipe, or on a worker of one of the pools."""
 
 

@@ -97,13 +97,18 @@ def test_a_key_is_free_after_its_holder_was_killed(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, start: Start
 ) -> None:
     url = str(tmp_path / "store") if kind == "local" else request.getfixturevalue("s3_url")
-    process = start(HOLD, url, KEY, "1.5")
+    # Another process of this machine sees that it is gone, however long its lease would have lasted.
+    process = start(HOLD, url, KEY, "3600")
     assert first_line(process) == "1"
     store = Store.open(url)
     short(store.backend, 1)
     told: list[str] = []
-    killer = threading.Timer(0.3, process.kill)
-    killer.start()
+
+    def end() -> None:
+        process.kill()
+        process.wait()
+
+    threading.Timer(0.3, end).start()
     with store.lease(KEY, told.append) as lease:
         assert lease.fencing_token == 2
         assert f"process {process.pid}" in told[0]

@@ -257,7 +257,7 @@ def test_the_image_is_small_pinned_and_not_roots(tmp_path: Path) -> None:
     # The code comes last, after the layers with packages, and belongs to root.
     last = [(instruction, value) for instruction, value in steps[steps.index(("FROM", stages[-1])) :]]
     order = [instruction for instruction, _ in last if instruction != "COMMENT"]
-    assert order == ["FROM", "COPY", "USER", "WORKDIR", "CMD"]
+    assert order == ["FROM", "COPY", "ARG", "ENV", "USER", "WORKDIR", "CMD"]
     assert dict(last)["USER"] == "1000:1000"
     # With no entry point in front of it, the process with the number 1 is the one that compose names.
     assert not any(instruction in ("ENTRYPOINT", "ADD") for instruction, _ in steps)

@@ -43,7 +43,7 @@ def test_pipelines_and_workers_at_once_while_one_worker_dies(fleet: Fleet, share
     runs = {
         f"{seed}.log": fleet.run(f"stages.base.training.seed={seed}", log=f"{seed}.log") for seed in range(PIPELINES)
     }
-    wait_for(lambda: fleet.states().count("Running") == PIPELINES, what="all to train")
+    wait_for(lambda: sum(run.start_time is not None for run in fleet.runs()) == PIPELINES, what="all to train")
     kill(workers["one"].pid, *descendants(workers["one"].pid))
     for log, run in runs.items():
         fleet.finish(run, log)

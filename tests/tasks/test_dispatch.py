@@ -1,6 +1,9 @@
 """Where a stage is done, and for how long at most."""
 
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -9,7 +12,7 @@ from common.errors import StageFailed, StageInterrupted, UserError
 from tasks.dispatch import dispatch, do_here
 from tasks.process import EngineProcess, engine_process
 from tasks.registry import STAGES
-from tasks.remote import run_on_worker
+from tasks.remote import refuse_password, run_on_worker
 from tasks.stage import Runtime
 from tasks.work import Work
 from tests.tasks.test_process import documents, ignore
@@ -45,7 +48,23 @@ def test_a_stage_that_takes_too_long_has_failed(kind: str, process: EngineProces
     ):
         do_here(work, process, ignore, lambda: False)
     # The process does the next one.
-    assert not do_here(documents(21), process, ignore, lambda: False).reused
+    assert not process.do(documents(21), ignore).reused
+
+
+def test_a_stage_that_waits_for_its_turn_stops_nobody_else(process: EngineProcess) -> None:
+    first, second = documents(22), training(Runtime(time_limit_seconds=0.5))
+    begun = threading.Event()
+    with ThreadPoolExecutor(2) as threads:
+        with Store.open().lease(first.checkpoint_key):
+            one = threads.submit(process.do, first, lambda event: begun.set())
+            assert begun.wait(60)
+            other = threads.submit(do_here, second, process, ignore, lambda: False)
+            time.sleep(1.5)
+            assert not one.done()
+        assert not one.result().reused
+        # Its time begins with its turn.
+        with pytest.raises(StageFailed, match="took longer than its time_limit_seconds"):
+            other.result()
 
 
 def test_a_stage_in_time_is_let_be(process: EngineProcess) -> None:
@@ -66,15 +85,13 @@ def test_what_the_store_has_needs_no_worker(process: EngineProcess) -> None:
     assert dispatch(work.model_copy(update={"runtime": Runtime(worker="cuda")}), process, ignore).reused
 
 
-@pytest.mark.parametrize(
-    ("store", "message"),
-    [
-        ("memory://x", "a memory:// store is seen by one process alone"),
-        ("ftp://user:secret@host/store", "has a password in it, which every run would show"),
-    ],
-)
-def test_stores_that_workers_cannot_share_are_refused(store: str, message: str) -> None:
-    work = documents().model_copy(update={"store": store, "runtime": Runtime(worker="cpu")})
-    with pytest.raises(UserError, match=message) as raised:
+def test_a_store_that_workers_cannot_see_is_refused() -> None:
+    work = documents().model_copy(update={"store": "memory://x", "runtime": Runtime(worker="cpu")})
+    with pytest.raises(UserError, match="a memory:// store is seen by one process alone"):
         run_on_worker(work, ignore, lambda: False, lambda: False)
+
+
+def test_a_password_in_a_stores_url_is_refused() -> None:
+    with pytest.raises(UserError, match="has a password in it, which every run would show") as raised:
+        refuse_password("ftp://user:secret@host/store")
     assert "secret" not in str(raised.value)
