@@ -187,7 +187,11 @@ class Fleet:
 
     def cancel_stage(self) -> None:
         """Cancels the last run of stage `base`, as a user does."""
-        command = [sys.executable, "-m", "prefect", "flow-run", "cancel", str(self.runs()[-1].id)]
+        self.prefect("flow-run", "cancel", str(self.runs()[-1].id))
+
+    def prefect(self, *arguments: str) -> None:
+        """Gives a command of Prefect's."""
+        command = [sys.executable, "-m", "prefect", *arguments]
         subprocess.run(command, env=self.environment, check=True, capture_output=True)
 
     def training(self) -> None:

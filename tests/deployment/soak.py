@@ -7,9 +7,6 @@ does. At the end each has one flow run, which ran once, and one record.
 """
 
 import argparse
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -39,8 +36,7 @@ def main() -> None:
         server.start()
         try:
             deploy_to(server)
-            limit = [sys.executable, "-m", "prefect", "work-pool", "update", "cpu", "--concurrency-limit", str(WORKERS)]
-            subprocess.run(limit, env={**os.environ, **fleet.environment}, check=True, capture_output=True)
+            fleet.prefect("work-pool", "update", "cpu", "--concurrency-limit", str(WORKERS))
             for number in range(WORKERS):
                 fleet.worker(name=f"worker-{number}")
             check(fleet, given.runs)

@@ -15,7 +15,7 @@ def test_the_stage_process_is_killed(fleet: Fleet, undisturbed: str) -> None:
     fleet.training()
     kill(fleet.stage_process(worker))
     killed = time.monotonic()
-    wait_for(lambda: fleet.states()[1:] == ["Running"])
+    wait_for(lambda: fleet.states()[1:] == ["Running"], 20, what="the retry")
     print(f"on a worker again after {time.monotonic() - killed:.1f} s")
     fleet.finish(run)
     assert fleet.states() == ["Failed", "Completed"]
@@ -31,7 +31,7 @@ def test_the_worker_is_killed_with_its_children(fleet: Fleet, undisturbed: str) 
     kill(worker.pid, *descendants(worker.pid))
     killed = time.monotonic()
     fleet.worker(name="two")
-    wait_for(lambda: fleet.states()[0] == "Crashed", 150)
+    wait_for(lambda: fleet.states()[0] == "Crashed", 120, what="the crash to be seen")
     print(f"seen as crashed after {time.monotonic() - killed:.1f} s")
     fleet.finish(run)
     assert fleet.states() == ["Crashed", "Completed"]
@@ -117,6 +117,18 @@ def test_two_pipelines_share_one_run(fleet: Fleet, undisturbed: str) -> None:
     fleet.finish(one, log="one.log")
     fleet.finish(other, log="other.log")
     assert fleet.states() == ["Completed"]
+    assert fleet.published() == undisturbed
+
+
+def test_one_of_two_pipelines_that_share_a_run_is_stopped(fleet: Fleet, undisturbed: str) -> None:
+    fleet.worker()
+    one, other = fleet.run(log="one.log"), fleet.run(log="other.log")
+    fleet.training()
+    one.send_signal(signal.SIGINT)
+    assert one.wait(60) == 130, fleet.text("one.log")
+    fleet.finish(other, log="other.log")
+    assert fleet.states() == ["Cancelled", "Completed"]
+    assert "going on from the checkpoint" in fleet.stage_log()
     assert fleet.published() == undisturbed
 
 

@@ -1,8 +1,5 @@
 """A fleet on PostgreSQL: three workers, several pipelines at a time, the automations at work."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -34,8 +31,7 @@ def fleet(shared: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def test_pipelines_and_workers_at_once_while_one_worker_dies(fleet: Fleet, shared: Server) -> None:
-    limit = [sys.executable, "-m", "prefect", "work-pool", "update", "cpu", "--concurrency-limit", "3"]
-    subprocess.run(limit, env={**os.environ, **fleet.environment}, check=True, capture_output=True)
+    fleet.prefect("work-pool", "update", "cpu", "--concurrency-limit", "3")
     workers = {}
     for name in ("one", "two", "three"):
         # Three machines, each with devices of its own.

@@ -37,6 +37,15 @@ def test_only_who_has_the_password_is_answered(guarded: Server) -> None:
     assert httpx.get(f"{guarded.url}/admin/version", auth=(name, password)).is_success
 
 
+def test_pages_of_other_sites_may_not_use_the_server(server: Server) -> None:
+    origin = {"Origin": "https://elsewhere.example"}
+    token = httpx.get(f"{server.url}/csrf-token?client=a-page", headers=origin)
+    assert "access-control-allow-origin" not in token.headers
+    asked = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "prefect-csrf-token"}
+    assert not httpx.options(f"{server.url}/flow_runs/filter", headers=asked).is_success
+    assert httpx.post(f"{server.url}/flows/", json={"name": "planted"}, headers=origin).status_code == 403
+
+
 @pytest.mark.parametrize("password", ["", "cairn:wrong"])
 @pytest.mark.parametrize("command", [("deploy",), ("worker", "cpu"), ("run", "arithmetic-tiny")])
 def test_a_wrong_password_is_a_line(guarded: Server, tmp_path: Path, command: tuple[str, ...], password: str) -> None:

@@ -29,6 +29,21 @@ def other_machine(folder: Path) -> dict[str, str]:
     return {"HOME": str(folder / "home"), "CAIRN_CACHE": str(folder / "other-cache"), "CAIRN_LOCKS": str(folder / "l")}
 
 
+def test_the_store_is_out_of_reach_when_a_stage_begins(fleet: Fleet, on_s3: Proxy, undisturbed: str) -> None:
+    fleet.worker(**other_machine(fleet.folder))
+    fleet.prefect("work-pool", "pause", "cpu")
+    run = fleet.run("stages.base.retries=0")
+    wait_for(lambda: fleet.states() in (["Scheduled"], ["Late"]), what="the stage's run")
+    on_s3.cut()
+    fleet.prefect("work-pool", "resume", "cpu")
+    wait_for(lambda: fleet.states() == ["Running"], what="its start")
+    time.sleep(20)
+    on_s3.restore()
+    fleet.finish(run)
+    assert fleet.states() == ["Completed"]
+    assert fleet.published() == undisturbed
+
+
 def test_the_store_is_out_of_reach_for_half_a_minute(fleet: Fleet, on_s3: Proxy, undisturbed: str) -> None:
     worker = other_machine(fleet.folder)
     fleet.worker(**worker)
