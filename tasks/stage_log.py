@@ -1,9 +1,10 @@
 """A stage's log as a file among what hangs on its record, so that it is read where the artifact is."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tasks.events import as_event, event_line
@@ -29,7 +30,8 @@ def stage_log(folder: Path, report: Callable[[object], None]) -> Iterator[Callab
         raise
     finally:
         cairn.removeHandler(log)
-        log.close()
+        with suppress(OSError):
+            log.close()
 
 
 class _Log(logging.FileHandler):
@@ -39,6 +41,11 @@ class _Log(logging.FileHandler):
         formatter.converter = time.gmtime
         self.setFormatter(formatter)
         self._said = -_PROGRESS_SECONDS
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A disk that takes no line stops no stage by that; what the stage itself cannot write does."""
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
 
     def say(self, level: int, line: str) -> None:
         self.handle(logging.LogRecord("cairn", level, "", 0, line, None, None))

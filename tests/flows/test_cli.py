@@ -54,7 +54,9 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 def test_every_command_is_tested() -> None:
-    assert COMMANDS == ["run", "plan", "recipes", "show", "lineage", "verify", "generate", "evaluate", "gc"]
+    # Those of a fleet are tested in tests/deployment.
+    fleet = ["server", "deploy", "worker"]
+    assert ["run", "plan", *fleet, "recipes", "show", "lineage", "verify", "generate", "evaluate", "gc"] == COMMANDS
 
 
 @pytest.mark.parametrize("name", COMMANDS)
