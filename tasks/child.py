@@ -79,6 +79,7 @@ def main(arguments: list[str]) -> int:
             _do(Work.model_validate_json(line), channel)
             working.clear()
     except (Interrupted, KeyboardInterrupt):
+        working.clear()  # the parent closes standard input at what follows, which is no further signal then
         channel.send({"event": "Interrupted"})
         return EXIT_GO_ON_LATER
     finally:
