@@ -223,4 +223,4 @@ def test_a_record_says_what_encoded(start: Start, inputs: dict[str, dict[str, by
     assert metrics["encoder"]["library"] == "gigatoken"
     assert not finished(work)
     attached = Store.open(work.store).attachments(work.key)
-    assert set(attached) == {"data_card.md", "document_lengths.png"}
+    assert set(attached) == {"data_card.md", "document_lengths.png", "stage.log"}
