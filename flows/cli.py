@@ -81,6 +81,8 @@ def run(
     # Checked before Prefect is imported, which takes seconds.
     loaded = load_recipe(recipe, overrides or [], continue_on=continue_on)
     _set_prefect_up(QUIET)
+    if any(entry.runtime.worker != "local" for entry in loaded.stages):
+        _configured_server()
     from flows.run import run_recipe
 
     run_recipe(loaded, overrides or [], Store.open(store), published, console, continue_on)

@@ -81,6 +81,16 @@ def test_an_unknown_command(command: Command) -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments", [("run", "arithmetic-tiny", "--set", "stages.base.worker=cpu"), ("deploy",), ("worker", "cpu")]
+)
+def test_workers_need_a_server(arguments: tuple[str, ...], command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    ran = command(*arguments)
+    assert ran.code == 1
+    assert "no Prefect server is configured: start one with `cairn server`" in ran.error
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("run", "arithmetik-tiny"), "there is no recipe 'arithmetik-tiny'; did you mean 'arithmetic-tiny'?"),
