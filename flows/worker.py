@@ -2,6 +2,7 @@
 
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -36,6 +37,8 @@ def run_worker(pool: Pool, server: str, store: Store, name: str | None, limit: i
     Gives the exit code. Raises UserError where the machine is not what the pool is for, and where the server or the
     store cannot be reached.
     """
+    # A shell that starts it in the background has it ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     _check_machine(pool)
     check_answers(server)
     store.names()  # raises where the store cannot be reached
