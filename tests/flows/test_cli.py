@@ -83,9 +83,12 @@ def test_an_unknown_command(command: Command) -> None:
 @pytest.mark.parametrize(
     "arguments", [("run", "arithmetic-tiny", "--set", "stages.base.worker=cpu"), ("deploy",), ("worker", "cpu")]
 )
-def test_workers_need_a_server(arguments: tuple[str, ...], command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    ran = command(*arguments)
+def test_workers_need_a_server(arguments: tuple[str, ...], command: Command) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    # The process may have a server already: that of other tests.
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        ran = command(*arguments)
     assert ran.code == 1
     assert "no Prefect server is configured: start one with `cairn server`" in ran.error
 
