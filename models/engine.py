@@ -15,6 +15,7 @@ from common.config import FrozenModel
 from common.errors import UserError
 from models.config import ModelConfig
 from models.optimizer import OptimizerConfig
+from models.tuning import WHOLE, Tuning
 from models.weights import Piece
 
 EngineName = Literal["torch", "jax", "mlx"]
@@ -212,13 +213,14 @@ def training_engine(
     optimizer: OptimizerConfig,
     precision: Precision,
     layout: Layout = Layout(),  # noqa: B008 - it is frozen
+    tuning: Tuning = WHOLE,
 ) -> TrainingEngine:
     """An engine ready to train; its weights are those of `restore`, which has to be called first.
 
     Raises UserError where the engine is not installed, naming the extra that brings it, and where the layout does not
     fit the devices or the model.
     """
-    trainer: TrainingEngine = _module(engine, precision).training_engine(model, optimizer, precision, layout)
+    trainer: TrainingEngine = _module(engine, precision).training_engine(model, optimizer, precision, layout, tuning)
     return trainer
 
 

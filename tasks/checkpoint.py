@@ -1,4 +1,4 @@
-"""The folder of a model artifact: its description, weights, optimizer state and tokenizer."""
+"""The folder of a model artifact: its description, weights, optimizer state, history and tokenizer."""
 
 import json
 from collections.abc import Iterable
@@ -13,6 +13,7 @@ from models.config import ModelConfig
 from models.optimizer import OptimizerConfig
 from models.tokenizer import Tokenizer
 from models.weights import Array, Piece, assemble, canonical_shapes, read_arrays, write_arrays
+from tasks.history import History, read_history, write_history
 
 CONFIG, WEIGHTS, OPTIMIZER = "config.json", "model.safetensors", "optimizer.safetensors"
 
@@ -26,6 +27,8 @@ class ModelFolder(NamedTuple):
     """Moments and the count of updates, or nothing where the optimizer starts anew."""
     trained_with: OptimizerConfig | None
     """The optimizer that the moments are of."""
+    history: History
+    """What it has been through."""
 
 
 def read_model(folder: Path, with_optimizer: bool = False) -> ModelFolder:
@@ -38,7 +41,7 @@ def read_model(folder: Path, with_optimizer: bool = False) -> ModelFolder:
         raise UserError(f"{folder / CONFIG} does not describe a model ({error})") from error
     path = folder / OPTIMIZER
     moments = read_arrays(path) if with_optimizer and path.exists() else None
-    return ModelFolder(config, read_arrays(folder / WEIGHTS), moments, optimizer)
+    return ModelFolder(config, read_arrays(folder / WEIGHTS), moments, optimizer, read_history(folder))
 
 
 def write_model(folder: Path, model: ModelFolder) -> None:
@@ -46,6 +49,7 @@ def write_model(folder: Path, model: ModelFolder) -> None:
     optimizer = model.trained_with.model_dump(mode="json") if model.trained_with else None
     description = {"model": model.config.model_dump(mode="json"), "optimizer": optimizer}
     (folder / CONFIG).write_bytes(canonical_json(description))
+    write_history(folder, model.history)
     write_arrays(folder / WEIGHTS, model.weights)
     if model.optimizer is not None:
         write_arrays(folder / OPTIMIZER, model.optimizer)

@@ -11,6 +11,7 @@ from models.config import ModelConfig
 from models.growth import Method, grow, grown_config, source_layers
 from models.weights import parameter_count
 from tasks.checkpoint import ModelFolder, read_model, write_model
+from tasks.history import Grown
 from tasks.stage import Context, Kind, Metrics, Stage
 from tasks.tokens import copy_tokenizer
 
@@ -35,6 +36,14 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         weights=grow(model.weights, sources),
         optimizer=None if model.optimizer is None else grow(model.optimizer, sources),
         trained_with=model.trained_with,
+        history=(
+            *model.history,
+            Grown(
+                operator=f"{config.method} × {config.factor}",
+                parameters_before=parameter_count(model.config),
+                parameters=parameter_count(grown_config(model.config, sources)),
+            ),
+        ),
     )
     write_model(context.output, grown)
     copy_tokenizer(inputs["model"] / "tokenizer", context.output)
@@ -54,7 +63,7 @@ def grown_model(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfi
 
 STAGE = Stage(
     name="stack",
-    version=1,
+    version=2,
     config=Config,
     inputs={"model": Kind.MODEL},
     output=Kind.MODEL,

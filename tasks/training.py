@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from common.config import FrozenModel
 from common.errors import UserError
+from common.files import canonical_json, sha256_bytes, sha256_file
 from models.config import ModelConfig
 from models.engine import EngineName, Precision, training_engine
-from models.tokenizer import Tokenizer
+from models.tokenizer import TOKENIZER_FILE, Tokenizer
 from models.training.batches import Batches, Source
 from models.training.checkpoint import Checkpoints, named
 from models.training.config import Portion, TrainingConfig
@@ -19,8 +20,9 @@ from models.training.events import Note, TrainingResult
 from models.training.loop import Start, train
 from models.training.metrics import Metrics as TrainingLogs
 from models.weights import parameter_count
-from tasks.blend import TokensInput, blend_rows, tokens_inputs
+from tasks.blend import DESCRIPTION, TokensInput, blend_rows, tokens_inputs
 from tasks.checkpoint import ModelFolder, check_vocabulary, whole, write_model
+from tasks.history import History, Loss, Trained
 from tasks.stage import Context, Metrics
 from tasks.tokens import copy_tokenizer
 
@@ -49,9 +51,16 @@ def check_positions(training: TrainingConfig, model: ModelConfig) -> None:
 
 
 def run_training(
-    config: TrainingStageConfig, model: ModelConfig, start: Start, inputs: Mapping[str, Path], context: Context
+    config: TrainingStageConfig,
+    model: ModelConfig,
+    start: Start,
+    inputs: Mapping[str, Path],
+    context: Context,
+    history: History = (),
 ) -> Metrics:
     """Trains and writes a model artifact with optimizer state and tokenizer; gives what the record says of it.
+
+    `history`: what the model has been through before.
 
     In several processes each does all of this, and process 0 alone writes.
 
@@ -90,6 +99,7 @@ def run_training(
         weights=whole(engine.export("weights"), model),
         optimizer=whole(engine.export("optimizer"), model),
         trained_with=config.training.optimizer,
+        history=(*history, _entry(model, result, data)),
     )
     if engine.process == 0:
         write_model(context.output, trained)
@@ -109,6 +119,8 @@ class _Data(NamedTuple):
 
     batches: Batches
     validation: Batches | None
+    measured_on: str | None
+    """Identity of the validation rows; None where there are none."""
     validated: list[str]
     """The sources that have a validation loss of their own: where there are several."""
     notes: list[str]
@@ -128,12 +140,12 @@ def _data(config: TrainingConfig, model: ModelConfig, tokens: Sequence[TokensInp
         batches = stack.enter_context(_batches(config, model, [one.splits["train"] for one in tokens], pad_id))
         batches.require(config.steps)
         if config.validation is None:
-            yield _Data(batches, None, [], [])
+            yield _Data(batches, None, None, [], [])
             return
         sources, notes = _validation_sources(tokens)
         validation = stack.enter_context(_batches(config, model, sources, pad_id))
         validated = [source.name for source in sources] if len(sources) > 1 else []
-        yield _Data(batches, validation, validated, notes)
+        yield _Data(batches, validation, _identity(config, tokens), validated, notes)
 
 
 def _batches(config: TrainingConfig, model: ModelConfig, sources: Sequence[Source], pad_id: int) -> Batches:
@@ -147,6 +159,35 @@ def _batches(config: TrainingConfig, model: ModelConfig, sources: Sequence[Sourc
         pad_id=pad_id,
         vocab_size=model.vocab_size,
         shuffled=sources[0].split == "train",
+    )
+
+
+def _identity(config: TrainingConfig, tokens: Sequence[TokensInput]) -> str:
+    """Identity of the validation rows: what stands in them, and which of them are taken."""
+    rows = [
+        config.sequence_length,
+        config.packing,
+        config.document_masking,
+        config.validation and config.validation.rows,
+    ]
+    sources = [
+        [
+            one.portion.weight,
+            *(sha256_file(path) for path in (one.folder / DESCRIPTION, one.folder / "tokenizer" / TOKENIZER_FILE)),
+        ]
+        for one in tokens
+    ]
+    return sha256_bytes(canonical_json([rows, sources]))
+
+
+def _entry(model: ModelConfig, result: TrainingResult, data: _Data) -> Trained:
+    return Trained(
+        parameters=parameter_count(model),
+        steps=result.state.step,
+        tokens=result.tokens,
+        flops=result.flops,
+        measured_on=data.measured_on,
+        validation=tuple(Loss(step=one.step, loss=one.loss) for one in result.state.validations),
     )
 
 

@@ -14,17 +14,18 @@ from models.jax_engine.placement import Holder, load
 from models.jax_engine.sharding import sharding_of
 from models.jax_engine.train import JaxTraining
 from models.optimizer import OptimizerConfig
+from models.tuning import WHOLE, Tuning
 from models.weights import Piece
 
 
 def training_engine(
-    model: ModelConfig, optimizer: OptimizerConfig, precision: Precision, layout: Layout
+    model: ModelConfig, optimizer: OptimizerConfig, precision: Precision, layout: Layout, tuning: Tuning = WHOLE
 ) -> JaxTraining:
     """An engine ready to train once its weights are restored.
 
     Raises UserError where the layout fits neither the devices nor the model.
     """
-    return JaxTraining(model, optimizer, _computing(model, precision, layout))
+    return JaxTraining(model, optimizer, _computing(model, precision, layout), tuning)
 
 
 def inference_engine(model: ModelConfig, precision: Precision, weights: Iterable[Piece]) -> JaxInference:

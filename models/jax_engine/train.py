@@ -21,6 +21,7 @@ from models.jax_engine.parameters import stacks, unstacked
 from models.jax_engine.placement import Holder, load, placed
 from models.jax_engine.step import Micro, steps
 from models.optimizer import UPDATES, OptimizerConfig
+from models.tuning import WHOLE, Tuning
 from models.weights import Piece
 
 
@@ -29,8 +30,10 @@ class JaxTraining:
 
     name: EngineName = "jax"
 
-    def __init__(self, config: ModelConfig, optimizer: OptimizerConfig, computing: Computing) -> None:
-        self._config, self._optimizer = config, optimizer
+    def __init__(
+        self, config: ModelConfig, optimizer: OptimizerConfig, computing: Computing, tuning: Tuning = WHOLE
+    ) -> None:
+        self._config, self._optimizer, self._tuning = config, optimizer, tuning
         self._sharding = computing.sharding
         self._computing = computing
         self._compiled = steps(config, optimizer, computing)

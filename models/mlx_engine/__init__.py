@@ -7,6 +7,7 @@ from models.config import ModelConfig
 from models.engine import Bits, Layout, Precision
 from models.mlx_engine.blas import cores, divide_products, preload
 from models.optimizer import OptimizerConfig
+from models.tuning import WHOLE, Tuning
 from models.weights import Piece
 
 preload()  # before the first import of mlx
@@ -21,10 +22,10 @@ from models.mlx_engine.train import MlxTraining  # noqa: E402
 
 
 def training_engine(
-    model: ModelConfig, optimizer: OptimizerConfig, precision: Precision, layout: Layout
+    model: ModelConfig, optimizer: OptimizerConfig, precision: Precision, layout: Layout, tuning: Tuning = WHOLE
 ) -> MlxTraining:
     """An engine ready to train once its weights are restored. Raises UserError where the layout does not fit."""
-    return MlxTraining(model, optimizer, precision, layout, Processes.joined(layout))
+    return MlxTraining(model, optimizer, precision, layout, Processes.joined(layout), tuning=tuning)
 
 
 def inference_engine(

@@ -39,6 +39,7 @@ from models.optimizer import (
     UPDATES,
     OptimizerConfig,
 )
+from models.tuning import WHOLE, Tuning
 from models.weights import Piece
 
 OptimizerState = tuple[Moments, mx.array, LossScale]
@@ -62,8 +63,10 @@ class MlxTraining:
         layout: Layout,
         processes: Processes,
         compiled: bool | None = None,
+        tuning: Tuning = WHOLE,
     ) -> None:
         self._config, self._optimizer_config, self._processes = config, optimizer, processes
+        self._tuning = tuning
         self._is_fp16 = precision == "float16"
         self.process = processes.rank
         self.device = described() if processes.count == 1 else f"{processes.count} × {described()}"

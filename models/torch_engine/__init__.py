@@ -11,14 +11,15 @@ from models.torch_engine.device import compute_dtype, default_device, described
 from models.torch_engine.inference import TorchInference
 from models.torch_engine.model import Transformer
 from models.torch_engine.train import TorchTraining, load_weights
+from models.tuning import WHOLE, Tuning
 from models.weights import Piece
 
 
 def training_engine(
-    model: ModelConfig, optimizer: OptimizerConfig, precision: Precision, layout: Layout
+    model: ModelConfig, optimizer: OptimizerConfig, precision: Precision, layout: Layout, tuning: Tuning = WHOLE
 ) -> TorchTraining:
     """An engine ready to train once its weights are restored. Raises UserError for a layout that does not fit."""
-    return TorchTraining(model, optimizer, precision, layout)
+    return TorchTraining(model, optimizer, precision, layout, tuning)
 
 
 def inference_engine(model: ModelConfig, precision: Precision, weights: Iterable[Piece]) -> TorchInference:

@@ -25,6 +25,7 @@ from models.torch_engine.optimizer import Optimizer
 from models.torch_engine.packing import Own, Packed, packed, real_count
 from models.torch_engine.parallel import Parallel
 from models.torch_engine.world import World
+from models.tuning import WHOLE, Tuning
 from models.weights import Piece
 
 ONE_DEVICE = Layout()
@@ -36,9 +37,14 @@ class TorchTraining:
     name: EngineName = "torch"
 
     def __init__(
-        self, config: ModelConfig, optimizer: OptimizerConfig, precision: Precision, layout: Layout = ONE_DEVICE
+        self,
+        config: ModelConfig,
+        optimizer: OptimizerConfig,
+        precision: Precision,
+        layout: Layout = ONE_DEVICE,
+        tuning: Tuning = WHOLE,
     ) -> None:
-        self._config, self._optimizer_config = config, optimizer
+        self._config, self._optimizer_config, self._tuning = config, optimizer, tuning
         self._world = World.joined(layout)
         self.process = self._world.rank
         self._place = default_device()

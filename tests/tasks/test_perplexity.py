@@ -140,7 +140,7 @@ def test_a_model_that_says_nothing_finite_has_no_perplexity(
     model, config = model_folder(tmp_path / "model", ARCHITECTURES["llama"])
     arrays: dict[str, Array] = dict(random_weights(config))
     arrays["model.norm.weight"] = np.full_like(arrays["model.norm.weight"], np.nan)
-    write_model(model, ModelFolder(config, arrays, None, None))
+    write_model(model, ModelFolder(config, arrays, None, None, ()))
     with pytest.raises(UserError, match="not finite: look at the losses"):
         run_stage("perplexity", {}, model=model, documents=documents)
 

@@ -96,7 +96,7 @@ def model_folder(
         shutil.copytree(tokenizer, folder / "tokenizer")
     vocab_size = len(Tokenizer(folder / "tokenizer"))
     config = ModelConfig.model_validate({"vocab_size": vocab_size, **SHAPE, **architecture})
-    write_model(folder, ModelFolder(config, dict(random_weights(config)), None, None))
+    write_model(folder, ModelFolder(config, dict(random_weights(config)), None, None, ()))
     return folder, config
 
 
