@@ -51,6 +51,8 @@ class Grown(FrozenModel):
     parameters_before: int
     parameters: int
     """Parameters after it."""
+    source_layers: tuple[int | None, ...] = ()
+    """The old layer that each new layer is a copy of, None for a fresh one; empty where the layers are the old ones."""
 
 
 Entry = Annotated[Trained | Grown, Field(discriminator="kind")]
