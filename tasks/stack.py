@@ -180,7 +180,7 @@ def _advice(config: Config, growth: Growth, history: History) -> list[str]:
     seen = trained_tokens(history) / parameter_count(old)
     if seen > _TOKENS_PER_PARAMETER:
         notes.append(
-            f"the base has seen {seen:,.0f} tokens per parameter: after more than {_TOKENS_PER_PARAMETER}, growing was "
+            f"the base has seen {seen:,.1f} tokens per parameter: after more than {_TOKENS_PER_PARAMETER}, growing was "
             "found to gain little or nothing over training from scratch (arXiv 2510.06548, 2605.13405)"
         )
     factor = max(new.num_hidden_layers / old.num_hidden_layers, parameter_count(new) / parameter_count(old))

@@ -19,6 +19,7 @@ from tests.models.agreement import (
     MUON,
     exported,
     gradients,
+    largest_share,
     restore,
     rows_of,
     small,
