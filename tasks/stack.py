@@ -55,7 +55,7 @@ class Config(FrozenModel):
     """In depth `stack` (ABCABC), `interleave` (AABBCC), `middle` (ABBC), `overlap` (two copies without the layers at
     the seam), `zero` (copies that add nothing at first) or `random` (fresh layers): see `models.growing.depth`. `width`
     makes the layers wider, `upcycle` makes a mixture of experts out of each MLP; both leave the function as it is."""
-    factor: float | None = Field(default=None, gt=1)
+    factor: float | None = Field(default=None, gt=1, allow_inf_nan=False)
     """How many times as many layers, or how many times as wide; null for 2, and for `overlap` for 1.5 as in SOLAR."""
     num_hidden_layers: int | None = Field(default=None, gt=0)
     """How many layers, in place of `factor`."""

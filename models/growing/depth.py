@@ -146,12 +146,11 @@ class Deeper:
         if layer.state == "fresh":
             yield from to_canonical(parameter, self._fresh(parameter, kind, source, old), prefix)
             return
-        silenced = parameter.name.endswith(_SILENCED) if kind == WEIGHT else kind != "exp_avg_sq"
+        of_silent = parameter.name.endswith(_SILENCED) if kind == WEIGHT else kind != "exp_avg_sq"
+        zero = layer.state == "silent" and of_silent
         for place, origin in zip(parameter.placements, source.placements, strict=True):
             array = old[prefix + origin.name]
-            yield Piece(
-                prefix + place.name, (), np.zeros_like(array) if layer.state == "silent" and silenced else array
-            )
+            yield Piece(prefix + place.name, (), np.zeros_like(array) if zero else array)
 
     def _fresh(self, parameter: Parameter, kind: Kind, below: Parameter, old: Mapping[str, Array]) -> Array:
         if kind == WEIGHT:

@@ -144,9 +144,12 @@ def test_layers_with_silent_ones_between_have_the_gradients_that_they_had() -> N
     assert not any(new[name].any() for name in silent - written)
 
 
-@every_engine
-@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=lambda optimizer: optimizer.name)
-def test_training_goes_on_from_a_grown_state(engine: EngineName, optimizer: OptimizerConfig) -> None:
+def all_growths() -> list[Growth]:
+    config = tiny("llama")
+    return [Deeper(config, layer_map("zero", 2, 3)), Wider(config, 2), Upcycled(config, 4, 2)]
+
+
+def goes_on(engine: EngineName, optimizer: OptimizerConfig, growths: list[Growth]) -> None:
     config, rows = tiny("llama"), batch(rows=4, length=12)
     old = trainer(engine, config, optimizer)
     for step in range(3):
@@ -154,7 +157,6 @@ def test_training_goes_on_from_a_grown_state(engine: EngineName, optimizer: Opti
     state = exported(old)
     arrays = {name: array for name, array in state.items() if name in weights.canonical_shapes(config)}
     moments = {name: array for name, array in state.items() if name not in arrays}
-    growths: list[Growth] = [Deeper(config, layer_map("zero", 2, 3)), Wider(config, 2), Upcycled(config, 4, 2)]
     for growth in growths:
         grown = trainer(engine, growth.grown, optimizer)
         moved = with_new_second_moments(grown_optimizer(growth, moments, optimizer), optimizer)
@@ -164,3 +166,13 @@ def test_training_goes_on_from_a_grown_state(engine: EngineName, optimizer: Opti
         assert float(result.skipped) == 0
         assert grown.loss(rows)[0] < before
         assert exported(grown)["updates"] == 2
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=lambda optimizer: optimizer.name)
+def test_training_goes_on_from_a_grown_state(optimizer: OptimizerConfig) -> None:
+    goes_on(HERE[0], optimizer, all_growths())
+
+
+@pytest.mark.parametrize("engine", HERE[1:])
+def test_training_goes_on_from_a_grown_state_on_any_engine(engine: EngineName) -> None:
+    goes_on(engine, MUON, all_growths()[2:])

@@ -215,6 +215,7 @@ def test_growth_that_is_known_not_to_pay_is_advised_against(
         ({"factor": 2, "num_hidden_layers": 8}, "factor and num_hidden_layers say the same; give one of them"),
         ({"method": "overlap", "factor": 1.5, "drop": 1}, "factor and drop say the same"),
         ({"factor": 1}, "greater than 1"),
+        ({"factor": float("inf")}, "finite number"),
         ({"method": "learned"}, "'stack'"),
         ({"method": "width", "axes": []}, "at least 1"),
     ],
