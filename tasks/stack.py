@@ -42,6 +42,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
                 operator=f"{config.method} × {config.factor}",
                 parameters_before=parameter_count(model.config),
                 parameters=parameter_count(grown_config(model.config, sources)),
+                optimizer_state=config.optimizer_state if model.optimizer is not None else "reset",
             ),
         ),
     )
@@ -63,7 +64,7 @@ def grown_model(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfi
 
 STAGE = Stage(
     name="stack",
-    version=2,
+    version=3,
     config=Config,
     inputs={"model": Kind.MODEL},
     output=Kind.MODEL,
