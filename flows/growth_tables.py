@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from artifacts.record import Record
-from tasks.comparison import Compared, flops_text, verdict
+from tasks.comparison import Compared, flops_text, lowest, verdict
 from tasks.growth_record import GrowthRecord
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -56,7 +56,7 @@ def comparison_table(record: Record) -> Table:
         table.add_column(column, overflow="fold")
     for column in ("before", "after", "end", "FLOPs", "of\nscratch", "loss\nbeside"):
         table.add_column(column, justify="right", no_wrap=True)
-    best = min(model.loss for model in models)
+    best = lowest(models)
     for model in models:
         last = model.growths[-1] if model.growths else None
         table.add_row(
@@ -64,7 +64,7 @@ def comparison_table(record: Record) -> Table:
             Text(", ".join(growth.operator for growth in model.growths)),
             Text(_moments(last)),
             *(("", "") if last is None else (_loss(last.loss_before), _loss(last.loss_right_after))),
-            Text(_loss(model.loss), style="bold" if model.loss == best else ""),
+            Text(_loss(model.loss), style="bold" if model is best else ""),
             flops_text(model.flops),
             *_against(model),
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.config import FrozenModel
 from common.files import canonical_json
-from tasks.comparison import Compared, compare, verdict
+from tasks.comparison import Compared, compare, lowest, verdict
 from tasks.comparison_picture import draw_comparison
 from tasks.history import read_history
 from tasks.stage import Context, Kind, Metrics, Stage, gathered
@@ -44,8 +44,9 @@ def _summary(models: Sequence[Compared]) -> str:
     verdicts = [said for model in models if (said := verdict(model)) is not None]
     if len(verdicts) == 1:
         return verdicts[0]
-    best = min(models, key=lambda model: model.loss)
-    return f"{len(models)} models; the lowest loss, {best.loss:.4f}, has {best.name}"
+    best = lowest(models)
+    said = "no loss is finite" if best is None else f"the lowest loss, {best.loss:.4f}, has {best.name}"
+    return f"{len(models)} models; {said}"
 
 
 STAGE = Stage(

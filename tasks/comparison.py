@@ -77,7 +77,8 @@ class Compared(FrozenModel):
     phases: tuple[Phase, ...]
     """Its trainings, those that were validated on the same rows as in the end."""
     against: AgainstControl | None
-    """What growth saved or cost; null for a model that never grew, and where there is no control."""
+    """What growth saved or cost; null for a model that never grew, where there is no control, and where its loss is
+    not finite."""
 
 
 class _Measured(NamedTuple):
@@ -139,7 +140,7 @@ def _phases(history: History, measured_on: str) -> Iterable[Phase]:
 
 def _against(one: _Measured, others: Sequence[_Measured]) -> AgainstControl | None:
     controls = [other for other in others if not other.model.growths and other.model.parameters == one.model.parameters]
-    if not one.model.growths or not controls:
+    if not one.model.growths or not controls or not math.isfinite(one.model.loss):
         return None
     model = one.model
     # Controls take whole steps, and so may end up to one before.
@@ -181,6 +182,12 @@ def _flops_for(points: Sequence[Point], loss: float) -> float | None:
         return None if after is None else points[0].flops
     before, behind = points[after - 1], points[after]
     return before.flops + (behind.flops - before.flops) * (before.loss - loss) / (before.loss - behind.loss)
+
+
+def lowest(models: Sequence[Compared]) -> Compared | None:
+    """The model with the lowest loss in the end; None where none is finite."""
+    finite = [model for model in models if math.isfinite(model.loss)]
+    return min(finite, key=lambda model: model.loss, default=None)
 
 
 def flops_text(flops: float) -> str:
