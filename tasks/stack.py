@@ -129,7 +129,13 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         context.report(Note(note))
     layers = growth.layers if isinstance(growth, Deeper) else ()
     sources = tuple(layer.source for layer in layers)
-    entry = Grown(operator=config.method, parameters_before=before, parameters=after, source_layers=sources)
+    entry = Grown(
+        operator=_operator(config, old, new),
+        parameters_before=before,
+        parameters=after,
+        source_layers=sources,
+        optimizer_state="reset" if optimizer is None else config.optimizer_state,
+    )
     grown = ModelFolder(
         config=new,
         weights=grown_weights(growth, model.weights),
@@ -153,6 +159,14 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         },
         "notes": notes,
     }
+
+
+def _operator(config: Config, old: ModelConfig, new: ModelConfig) -> str:
+    """The method and how many times as deep or as wide it made the model."""
+    if config.method == "upcycle":
+        return f"upcycle to {new.num_local_experts} experts"
+    deeper, wider = new.num_hidden_layers / old.num_hidden_layers, new.intermediate_size / old.intermediate_size
+    return f"{config.method} × {max(deeper, wider, new.hidden_size / old.hidden_size):.3g}"
 
 
 def _optimizer(

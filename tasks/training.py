@@ -22,7 +22,8 @@ from models.training.metrics import Metrics as TrainingLogs
 from models.weights import parameter_count
 from tasks.blend import DESCRIPTION, TokensInput, blend_rows, tokens_inputs
 from tasks.checkpoint import ModelFolder, check_vocabulary, whole, write_model
-from tasks.history import History, Loss, Trained
+from tasks.growth_record import growth_phrase, growths
+from tasks.history import Grown, History, Loss, Trained
 from tasks.stage import Context, Metrics
 from tasks.tokens import copy_tokenizer
 
@@ -99,12 +100,14 @@ def run_training(
         weights=whole(engine.export("weights"), model),
         optimizer=whole(engine.export("optimizer"), model),
         trained_with=config.training.optimizer,
-        history=(*history, _entry(model, result, data)),
+        history=(*history, _entry(model, result, start, data)),
     )
     if engine.process == 0:
         write_model(context.output, trained)
         copy_tokenizer(tokens[0].folder / "tokenizer", context.output)
     metrics = _metrics(model, result, engine.device, data)
+    if history and isinstance(history[-1], Grown):
+        _add_growth(metrics, trained.history)
     return {**metrics, "blend": blend, "peak_memory_bytes": engine.peak_memory()}
 
 
@@ -180,12 +183,13 @@ def _identity(config: TrainingConfig, tokens: Sequence[TokensInput]) -> str:
     return sha256_bytes(canonical_json([rows, sources]))
 
 
-def _entry(model: ModelConfig, result: TrainingResult, data: _Data) -> Trained:
+def _entry(model: ModelConfig, result: TrainingResult, start: Start, data: _Data) -> Trained:
     return Trained(
         parameters=parameter_count(model),
         steps=result.state.step,
         tokens=result.tokens,
         flops=result.flops,
+        fresh_optimizer=start.optimizer is None,
         measured_on=data.measured_on,
         validation=tuple(Loss(step=one.step, loss=one.loss) for one in result.state.validations),
     )
@@ -230,6 +234,14 @@ def _metrics(model: ModelConfig, result: TrainingResult, device: str, data: _Dat
         "device": device,
         "notes": [*others, *data.notes],
     }
+
+
+def _add_growth(metrics: dict[str, Any], history: History) -> None:
+    """Adds what the last growth did to what the record says of the training after it."""
+    for growth in growths(history)[-1:]:
+        metrics["growth"] = json.loads(growth.model_dump_json())
+        metrics["summary"] += f", {growth_phrase(growth)}"
+        metrics["notes"] += [] if growth.note is None else [growth.note]
 
 
 def _summary(model: ModelConfig, result: TrainingResult) -> str:
