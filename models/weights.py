@@ -258,6 +258,11 @@ def gather(pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]) -> di
     return arrays
 
 
+def keyed_stream(seed: int, name: str) -> np.random.Generator:
+    """Random numbers of one array's own, whatever else is drawn."""
+    return np.random.Generator(np.random.Philox(key=int(sha256_bytes(f"{seed}:{name}".encode())[:32], 16)))
+
+
 def initial_weights(config: ModelConfig, seed: int) -> dict[str, NDArray[np.float32]]:
     """Fresh canonical weights, the same for every engine: each parameter has its own stream, keyed by its name.
 
@@ -275,9 +280,7 @@ def initial_weights(config: ModelConfig, seed: int) -> dict[str, NDArray[np.floa
         residual = parameter.name.endswith(("o_proj.weight", "down_proj.weight"))
         if residual and config.architecture == "gpt2":
             deviation /= math.sqrt(2 * config.num_hidden_layers)
-        stream = int(sha256_bytes(f"{seed}:{parameter.name}".encode())[:32], 16)
-        numbers = np.random.Generator(np.random.Philox(key=stream)).standard_normal(parameter.shape, np.float32)
-        return numbers * np.float32(deviation)
+        return keyed_stream(seed, parameter.name).standard_normal(parameter.shape, np.float32) * np.float32(deviation)
 
     pieces = [piece for parameter in parameters(config) for piece in to_canonical(parameter, draw(parameter))]
     return assemble(pieces, canonical_shapes(config))  # type: ignore[return-value]  # every array drawn is float32
