@@ -7,7 +7,7 @@ the step, and times decide only when something is written.
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from common.errors import UserError
@@ -26,7 +26,7 @@ from models.training.schedule import learning_rate_scale
 from models.training.signals import StopSignals
 from models.training.state import RunState, ValidationRecord
 from models.training.validation import Validator
-from models.weights import Array, assemble, canonical_shapes, whole_pieces
+from models.weights import Array, Piece, assemble, canonical_shapes, whole_pieces
 
 LOG_STEPS = 10
 LOG_SECONDS = 1.0
@@ -56,6 +56,8 @@ class Start(NamedTuple):
     """Canonical arrays, whole."""
     optimizer: Mapping[str, Array] | None = None
     """An exported optimizer state, whole; None for a fresh one."""
+    adapters: Mapping[str, Array] | None = None
+    """For an engine that trains adapters: the weights then stay as they are, and checkpoints are without them."""
 
 
 class _Pending(NamedTuple):
@@ -153,6 +155,7 @@ class _Loop:
         self.step_tokens = config.batch_size * config.sequence_length
         self.token_flops = training_flops_per_token(model, config.sequence_length)
         self.peak = peak_flops_per_second(engine.device)
+        self.frozen: Mapping[str, Array] = {}
         self.state = RunState()
         self.resumed_from: int | None = None
         self.pending: list[_Pending] = []
@@ -163,10 +166,11 @@ class _Loop:
         """Takes over the newest checkpoint, or the start."""
         name = self.engine.name
         found = self._found(name, continue_on)
+        self.frozen = start.weights if start.adapters is not None else {}
         if found is None:
-            self._restore(start.weights, start.optimizer)
+            self._restore({**start.weights, **(start.adapters or {})}, start.optimizer)
         else:
-            self._restore(found.weights, found.optimizer)
+            self._restore({**self.frozen, **found.weights}, found.optimizer)
             self.state = RunState.model_validate(found.state)
             self.saved = (self.state.step, self.state.validated)
             others = named([engine for engine in found.engines if engine != name])
@@ -329,7 +333,7 @@ class _Loop:
                 step=state.step,
                 engines=state.engines,
                 fingerprint=self.fingerprint,
-                weights=assemble(self.engine.export("weights"), self.shapes),
+                weights=assemble(self._moving(), self.shapes),
                 optimizer=assemble(self.engine.export("optimizer"), self.shapes),
                 state=state.to_json(),
                 score=state.score,
@@ -338,6 +342,10 @@ class _Loop:
                 self.checkpoints.save(checkpoint)
         self.saved = (self.state.step, self.state.validated)
         self.clock.saved()
+
+    def _moving(self) -> Iterator[Piece]:
+        """The weights but for those that stay as they were at the start, which is there again when a run goes on."""
+        return (piece for piece in self.engine.export("weights") if piece.name not in self.frozen)
 
     def _interrupt(self) -> None:
         self._save()
