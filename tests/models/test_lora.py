@@ -108,7 +108,9 @@ def test_merged_weights_have_the_product_in_its_place(name: str) -> None:
     assert_same(base, kept)
     adapted = {parameter.name for parameter in lora.adapted_parameters(config, settings)}
     for parameter in weights.parameters(config):
-        one, other = (weights.from_canonical(parameter, arrays.__getitem__) for arrays in (base, found))
+        one, other = (
+            weights.from_canonical(parameter, arrays.__getitem__).astype(np.float32) for arrays in (base, found)
+        )
         if parameter.name in adapted:
             product = adapters[f"lora_B:{parameter.name}"].astype(np.float64) @ adapters[f"lora_A:{parameter.name}"]
             np.testing.assert_allclose(other, one + 0.5 * product, atol=1e-6)
@@ -142,7 +144,7 @@ def test_a_tuned_model_is_the_merged_one(engine_name: EngineName, name: str, set
     found = weights.gather(engine.gradients(cut(rows, 2), 0), lora.adapter_shapes(config, settings))
     of_weights = weights.gather(merged.gradients(cut(rows, 2), 0), weights.canonical_shapes(config))
     for parameter in lora.adapted_parameters(config, settings):
-        dw = weights.from_canonical(parameter, of_weights.__getitem__).astype(np.float64)
+        dw: Any = weights.from_canonical(parameter, of_weights.__getitem__).astype(np.float64)
         a, b = (given[kind + parameter.name] for kind in (lora.LORA_A, lora.LORA_B))
         np.testing.assert_allclose(found[f"lora_A:{parameter.name}"], 2 * b.T @ dw, atol=1e-5)
         np.testing.assert_allclose(found[f"lora_B:{parameter.name}"], 2 * dw @ a.T, atol=1e-5)
