@@ -141,11 +141,11 @@ def test_a_tuned_model_is_the_merged_one(engine_name: EngineName, name: str, set
     assert engine.loss(rows) == pytest.approx(merged.loss(rows), rel=1e-5)
     one, other = (each.inference().log_probabilities(rows) for each in (engine, merged))
     np.testing.assert_allclose(one, other, atol=1e-5)
-    found = weights.gather(engine.gradients(cut(rows, 2), 0), lora.adapter_shapes(config, settings))
+    found: Arrays = weights.gather(engine.gradients(cut(rows, 2), 0), lora.adapter_shapes(config, settings))
     of_weights = weights.gather(merged.gradients(cut(rows, 2), 0), weights.canonical_shapes(config))
     for parameter in lora.adapted_parameters(config, settings):
-        dw: Any = weights.from_canonical(parameter, of_weights.__getitem__).astype(np.float64)
-        a, b = (given[kind + parameter.name] for kind in (lora.LORA_A, lora.LORA_B))
+        dw = weights.from_canonical(parameter, of_weights.__getitem__).astype(np.float64)
+        a, b = (given[kind + parameter.name].astype(np.float64) for kind in (lora.LORA_A, lora.LORA_B))
         np.testing.assert_allclose(found[f"lora_A:{parameter.name}"], 2 * b.T @ dw, atol=1e-5)
         np.testing.assert_allclose(found[f"lora_B:{parameter.name}"], 2 * dw @ a.T, atol=1e-5)
 

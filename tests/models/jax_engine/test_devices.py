@@ -68,10 +68,10 @@ def test_other_models_do_so_too(model: str, changes: dict[str, Any], tmp_path: P
 @pytest.mark.slow
 def test_adapters_do_so_too(tmp_path: Path) -> None:
     """Every device has them whole, over weights that are divided."""
-    more = {"lora": {"rank": 3, "alpha": 6}}
-    alone = run(job("adamw", save=str(tmp_path / "alone"), **more), tmp_path)
+    lora = {"rank": 3, "alpha": 6}
+    alone = run(job("adamw", save=str(tmp_path / "alone"), lora=lora), tmp_path)
     layout = LAYOUTS["data 2 × fsdp 2 × tensor 2"]
-    divided = run(job("adamw", layout=layout, save=str(tmp_path / "divided"), **more), tmp_path, devices=8)
+    divided = run(job("adamw", layout=layout, save=str(tmp_path / "divided"), lora=lora), tmp_path, devices=8)
     assert_close(divided, alone, "adamw")
     one, other = (weights.read_arrays(tmp_path / name / "weights.safetensors") for name in ("alone", "divided"))
     assert one.keys() == other.keys()
