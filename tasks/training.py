@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.files import canonical_json, sha256_bytes, sha256_file
 from models.config import ModelConfig
 from models.engine import EngineName, Precision, training_engine
+from models.lora import adapter_count, adapter_shapes, initial_adapters
 from models.tokenizer import TOKENIZER_FILE, Tokenizer
 from models.training.batches import Batches, Source
 from models.training.checkpoint import Checkpoints, named
@@ -19,9 +20,10 @@ from models.training.config import Portion, TrainingConfig
 from models.training.events import Note, TrainingResult
 from models.training.loop import Start, train
 from models.training.metrics import Metrics as TrainingLogs
+from models.tuning import WHOLE, Tuning
 from models.weights import parameter_count
 from tasks.blend import DESCRIPTION, TokensInput, blend_rows, tokens_inputs
-from tasks.checkpoint import ModelFolder, check_vocabulary, whole, write_model
+from tasks.checkpoint import Adapters, ModelFolder, check_vocabulary, whole, write_model
 from tasks.growth_record import growth_phrase, growths
 from tasks.history import Grown, History, Loss, Trained
 from tasks.stage import Context, Metrics
@@ -58,10 +60,12 @@ def run_training(
     inputs: Mapping[str, Path],
     context: Context,
     history: History = (),
+    tuning: Tuning = WHOLE,
 ) -> Metrics:
     """Trains and writes a model artifact with optimizer state and tokenizer; gives what the record says of it.
 
-    `history`: what the model has been through before.
+    `history`: what the model has been through before. With `tuning.lora`, fresh adapters are trained, and the weights
+    of the artifact are those of `start`.
 
     In several processes each does all of this, and process 0 alone writes.
 
@@ -78,8 +82,10 @@ def run_training(
         for note in data.notes:
             context.report(Note(note))
         engine = training_engine(
-            config.engine, model, config.training.optimizer, config.precision, context.runtime.layout
+            config.engine, model, config.training.optimizer, config.precision, context.runtime.layout, tuning
         )
+        if tuning.lora is not None:
+            start = start._replace(adapters=initial_adapters(model, tuning.lora, config.training.seed))
         result = train(
             engine,
             model,
@@ -95,12 +101,18 @@ def run_training(
             continue_on=context.runtime.continue_on,
         )
         blend = blend_rows(tokens, data.batches, result.state.step)
+    exported = whole(engine.export("weights"), model)
+    adapters = None
+    if tuning.lora is not None:
+        names = adapter_shapes(model, tuning.lora).keys() & exported.keys()
+        adapters = Adapters(tuning.lora, {name: exported.pop(name) for name in names})
     trained = ModelFolder(
         config=model,
-        weights=whole(engine.export("weights"), model),
+        weights=exported,
         optimizer=whole(engine.export("optimizer"), model),
         trained_with=config.training.optimizer,
         history=(*history, _entry(model, result, start, data)),
+        adapters=adapters,
     )
     if engine.process == 0:
         write_model(context.output, trained)
@@ -108,6 +120,8 @@ def run_training(
     metrics = _metrics(model, result, engine.device, data)
     if history and isinstance(history[-1], Grown):
         _add_growth(metrics, trained.history)
+    if tuning.lora is not None:
+        metrics["trained_parameters"] = adapter_count(model, tuning.lora)
     return {**metrics, "blend": blend, "peak_memory_bytes": engine.peak_memory()}
 
 
