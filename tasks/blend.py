@@ -134,7 +134,7 @@ def _tokens_input(name: str, folder: Path, portion: Portion, key: str, context: 
 def blend_rows(tokens: Sequence[TokensInput], batches: Batches, steps: int) -> list[dict[str, Any]]:
     """What was asked for of each source and what `steps` steps have had, for the record.
 
-    Shares are fractions of all tokens; what is cut and dropped is said of one epoch.
+    Shares are fractions of all tokens; what is cut, dropped and padded is said of one epoch.
     """
     drawn = batches.drawn(steps)
     total = sum(source.tokens for source in drawn)
@@ -152,6 +152,7 @@ def blend_rows(tokens: Sequence[TokensInput], batches: Batches, steps: int) -> l
             "used_up_at_step": had.used_up_at,
             "cut_documents": summary.cut_documents,
             "dropped_tokens": summary.dropped_tokens,
+            "padding": summary.padding,
         }
         for one, summary, had in zip(tokens, batches.sources, drawn, strict=True)
     ]
