@@ -31,7 +31,9 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
                 f"{config.training.optimizer.name}, which starts anew"
             )
         )
-    return run_training(config, model.config, Start(model.weights, moments), inputs, context, model.history)
+    return run_training(
+        config, model.config, Start(model.weights, moments, validated=True), inputs, context, model.history
+    )
 
 
 def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
@@ -42,7 +44,7 @@ def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
 
 STAGE = Stage(
     name="refine",
-    version=3,
+    version=4,
     config=Config,
     inputs={"model": Kind.MODEL, "tokens": Kind.TOKENS},
     many={"tokens": "blend"},

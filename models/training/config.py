@@ -16,7 +16,8 @@ class ScheduleConfig(FrozenModel):
     name: Literal["cosine", "wsd"] = "cosine"
     """Warm-up then cosine, or warm-up, stable, then linear decay (WSD)."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up in equal parts; the first step already has one part."""
+    """Steps of linear warm-up in equal parts; the first step already has one part. Each training stage has its own: for
+    a model that comes in, one that was grown above all, this is how long the rate is warmed up anew."""
     decay_steps: int | None = Field(default=None, ge=0)
     """WSD's last steps, in which the rate falls; needed with wsd (0 for none), meaningless with cosine."""
     floor: float = Field(default=0.0, ge=0, le=1)
@@ -33,7 +34,8 @@ class ValidationConfig(FrozenModel):
     """What is measured on the validation split while training."""
 
     every: int = Field(gt=0)
-    """Steps between two validations; the last step always has one."""
+    """Steps between two validations; the last step always has one, and so does a model that comes in before its first
+    step."""
     rows: int | None = Field(default=None, gt=0)
     """Rows of the validation split that the loss is taken over, the first ones in order; null for all."""
     exact_match_rows: int = Field(default=0, ge=0)
@@ -59,7 +61,7 @@ class EarlyStoppingConfig(FrozenModel):
     """When a run ends before its last step."""
 
     patience: int = Field(gt=0)
-    """Validations in a row without improvement after which training stops."""
+    """Validations in a row without improvement after which training stops; one before the first step does not count."""
     minimum_improvement: float = Field(default=0.0, ge=0)
     """How much lower the validation loss has to be to count as better."""
 
