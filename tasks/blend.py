@@ -12,7 +12,7 @@ from pydantic import ConfigDict, ValidationError
 
 from common.config import FrozenModel
 from common.errors import UserError
-from models.chat import Template
+from models.chat import END, START, Template
 from models.training.batches import Batches
 from models.training.config import Portion
 from models.training.shards import ShardCounts
@@ -100,12 +100,9 @@ def _check_fit(one: TokensInput, other: TokensInput) -> None:
     """Raises UserError where one model could not be trained on both."""
     both = f"the tokens '{one.name}' and '{other.name}'"
     if _tokenizer(one.folder) != _tokenizer(other.folder):
-        added = (
-            ", with its template's special tokens in it from the start"
-            if "chatml" in (one.template, other.template)
-            else ""
-        )
-        raise UserError(f"{both} were made with different tokenizers: give both stages the same one{added}")
+        chatml = "chatml" in (one.template, other.template)
+        having = f", which has {START} and {END} among its special_tokens" if chatml else ""
+        raise UserError(f"{both} were made with different tokenizers: give both stages the same one{having}")
     if one.pairs != other.pairs:
         raise UserError(f"{both} cannot be blended: only one of them has preferences")
     if one.template and other.template and one.template != other.template:
