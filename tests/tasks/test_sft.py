@@ -184,8 +184,8 @@ def test_refinement_adds_no_tokens(run_stage: RunStage, tokens: Path, tokenizer:
 @pytest.mark.parametrize(
     ("described", "message"),
     [
-        ({"template": None, "loss_on": "text"}, r"'tokens' are texts: sft learns from conversations; set template"),
-        ({"loss_on": "pairs"}, "'tokens' are pairs of answers, of which dpo learns"),
+        ({"template": None, "loss_on": "text"}, r"'tokens' are texts, and sft learns from conversations: set template"),
+        ({"loss_on": "pairs"}, "'tokens' are preferences, from which dpo learns"),
     ],
 )
 def test_other_tokens_than_conversations_are_refused(
@@ -202,9 +202,7 @@ def test_templates_are_not_mixed(run_stage: RunStage, tokens: Path, tmp_path: Pa
     describe(other, template="chatml")
     labels = {"tokens.0": "alpaca", "tokens.1": "dolly"}
     inputs = {"model": base(run_stage, tokens), "tokens.0": tokens, "tokens.1": other}
-    with pytest.raises(
-        UserError, match=r"'alpaca' and 'dolly' have different templates \(plain and chatml\): give both"
-    ):
+    with pytest.raises(UserError, match=r"'alpaca' and 'dolly' have different templates \(plain and chatml\): choose"):
         run_stage("sft", {"training": training()}, labels, **inputs)
 
 
