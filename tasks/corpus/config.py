@@ -14,8 +14,9 @@ from tasks.corpus.hub_source import HubSource
 from tasks.corpus.rules import Column, Rule
 from tasks.corpus.sources import TEXT, Split
 from tasks.corpus.splitting import Fractions
+from tasks.word_problems import WordProblemSource
 
-Source = Annotated[HubSource | FilesSource | ArithmeticSource, Field(discriminator="kind")]
+Source = Annotated[HubSource | FilesSource | ArithmeticSource | WordProblemSource, Field(discriminator="kind")]
 
 
 class Config(FrozenModel):
