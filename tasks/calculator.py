@@ -56,7 +56,7 @@ def marks_in(text: str) -> list[Mark] | None:
 
 def final_number(text: str) -> Fraction | None:
     """The number behind the last `####`, or, in a text without, the last number; None where there is none."""
-    before, found, after = text.rpartition(FINAL)
+    _, found, after = text.rpartition(FINAL)
     numbers = _IN_TEXT.findall(after)
     if not numbers:
         return None
