@@ -15,6 +15,7 @@ from models.training.batches import Batches
 from models.training.config import Portion
 from models.training.shards import ShardCounts
 from models.training.sources import Source
+from models.vocabulary import Vocabulary, extended_vocabulary
 from tasks.stage import Context, gathered
 
 DESCRIPTION = "tokens.json"
@@ -41,6 +42,8 @@ class _Description(_Described):
     pad_id: int
     bos_id: int | None
     eos_id: int | None
+    template: str | None = None
+    loss_on: str | None = None
     splits: dict[str, _Split]
 
 
@@ -56,6 +59,10 @@ class TokensInput:
     """How much is drawn of it."""
     special_ids: Mapping[str, int | None]
     """What stands before and after its documents, and what fills up a batch."""
+    template: str | None
+    """The chat template that its documents are rendered in; None for texts."""
+    loss_on: str | None
+    """Which of its tokens are trained on; None in tokens that do not say."""
     splits: Mapping[str, Source]
     """Its splits as sources."""
 
@@ -80,6 +87,12 @@ def tokens_inputs(inputs: Mapping[str, Path], blend: Sequence[Portion], context:
             raise UserError(
                 f"the tokens '{found[0].name}' and '{other.name}' were made with different tokenizers: "
                 f"give both stages the same one"
+            )
+        templates = {one.template for one in (found[0], other)} - {None}
+        if len(templates) > 1:
+            raise UserError(
+                f"the tokens '{found[0].name}' and '{other.name}' have different templates ({found[0].template} and "
+                f"{other.template}): give both stages the same one"
             )
         for role, own in found[0].special_ids.items():
             if other.special_ids[role] != own:
@@ -128,13 +141,25 @@ def _tokens_input(name: str, folder: Path, portion: Portion, key: str, context: 
         for split, counts in description.splits.items()
     }
     special_ids = {"bos": description.bos_id, "eos": description.eos_id, "pad": description.pad_id}
-    return TokensInput(name, folder, portion, special_ids, splits)
+    return TokensInput(name, folder, portion, special_ids, description.template, description.loss_on, splits)
+
+
+def vocabulary_of(tokens: Sequence[TokensInput], model: Path) -> Vocabulary:
+    """The tokens' vocabulary beside that of the model in a folder. Raises UserError where it is of another tokenizer
+    than that which the model was trained with."""
+    try:
+        return extended_vocabulary(model / "tokenizer", tokens[0].folder / "tokenizer")
+    except UserError as error:
+        raise UserError(
+            f"the tokens '{tokens[0].name}' were made with another tokenizer than the model was trained with "
+            f"({error}): make them with the model's own"
+        ) from error
 
 
 def blend_rows(tokens: Sequence[TokensInput], batches: Batches, steps: int) -> list[dict[str, Any]]:
     """What was asked for of each source and what `steps` steps have had, for the record.
 
-    Shares are fractions of all tokens; what is cut and dropped is said of one epoch.
+    Shares are fractions of all tokens; what is cut, dropped and padded is said of one epoch.
     """
     drawn = batches.drawn(steps)
     total = sum(source.tokens for source in drawn)
@@ -152,6 +177,7 @@ def blend_rows(tokens: Sequence[TokensInput], batches: Batches, steps: int) -> l
             "used_up_at_step": had.used_up_at,
             "cut_documents": summary.cut_documents,
             "dropped_tokens": summary.dropped_tokens,
+            "padding": summary.padding,
         }
         for one, summary, had in zip(tokens, batches.sources, drawn, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""What `pretrain` and `refine` share: a model trained on token shards, from fresh weights or from an artifact's."""
+"""What `pretrain`, `refine` and `sft` share: a model trained on token shards, from fresh weights or an artifact's."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.files import canonical_json, sha256_bytes, sha256_file
 from models.config import ModelConfig
 from models.engine import EngineName, Precision, training_engine
+from models.optimizer import OptimizerConfig
 from models.tokenizer import TOKENIZER_FILE, Tokenizer
 from models.training.batches import Batches, Source
 from models.training.checkpoint import Checkpoints, named
@@ -19,7 +20,8 @@ from models.training.config import Portion, TrainingConfig
 from models.training.events import Note, TrainingResult
 from models.training.loop import Start, train
 from models.training.metrics import Metrics as TrainingLogs
-from models.weights import parameter_count
+from models.tuning import WHOLE, Tuning
+from models.weights import Array, parameter_count
 from tasks.blend import DESCRIPTION, TokensInput, blend_rows, tokens_inputs
 from tasks.checkpoint import ModelFolder, check_vocabulary, whole, write_model
 from tasks.history import History, Loss, Trained
@@ -50,6 +52,19 @@ def check_positions(training: TrainingConfig, model: ModelConfig) -> None:
         )
 
 
+def usable_moments(model: ModelFolder, optimizer: OptimizerConfig, context: Context) -> dict[str, Array] | None:
+    """The moments that come with a model; those of another optimizer are left behind, and it is said."""
+    if model.optimizer is None or model.trained_with is None or model.trained_with.name == optimizer.name:
+        return model.optimizer
+    context.report(
+        Note(
+            f"the model was trained with {model.trained_with.name}: its moments are of no use to {optimizer.name}, "
+            f"which starts anew"
+        )
+    )
+    return None
+
+
 def run_training(
     config: TrainingStageConfig,
     model: ModelConfig,
@@ -57,10 +72,11 @@ def run_training(
     inputs: Mapping[str, Path],
     context: Context,
     history: History = (),
+    tuning: Tuning = WHOLE,
 ) -> Metrics:
     """Trains and writes a model artifact with optimizer state and tokenizer; gives what the record says of it.
 
-    `history`: what the model has been through before.
+    `history`: what the model has been through before. `tuning`: how the engine trains.
 
     In several processes each does all of this, and process 0 alone writes.
 
@@ -77,7 +93,7 @@ def run_training(
         for note in data.notes:
             context.report(Note(note))
         engine = training_engine(
-            config.engine, model, config.training.optimizer, config.precision, context.runtime.layout
+            config.engine, model, config.training.optimizer, config.precision, context.runtime.layout, tuning
         )
         result = train(
             engine,

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from common.config import FrozenModel
 from models.optimizer import OptimizerConfig
 
+Packing = Literal["stream", "documents", "whole"]
+
 
 class ScheduleConfig(FrozenModel):
     """The learning rate over the steps, as a fraction of its peak."""
@@ -14,7 +16,8 @@ class ScheduleConfig(FrozenModel):
     name: Literal["cosine", "wsd"] = "cosine"
     """Warm-up then cosine, or warm-up, stable, then linear decay (WSD)."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up in equal parts; the first step already has one part."""
+    """Steps of linear warm-up in equal parts; the first step already has one part. Each training stage has its own: for
+    a model that comes in, one that was grown above all, this is how long the rate is warmed up anew."""
     decay_steps: int | None = Field(default=None, ge=0)
     """WSD's last steps, in which the rate falls; needed with wsd (0 for none), meaningless with cosine."""
     floor: float = Field(default=0.0, ge=0, le=1)
@@ -31,11 +34,13 @@ class ValidationConfig(FrozenModel):
     """What is measured on the validation split while training."""
 
     every: int = Field(gt=0)
-    """Steps between two validations; the last step always has one."""
+    """Steps between two validations; the last step always has one, and so does a model that comes in before its first
+    step."""
     rows: int | None = Field(default=None, gt=0)
     """Rows of the validation split that the loss is taken over, the first ones in order; null for all."""
     exact_match_rows: int = Field(default=0, ge=0)
-    """Rows whose masked part is also generated greedily and compared, the first ones in order."""
+    """Rows whose first masked part is also generated greedily and compared, the first ones in order; with packing
+    "whole", that of each of their documents."""
     samples: int = Field(default=0, ge=0)
     """Generated continuations that are logged as text at each validation."""
 
@@ -56,7 +61,7 @@ class EarlyStoppingConfig(FrozenModel):
     """When a run ends before its last step."""
 
     patience: int = Field(gt=0)
-    """Validations in a row without improvement after which training stops."""
+    """Validations in a row without improvement after which training stops; one before the first step does not count."""
     minimum_improvement: float = Field(default=0.0, ge=0)
     """How much lower the validation loss has to be to count as better."""
 
@@ -72,8 +77,9 @@ class TrainingConfig(FrozenModel):
     """Rows that go through the model at once; null for the whole batch. It has to divide batch_size."""
     sequence_length: int = Field(gt=0)
     """Positions of a row: each predicts the token after it."""
-    packing: Literal["stream", "documents"] = "stream"
-    """Rows cut from the stream of tokens, or one document to a row, padded."""
+    packing: Packing = "stream"
+    """Rows cut from the stream of tokens; one document to a row, padded; or whole documents to a row, as many as fit,
+    each a context of its own as with document_masking, padded."""
     document_masking: bool = False
     """Whether attention stays inside a document and positions restart with each, in rows cut from the stream. What a
     document begins with is then no target, so generation needs a <bos> or a prompt."""

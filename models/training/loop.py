@@ -56,6 +56,9 @@ class Start(NamedTuple):
     """Canonical arrays, whole."""
     optimizer: Mapping[str, Array] | None = None
     """An exported optimizer state, whole; None for a fresh one."""
+    validated: bool = False
+    """Whether the weights are validated before the first step, where the config asks for validation: those of a model
+    that comes from elsewhere are worth knowing, those of a fresh one are not."""
 
 
 class _Pending(NamedTuple):
@@ -154,6 +157,7 @@ class _Loop:
         self.token_flops = training_flops_per_token(model, config.sequence_length)
         self.peak = peak_flops_per_second(engine.device)
         self.state = RunState()
+        self.validates_start = False
         self.resumed_from: int | None = None
         self.pending: list[_Pending] = []
         self.loss: float | None = None
@@ -162,6 +166,7 @@ class _Loop:
     def begin(self, start: Start, continue_on: bool) -> None:
         """Takes over the newest checkpoint, or the start."""
         name = self.engine.name
+        self.validates_start = start.validated
         found = self._found(name, continue_on)
         if found is None:
             self._restore(start.weights, start.optimizer)
@@ -176,7 +181,7 @@ class _Loop:
         engines = (*(found.engines if found else ()), name)
         self.state = self.state.model_copy(update={"engines": tuple(dict.fromkeys(engines))})
         if self.metrics is not None:
-            self.metrics.resume(self.state.step)
+            self.metrics.resume(self.state.step, self.state.validated)
         self.clock = Clock(self.state.step, self.state.seconds)
 
     def _found(self, name: str, continue_on: bool) -> Checkpoint | None:
@@ -199,7 +204,7 @@ class _Loop:
         first, micro = self.state.step, self.config.micro_batch_size
         try:
             with Prefetcher(self.batches, first, self.config.steps, micro) as prefetcher:
-                # A run that was stopped in the middle of a validation does it now.
+                # The start's validation, or one in the middle of which the run was stopped.
                 self._validate_if_due()
                 self._heed(_GO_ON)
                 while not self._finished():
@@ -271,7 +276,9 @@ class _Loop:
     def _validate_if_due(self) -> None:
         config = self.config.validation
         step = self.state.step
-        if self.validator is None or config is None or step == 0 or self.state.validated:
+        if self.validator is None or config is None or self.state.validated:
+            return
+        if step == 0 and not self.validates_start:
             return
         if step % config.every and step != self.config.steps:
             return

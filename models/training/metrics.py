@@ -60,14 +60,16 @@ class Metrics:
         self._wandb: Any = None
         self._drawn_at = self._flushed_at = time.monotonic()
 
-    def resume(self, step: int) -> None:
-        """Opens the logs of a run of which `step` steps are done, and drops what they say of later ones.
+    def resume(self, step: int, validated: bool) -> None:
+        """Opens the logs of a run of which `step` steps are done, and drops what they say of later ones, and of a
+        validation at `step` where it is still to come.
 
         Raises OSError where the folder cannot be written.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        for file in (self._training, self._validation, self._samples):
-            file.resume(step)
+        self._training.resume(step)
+        for file in (self._validation, self._samples):
+            file.resume(step if validated else step - 1)
         self._tensorboard = _TensorBoard(self._folder / "tensorboard", step)
         self._wandb = _wandb_run(self._folder, self._title, self._config)
 

@@ -52,25 +52,33 @@ class RunState(FrozenModel):
         return bool(self.validations) and self.validations[-1].step == self.step
 
     @property
+    def _trained(self) -> list[ValidationRecord]:
+        """The validations of what training made. That of step 0 is of what came in, which nobody needs a checkpoint of,
+        and which training may have to get worse than at first: where it warms up anew, say."""
+        return [record for record in self.validations if record.step > 0]
+
+    @property
     def score(self) -> float | None:
-        """The validation loss of the weights as they are; None where it was not measured or is not finite."""
-        if not self.validated or not math.isfinite(self.validations[-1].loss):
+        """The validation loss of the weights as they are; None where it was not measured or is not finite, and for
+        those that came in."""
+        if not self.validated or self.step == 0 or not math.isfinite(self.validations[-1].loss):
             return None
         return self.validations[-1].loss
 
     def is_among_best(self, count: int) -> bool:
-        """Whether the last validation is one of the `count` best."""
-        losses = [record.loss for record in self.validations]
+        """Whether the last validation is one of the `count` best since the first step."""
+        losses = [record.loss for record in self._trained]
         if not losses or not math.isfinite(losses[-1]):
             return False
         return sum(loss <= losses[-1] for loss in losses[:-1]) < count
 
     def stops_early(self, config: EarlyStoppingConfig | None) -> bool:
-        """Whether the last `patience` validations all failed to improve on the best before them."""
+        """Whether the last `patience` validations all failed to improve on the best before them since the first
+        step."""
         if config is None:
             return False
         lowest, stale = math.inf, 0
-        for record in self.validations:
+        for record in self._trained:
             if record.loss < lowest - config.minimum_improvement or (lowest == math.inf and math.isfinite(record.loss)):
                 lowest, stale = record.loss, 0
             else:

@@ -57,14 +57,14 @@ def run(folder: Path, engine_name: str, every_seconds: float, arm: Callable[[], 
 
     `arm` is called when everything is imported and made, and training begins.
     """
-    model, start = bigrams.MODEL, bigrams.start()
+    model, start = bigrams.MODEL, bigrams.start()._replace(validated=True)
     engine: TrainingEngine = bigrams.BigramEngine(CONFIG.optimizer, poisoned=frozenset({7, 8, 23}))
     config = CONFIG
     if engine_name == "torch":
         # Two early stops in one test would be one too many: this one goes to its last step.
         config = TrainingConfig.model_validate({**CONFIG.model_dump(), "steps": 23, "early_stopping": None})
         model = TORCH_MODEL
-        start = Start(initial_weights(model, 0))
+        start = Start(initial_weights(model, 0), validated=True)
         engine = training_engine("torch", model, config.optimizer, "float32")
     arm()
     result = train(

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ class Run:
         engine: EngineName = "torch",
         poisoned: frozenset[int] = frozenset(),
         continue_on: bool = False,
+        validated: bool = False,
+        stop: Callable[[], bool] | None = None,
     ) -> TrainingResult:
         self.engine = BigramEngine(self.settings.optimizer, engine, poisoned)
         validation = self.settings.validation
@@ -71,9 +74,9 @@ class Run:
             batches_for(self.settings, self.validation, shuffled=False) if validation else None,
             self.settings,
             self.checkpoints(),
-            start(),
+            start()._replace(validated=validated),
             report=self.events.append,
-            should_stop=lambda: stop_after is not None and len(self.engine.steps_taken) >= stop_after,
+            should_stop=stop or (lambda: stop_after is not None and len(self.engine.steps_taken) >= stop_after),
             continue_on=continue_on,
         )
 
@@ -130,6 +133,49 @@ def test_a_validation_that_is_interrupted_is_done_again(tmp_path: Path) -> None:
     assert result.resumed_from == 10
     assert parts.arrays() == whole.arrays()
     assert result.state.validations == expected.state.validations
+
+
+def test_what_comes_in_is_validated_where_asked_and_training_is_the_same(tmp_path: Path) -> None:
+    fresh = Run(tmp_path / "fresh", config())
+    expected = fresh.go()
+    run = Run(tmp_path / "run", config())
+    result = run.go(validated=True)
+    assert run.arrays() == fresh.arrays()
+    assert result.state.validations[1:] == expected.state.validations
+    assert result.state.validations[0].step == 0
+    assert result.state.validations[0].loss == pytest.approx(np.log(16))
+    first = next(event for event in run.events if isinstance(event, Validation))
+    assert (first.step, len(first.samples)) == (0, 2)
+    unmeasured = Run(tmp_path / "unmeasured", config(validation=None))
+    assert unmeasured.go(validated=True).state.validations == ()
+
+
+@pytest.mark.parametrize("asked", [1, 2, 3])
+def test_a_start_that_is_interrupted_in_its_validation_is_validated_once(tmp_path: Path, asked: int) -> None:
+    whole = Run(tmp_path / "whole", config())
+    expected = whole.go(validated=True)
+    parts = Run(tmp_path / "parts", config())
+    times = iter(range(1, 100))
+    with pytest.raises(Interrupted, match="after step 0;"):
+        parts.go(validated=True, stop=lambda: next(times) >= asked)
+    result = parts.go(validated=True)
+    assert result.resumed_from == 0
+    assert parts.arrays() == whole.arrays()
+    assert result.state.validations == expected.state.validations
+    assert [event.step for event in parts.events if isinstance(event, Validation)] == [0, 10, 20, 30]
+
+
+def test_no_checkpoint_is_kept_as_the_best_of_what_came_in(tmp_path: Path) -> None:
+    # At this rate, training makes it worse.
+    run = Run(tmp_path, config(optimizer={"learning_rate": 30.0}), every_seconds=0)
+    with pytest.raises(Interrupted, match="after step 0;"):
+        run.go(validated=True, stop=lambda: any(isinstance(event, Validation) for event in run.events))
+    result = run.go(validated=True)
+    assert result.resumed_from == 0
+    assert result.best == result.state.validations[0]
+    best = min(result.state.validations[1:], key=lambda record: record.loss)
+    steps = {int(path.name.split("-")[1]) for path in (tmp_path / "checkpoints").iterdir()}
+    assert steps == {best.step, 29, 30}
 
 
 def test_a_run_stops_early_where_nothing_improves(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ PROGRESS = Progress(
 
 def write(folder: Path, resumed: int, steps: range) -> None:
     metrics = Metrics(folder, "a run")
-    metrics.resume(resumed)
+    metrics.resume(resumed, validated=True)
     for step in steps:
         metrics.training(dataclasses.replace(PROGRESS, step=step, loss=1 / step))
         if step % 20 == 0:
@@ -48,12 +48,23 @@ def test_rows_past_the_step_that_a_run_goes_on_from_are_dropped(tmp_path: Path) 
     assert (tmp_path / "samples.jsonl").read_text().count('"expected": "2"') == 3
 
 
+def test_a_validation_that_is_still_to_come_stands_once(tmp_path: Path) -> None:
+    for validated in (False, False, True):
+        metrics = Metrics(tmp_path)
+        metrics.resume(20, validated)
+        if not validated:
+            metrics.validation(Validation(20, 1.5, None, (Sample("1+1=", "2", "2"),)))
+        metrics.close()
+    assert read_csv(tmp_path / "validation.csv")["step"] == [20]
+    assert (tmp_path / "samples.jsonl").read_text().count("\n") == 1
+
+
 def test_losses_of_the_sources_of_a_blend_have_columns_of_their_own(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for resumed, steps in ((0, (10, 20)), (10, (20, 30))):
         metrics = Metrics(tmp_path, validated=["books", "web"])
-        metrics.resume(resumed)
+        metrics.resume(resumed, validated=True)
         for step in steps:
             metrics.validation(Validation(step, 2.0, None, (), {"books": 1.0 / step, "web": 3.0}))
         metrics.close()
@@ -93,7 +104,7 @@ from models.training.events import Validation
 from models.training.metrics import Metrics
 for step in (5, 10):
     metrics = Metrics(Path(sys.argv[1]), title="base", config={"steps": 10})
-    metrics.resume(step - 5)
+    metrics.resume(step - 5, validated=True)
     metrics.validation(Validation(step, 1.5, 0.25, ()))
     metrics.close()
 """

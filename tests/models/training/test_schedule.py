@@ -74,6 +74,22 @@ def test_the_best_validations_are_known() -> None:
     assert state(math.inf).score is None
 
 
+def test_what_came_in_is_no_result_of_training() -> None:
+    came_in = ValidationRecord(step=0, loss=0.5)
+
+    def refined(*losses: float) -> RunState:
+        return state(*losses).model_copy(update={"validations": (came_in, *state(*losses).validations)})
+
+    patient = EarlyStoppingConfig(patience=2)
+    assert not refined(1.0, 0.9).stops_early(patient)
+    assert refined(1.0, 1.0, 1.1).stops_early(patient)
+    assert refined().best == refined(1.0).best == came_in
+    assert refined().validated
+    assert refined().score is None
+    assert not refined().is_among_best(1)
+    assert refined(1.0).is_among_best(1)
+
+
 def test_a_state_survives_json() -> None:
     whole = state(1 / 3, math.inf, -math.inf).model_copy(update={"seconds": 0.1, "skipped": 3})
     assert RunState.model_validate(json.loads(json.dumps(whole.to_json(), allow_nan=False))) == whole
