@@ -20,7 +20,6 @@ from flows.recipe import known_recipes
 from tests.flows.conftest import RECIPE, STAGES, Cairn, Made, Start, published
 from tests.flows.processes import descendants, kill, runs_module, wait_until_gone
 
-
 TOKENS = ("tokens", "answers")
 
 

@@ -126,9 +126,9 @@ def test_the_same_output_made_otherwise_changes_nothing_downstream(own_store: Pa
     assert steps["tokens"].reason == f"shard_tokens: {1 << 25} → 5000"
     sources = {name: found(steps, name) for name in ("expressions", "tokenizer")}
     before = found(planned(own_store), "tokens")
-    after = make(own_store, steps["tokens"].entry, "tokens", **sources)
-    assert after.key != before.key
-    assert after.output == before.output
+    again = make(own_store, steps["tokens"].entry, "tokens", **sources)
+    assert again.key != before.key
+    assert again.output == before.output
     assert verdicts(planned(own_store, change)) == expected([], [])
 
 
