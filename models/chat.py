@@ -291,7 +291,7 @@ class Chat:
             batch = ["".join(part.text for part in run) for run, opening in texts if opening == opens]
             # The library takes a thread per core for a batch, and one for a single text.
             parts = [batch] if self._parallel else [[text] for text in batch]
-            found[opens] = chain.from_iterable(tokenizer.encode_batch(part) for part in parts)
+            found[opens] = iter([encoding for part in parts for encoding in tokenizer.encode_batch(part)])
         return (next(found[opens]) for _, opens in texts)
 
     def _counted(self, run: Sequence[Part], encoding: tokenizers.Encoding) -> list[bool]:

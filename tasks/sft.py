@@ -13,7 +13,7 @@ from models.training.events import Note
 from models.training.loop import Start
 from models.tuning import LoraConfig, Tuning
 from models.vocabulary import with_rows
-from tasks.blend import TokensInput, tokens_inputs, vocabulary_of
+from tasks.blend import TokensInput, tokenizer_folder, tokens_inputs, vocabulary_of
 from tasks.checkpoint import ModelFolder, read_model
 from tasks.stage import Context, Kind, Metrics, Stage
 from tasks.training import TrainingStageConfig, check_positions, run_training, usable_moments
@@ -44,16 +44,17 @@ class Config(TuningStageConfig):
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes a model artifact like `refine`'s, with the tokenizer and the chat template of the tokens.
 
-    Raises UserError for tokens that are no conversations, or of another tokenizer than the model's.
+    Texts may stand beside conversations, so that a model keeps what it could do before. Raises UserError for tokens of
+    which none are conversations, or of another tokenizer than the model's.
     """
     tokens = tokens_inputs(inputs, config.blend, context)
+    if all(one.template is None for one in tokens):
+        raise UserError(
+            f"the tokens '{tokens[0].name}' are texts: sft learns from conversations; set template in the stage that "
+            f"makes them, or train on them with refine"
+        )
     for one in tokens:
-        if one.template is None:
-            raise UserError(
-                f"the tokens '{one.name}' are texts: sft learns from conversations; set template in the stage that "
-                f"makes them, or train on them with refine"
-            )
-        if one.loss_on == "pairs":
+        if one.pairs:
             raise UserError(f"the tokens '{one.name}' are pairs of answers, of which dpo learns and not sft")
     tuned = prepared(config, inputs["model"], tokens, context)
     tuning = Tuning(lora=config.lora)
@@ -79,7 +80,7 @@ def prepared(config: TuningStageConfig, folder: Path, tokens: Sequence[TokensInp
     model = read_model(folder, with_optimizer=config.optimizer_state == "copy")
     vocabulary = vocabulary_of(tokens, folder)
     rows = config.vocab_size or model.config.vocab_size
-    needed = len(Tokenizer(tokens[0].folder / "tokenizer"))
+    needed = len(Tokenizer(tokenizer_folder(tokens)))
     if needed > rows:
         raise UserError(
             f"the tokens' tokenizer has {needed:,} tokens, with the template's {len(vocabulary.added)}, and the model "

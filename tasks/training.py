@@ -22,7 +22,7 @@ from models.training.loop import Start, train
 from models.training.metrics import Metrics as TrainingLogs
 from models.tuning import WHOLE, Tuning
 from models.weights import Array, parameter_count
-from tasks.blend import DESCRIPTION, TokensInput, blend_rows, tokens_inputs
+from tasks.blend import DESCRIPTION, TokensInput, blend_rows, tokenizer_folder, tokens_inputs
 from tasks.checkpoint import ModelFolder, check_vocabulary, whole, write_model
 from tasks.history import History, Loss, Trained
 from tasks.stage import Context, Metrics
@@ -86,7 +86,7 @@ def run_training(
     check_positions(config.training, model)
     _forget_peak()
     tokens = tokens_inputs(inputs, config.blend, context)
-    tokenizer = Tokenizer(tokens[0].folder / "tokenizer")
+    tokenizer = Tokenizer(tokenizer_folder(tokens))
     check_vocabulary(len(tokenizer), model)
     filesystem, folder = context.scratch
     with _data(config.training, model, tokens, tokenizer.pad_id) as data:
@@ -119,7 +119,7 @@ def run_training(
     )
     if engine.process == 0:
         write_model(context.output, trained)
-        copy_tokenizer(tokens[0].folder / "tokenizer", context.output)
+        copy_tokenizer(tokenizer_folder(tokens), context.output)
     metrics = _metrics(model, result, engine.device, data)
     return {**metrics, "blend": blend, "peak_memory_bytes": engine.peak_memory()}
 
