@@ -18,7 +18,7 @@ from artifacts.lineage import to_text, tree
 from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import StageInterrupted, UserError
-from flows.console import ConsoleView, blend_table, evaluation_tables
+from flows.console import ConsoleView, Scored, blend_table, comparison_table, evaluation_tables, last_of_each
 from flows.pipeline import TAG, RunResult, pipeline_flow, repairing
 from flows.recipe import Recipe
 from flows.server import prefect_server, wait_until_stored
@@ -122,9 +122,16 @@ def _show_result(recipe: Recipe, records: dict[str, Record], store: Store, publi
     trained = blend_table({entry.name: records[entry.name] for entry in recipe.stages})
     if trained is not None:
         console.print(trained)
-    for entry in recipe.stages:
-        if entry.definition.output == Kind.EVALUATION:
-            console.print(evaluation_tables(records[entry.name]))
+    evaluations = [
+        Scored(entry.inputs["model"], entry.inputs["documents"], records[entry.name])
+        for entry in recipe.stages
+        if entry.definition.output == Kind.EVALUATION
+    ]
+    for evaluation in last_of_each(evaluations):
+        console.print(evaluation_tables(evaluation.record))
+    compared = comparison_table(evaluations)
+    if compared is not None:
+        console.print(compared)
     for folder in _folders(recipe, published).values():
         console.print(f"[dim]published[/]   {escape(str(folder.absolute()))}", highlight=False, soft_wrap=True)
     for entry in recipe.stages:

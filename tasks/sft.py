@@ -44,18 +44,18 @@ class Config(TuningStageConfig):
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes a model artifact like `refine`'s, with the tokenizer and the chat template of the tokens.
 
-    Texts may be blended in, so that what was learned from such is kept. Raises UserError for tokens that hold no
-    conversation or are preferences, and for those of another tokenizer than the model's.
+    Texts may stand beside conversations, so that a model keeps what it could do before. Raises UserError for tokens of
+    which none are conversations, or of another tokenizer than the model's.
     """
     tokens = tokens_inputs(inputs, config.blend, context)
     if all(one.template is None for one in tokens):
         raise UserError(
-            f"the tokens '{tokens[0].name}' are texts, and sft learns from conversations: set template in the stage "
-            f"that makes them, or train on them with refine"
+            f"the tokens '{tokens[0].name}' are texts: sft learns from conversations; set template in the stage that "
+            f"makes them, or train on them with refine"
         )
     for one in tokens:
         if one.pairs:
-            raise UserError(f"the tokens '{one.name}' are preferences, from which dpo learns and not sft")
+            raise UserError(f"the tokens '{one.name}' are pairs of answers, of which dpo learns and not sft")
     tuned = prepared(config, inputs["model"], tokens, context)
     tuning = Tuning(lora=config.lora)
     model, metrics = tuned.model, tuned.metrics

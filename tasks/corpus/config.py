@@ -15,8 +15,9 @@ from tasks.corpus.hub_source import HubSource
 from tasks.corpus.rules import Column, Rule
 from tasks.corpus.sources import TEXT, ConversationFormat, ExternalSource, Split
 from tasks.corpus.splitting import Fractions
+from tasks.word_problems import WordProblemSource
 
-Source = Annotated[HubSource | FilesSource | ArithmeticSource, Field(discriminator="kind")]
+Source = Annotated[HubSource | FilesSource | ArithmeticSource | WordProblemSource, Field(discriminator="kind")]
 
 
 class Config(FrozenModel):

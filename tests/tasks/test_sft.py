@@ -184,8 +184,8 @@ def test_refinement_adds_no_tokens(run_stage: RunStage, tokens: Path, tokenizer:
 @pytest.mark.parametrize(
     ("described", "message"),
     [
-        ({"template": None, "loss_on": "text"}, r"'tokens' are texts, and sft learns from conversations: set template"),
-        ({"loss_on": "pairs"}, "'tokens' are preferences, from which dpo learns"),
+        ({"template": None, "loss_on": "text"}, r"'tokens' are texts: sft learns from conversations; set template"),
+        ({"loss_on": "pairs"}, "'tokens' are pairs of answers, of which dpo learns"),
     ],
 )
 def test_other_tokens_than_conversations_are_refused(
@@ -197,12 +197,29 @@ def test_other_tokens_than_conversations_are_refused(
         tune(run_stage, before, tokens)
 
 
+def test_texts_may_stand_beside_conversations(
+    run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    texts = Path(shutil.copytree(tokens, tmp_path / "texts"))
+    describe(texts, template=None, loss_on="target")
+    shutil.rmtree(texts / "tokenizer")
+    shutil.copytree(tokenizer, texts / "tokenizer")
+    labels = {"tokens.0": "texts", "tokens.1": "answers"}
+    inputs = {"model": base(run_stage, tokens), "tokens.0": texts, "tokens.1": tokens}
+    folder, metrics = run_stage("sft", {"training": training()}, labels, **inputs)
+    assert [row["source"] for row in metrics["blend"]] == ["texts", "answers"]
+    # The model speaks in the template of those that have one.
+    assert chat_of(folder / "tokenizer") is not None
+
+
 def test_templates_are_not_mixed(run_stage: RunStage, tokens: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(tokens, tmp_path / "other"))
     describe(other, template="chatml")
     labels = {"tokens.0": "alpaca", "tokens.1": "dolly"}
     inputs = {"model": base(run_stage, tokens), "tokens.0": tokens, "tokens.1": other}
-    with pytest.raises(UserError, match=r"'alpaca' and 'dolly' have different templates \(plain and chatml\): choose"):
+    with pytest.raises(
+        UserError, match=r"'alpaca' and 'dolly' have different templates \(plain and chatml\): choose one"
+    ):
         run_stage("sft", {"training": training()}, labels, **inputs)
 
 
