@@ -236,12 +236,17 @@ def verify(
         raise UserError(f"{len(verification.damages)} damaged or missing; run the recipe again to make them anew")
 
 
-@app.command(epilog="Example: cairn generate models/arithmetic --prompt 554+456=")
+@app.command(epilog='Example: cairn generate models/arithmetic --chat --prompt "What is 554 + 456?"')
 def generate(
     ref: RefArgument,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="A text file with one prompt to a line.")] = None,
-    output: Annotated[Path | None, typer.Option(help="A file for the texts, a line each; else they are shown.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Asks a chat model: prompts are what a user says, in its own template.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="A file for the texts, a line each, or with their prompts in a .jsonl file.")
+    ] = None,
     store: StoreOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens after which a text ends.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 for the likeliest token each time.")] = 0.0,
@@ -251,8 +256,8 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Keys the draws.")] = 0,
     engine: EngineOption = None,
 ) -> None:
-    """Continues prompts with a model."""
-    from flows.inference import continue_prompts, read_prompts, write_lines
+    """Continues prompts with a model, or answers them."""
+    from flows.inference import continue_prompts, read_prompts, write_texts
 
     prompts = [*(prompt or []), *(read_prompts(prompts_file) if prompts_file else [])]
     if not prompts:
@@ -265,13 +270,14 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    texts = continue_prompts(Store.open(store), ref, prompts, settings, engine)
+    texts = continue_prompts(Store.open(store), ref, prompts, settings, engine, chat)
     if output is not None:
-        write_lines(output, texts)
+        write_texts(output, prompts, texts)
         console.print(f"{len(texts)} texts in {escape(str(output))}", highlight=False)
         return
     for before, text in zip(prompts, texts, strict=True):
-        console.print(f"[dim]{escape(before)}[/]{escape(text)}", highlight=False, soft_wrap=True)
+        between = "\n" if chat else ""
+        console.print(f"[dim]{escape(before)}[/]{between}{escape(text)}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: cairn evaluate models/arithmetic")

@@ -1,9 +1,9 @@
 """What a person sees of a run: a line per stage, a progress bar while one trains, and the result at the end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -15,6 +15,7 @@ from rich.text import Text
 from artifacts.record import Record
 from flows.plan import Step
 from flows.view import LogView
+from tasks.evaluate import shown_groups
 from tasks.events import Event, Listener, event_line
 
 
@@ -173,18 +174,85 @@ def _exact_match(metrics: dict[str, Any]) -> Group:
     scores = Table(title=f"Exact match on the {metrics['split']} split", title_justify="left", header_style="dim")
     for column in ("answer length", "problems", "exact match"):
         scores.add_column(column, justify="right")
-    for group in metrics["by_answer_length"]:
+    for group in shown_groups(metrics["by_answer_length"]):
         scores.add_row(str(group["length"]), f"{group['n']:,}", f"{group['exact_match']:.2%}")
     scores.add_section()
-    error = metrics["standard_error"]
-    scores.add_row("all", f"{metrics['n']:,}", f"[bold]{metrics['exact_match']:.2%}[/] ± {error:.2%}")
+    scores.add_row("all", f"{metrics['n']:,}", f"[bold]{metrics['exact_match']:.2%}[/] ± {_error(metrics)}")
+    if "too_long" in metrics:
+        scores.caption = f"{metrics['too_long']:,} prompts are longer than the model's positions, and count as wrong"
+        scores.caption_justify = "left"
     samples = Table(title="Sample predictions", title_justify="left", header_style="dim")
-    for column in ("prompt", "prediction", "target", ""):
-        samples.add_column(column)
+    for column in ("prompt", "prediction", "target"):
+        samples.add_column(column, overflow="fold")
+    samples.add_column("", no_wrap=True)
     for sample in metrics["samples"]:
         mark = "[green]✓[/]" if sample["correct"] else "[red]✗[/]"
         samples.add_row(Text(sample["prompt"]), Text(sample["prediction"]), Text(sample["target"]), mark)
-    return Group(scores, samples)
+    return Group(scores, *([_marks(metrics["marks"])] if "marks" in metrics else []), samples)
+
+
+def _error(metrics: Mapping[str, Any]) -> str:
+    return f"{metrics['standard_error']:.2%}"
+
+
+def _marks(marks: dict[str, Any]) -> Table:
+    table = Table(title="Answers with calculator marks", title_justify="left", header_style="dim")
+    for column in ("answers", "marks well-formed", "all of them right", "final number right"):
+        table.add_column(column, justify="right")
+    shares = (f"{marks[name]:.2%}" for name in ("well_formed", "right", "final_number"))
+    table.add_row(f"{marks['n']:,}", *shares)
+    return table
+
+
+class Scored(NamedTuple):
+    """An evaluation in a run."""
+
+    model: str
+    """The stage that made the model."""
+    documents: str
+    """The stage that made the documents."""
+    record: Record
+
+    @property
+    def what(self) -> tuple[str, str]:
+        """What was measured, and on what: scores of which these are the same may be compared."""
+        return (self.documents, str(self.record.metrics.get("split")) + self.record.stage)
+
+
+def last_of_each(evaluations: Sequence[Scored]) -> list[Scored]:
+    """The last evaluation on each of the documents."""
+    last = {one.what: one for one in evaluations}
+    return [one for one in evaluations if last[one.what] is one]
+
+
+def exact_match_table(evaluations: Sequence[Scored]) -> Table | None:
+    """Exact match on the same documents, model by model; None where no documents were put to several models."""
+    scored: dict[tuple[str, str], list[Scored]] = {}
+    for one in evaluations:
+        if "exact_match" in one.record.metrics:
+            scored.setdefault(one.what, []).append(one)
+    several = [group for group in scored.values() if len(group) > 1]
+    if not several:
+        return None
+    title = "Exact match, model by model"
+    table = Table(title=title, title_justify="left", header_style="dim", box=SIMPLE_HEAD)
+    for column in ("documents", "model"):
+        table.add_column(column, overflow="fold")
+    for column in ("problems", "exact match"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for group in several:
+        for number, one in enumerate(group):
+            metrics = one.record.metrics
+            last = number == len(group) - 1
+            table.add_row(
+                "" if number else Text(one.documents),
+                Text(one.model),
+                f"{metrics['n']:,}",
+                f"{metrics['exact_match']:.2%} ± {_error(metrics)}",
+                style="bold" if last else None,
+                end_section=last,
+            )
+    return table
 
 
 def record_table(record: Record) -> Table:

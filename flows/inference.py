@@ -1,5 +1,6 @@
-"""Using a model that is in the store: continuing prompts, scoring it again."""
+"""Using a model that is in the store: continuing prompts, answering them, scoring it again."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,21 +51,37 @@ def read_prompts(path: Path) -> list[str]:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def write_lines(path: Path, texts: Sequence[str]) -> None:
-    """Writes texts, a line each. Raises UserError where the file cannot be written."""
+def write_texts(path: Path, prompts: Sequence[str], texts: Sequence[str]) -> None:
+    """Writes what a model wrote: to a `.jsonl` file with the prompts, an object each; to any other one a line each, in
+    which \\n and \\r stand for line breaks.
+
+    Raises UserError where the file cannot be written.
+    """
+    if path.suffix == ".jsonl":
+        rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    else:
+        lines = [text.replace("\n", r"\n").replace("\r", r"\r") for text in texts]
     try:
-        path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from error
 
 
 def continue_prompts(
-    store: Store, ref: str, prompts: list[str], settings: dict[str, Any], engine_name: EngineName | None = None
+    store: Store,
+    ref: str,
+    prompts: list[str],
+    settings: dict[str, Any],
+    engine_name: EngineName | None = None,
+    as_chat: bool = False,
 ) -> list[str]:
     """What a model writes after each prompt, with the engine that suits the machine unless one is named.
 
-    Raises UserError for a character that its tokenizer does not know.
+    `as_chat`: each prompt is what a user says, and what is written the assistant's answer. Raises UserError for a
+    character that its tokenizer does not know, and for a chat where it has no template.
     """
+    from models.chat import chat_of
     from models.engine import inference_engine
     from models.generation import generate
     from models.sampling import SamplingConfig
@@ -79,12 +96,21 @@ def continue_prompts(
     folder = store.fetch(model_behind(store, store.resolve(ref)))
     model = read_model(folder)
     tokenizer = tokenizer_of(folder, model.config)
-    engine = inference_engine(engine_name or default_engine(), model.config, "float32", whole_pieces(model.weights))
-    encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    chat = chat_of(folder / "tokenizer") if as_chat else None
+    if chat is not None:
+        encoded = [chat.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
+    elif as_chat:
+        raise UserError(f"'{ref}' is no chat model: its tokenizer has no chat template; leave --chat out")
+    else:
+        encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     longest = model.config.max_position_embeddings
     for text, ids in zip(prompts, encoded, strict=True):
         if len(ids) > longest:
             raise UserError(f"the prompt {text[:40]!r} has {len(ids)} tokens; the model takes {longest}")
+    engine = inference_engine(engine_name or default_engine(), model.config, "float32", whole_pieces(model.weights))
+    if chat is not None:
+        answers = generate(engine, encoded, sampling, stop_ids=[chat.closing_id])
+        return [chat.answer(answer) for answer in answers]
     answers = generate(engine, encoded, sampling, stop_ids=[tokenizer.eos_id])
     return [tokenizer.decode_after(ids, answer) for ids, answer in zip(encoded, answers, strict=True)]
 

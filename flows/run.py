@@ -18,7 +18,7 @@ from artifacts.lineage import to_text, tree
 from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import StageInterrupted, UserError
-from flows.console import ConsoleView, blend_table, evaluation_tables
+from flows.console import ConsoleView, Scored, blend_table, evaluation_tables, exact_match_table, last_of_each
 from flows.growth_tables import comparison_table, growth_table
 from flows.pipeline import TAG, RunResult, pipeline_flow, repairing
 from flows.recipe import Recipe
@@ -124,9 +124,16 @@ def _show_result(recipe: Recipe, records: dict[str, Record], store: Store, publi
     trained = blend_table({entry.name: records[entry.name] for entry in recipe.stages})
     if trained is not None:
         console.print(trained)
-    for entry in recipe.stages:
-        if entry.definition.output == Kind.EVALUATION:
-            console.print(evaluation_tables(records[entry.name]))
+    evaluations = [
+        Scored(entry.inputs["model"], entry.inputs["documents"], records[entry.name])
+        for entry in recipe.stages
+        if entry.definition.output == Kind.EVALUATION
+    ]
+    for evaluation in last_of_each(evaluations):
+        console.print(evaluation_tables(evaluation.record))
+    compared = exact_match_table(evaluations)
+    if compared is not None:
+        console.print(compared)
     grown = growth_table({entry.name: records[entry.name] for entry in recipe.stages})
     if grown is not None:
         console.print(grown)

@@ -72,14 +72,16 @@ def write_tokenizer(folder: Path, backend: Backend, roles: Roles, chat_template:
         **({} if chat_template is None else {"chat_template": chat_template}),
     }
     backend.save(str(folder / TOKENIZER_FILE))
-    (folder / TOKENIZER_CONFIG).write_bytes(_settings_text(settings))
+    write_settings(folder / TOKENIZER_CONFIG, settings)
 
 
-def _settings_text(settings: Mapping[str, Any]) -> bytes:
-    return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
+def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Writes a `tokenizer_config.json`."""
+    path.write_bytes((json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a `tokenizer_config.json` says. Raises UserError where it is none."""
     try:
         settings = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -96,8 +98,8 @@ def begin_with_eos(folder: Path) -> None:
     Raises UserError where the folder holds no readable tokenizer.
     """
     path = folder / TOKENIZER_CONFIG
-    settings = _read_settings(path)
-    path.write_bytes(_settings_text({**settings, "bos_token": settings.get("eos_token")}))
+    settings = read_settings(path)
+    write_settings(path, {**settings, "bos_token": settings.get("eos_token")})
 
 
 def read_backend(path: Path) -> Backend:
@@ -133,7 +135,7 @@ class Tokenizer:
         self.backend = read_backend(folder / TOKENIZER_FILE)
         self.backend.encode_special_tokens = True
         path = folder / TOKENIZER_CONFIG
-        roles = read_roles(_read_settings(path))
+        roles = read_roles(read_settings(path))
         if roles is None:
             raise UserError(f"{path} names no eos_token; every tokenizer needs one")
         self.bos_id, self.eos_id, self.pad_id = (self._id(token, path) for token in roles)

@@ -4,6 +4,7 @@ import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from pydantic import ConfigDict, ValidationError
 
 from common.config import FrozenModel
 from common.errors import UserError
+from models.chat import END, START, Template
 from models.training.batches import Batches
 from models.training.config import Portion
 from models.training.shards import ShardCounts
 from models.training.sources import Source
+from models.vocabulary import Vocabulary, extended_vocabulary
+from tasks.encoding.conversations import LossOn
 from tasks.stage import Context, gathered
 
 DESCRIPTION = "tokens.json"
@@ -41,6 +45,8 @@ class _Description(_Described):
     pad_id: int
     bos_id: int | None
     eos_id: int | None
+    template: Template | None = None
+    loss_on: LossOn | None = None
     splits: dict[str, _Split]
 
 
@@ -56,6 +62,10 @@ class TokensInput:
     """How much is drawn of it."""
     special_ids: Mapping[str, int | None]
     """What stands before and after its documents, and what fills up a batch."""
+    template: Template | None
+    """The template of conversations; None for texts."""
+    pairs: bool
+    """Whether its documents are preferences, two to each."""
     splits: Mapping[str, Source]
     """Its splits as sources."""
 
@@ -75,19 +85,50 @@ def tokens_inputs(inputs: Mapping[str, Path], blend: Sequence[Portion], context:
         _tokens_input(name, folder, portion, key, context)
         for name, (key, folder), portion in zip(names, folders.items(), portions, strict=True)
     ]
-    for other in found[1:]:
-        if _tokenizer(other.folder) != _tokenizer(found[0].folder):
-            raise UserError(
-                f"the tokens '{found[0].name}' and '{other.name}' were made with different tokenizers: "
-                f"give both stages the same one"
-            )
-        for role, own in found[0].special_ids.items():
-            if other.special_ids[role] != own:
-                raise UserError(
-                    f"the tokens '{found[0].name}' and '{other.name}' have different {role} tokens ({own} and "
-                    f"{other.special_ids[role]}): make them with the same tokenizer and the same bos and eos"
-                )
+    for one, other in combinations(found, 2):
+        _check_fit(one, other)
     return found
+
+
+def tokenizer_folder(tokens: Sequence[TokensInput]) -> Path:
+    """The tokenizer of a model that is trained on these: that of conversations where there are some, for it has the
+    template."""
+    first = next((one for one in tokens if one.template is not None), tokens[0])
+    return first.folder / "tokenizer"
+
+
+def vocabulary_of(tokens: Sequence[TokensInput], model: Path) -> Vocabulary:
+    """The tokens' vocabulary beside that of the model in a folder. Raises UserError where it is of another tokenizer
+    than that which the model was trained with."""
+    try:
+        return extended_vocabulary(model / "tokenizer", tokenizer_folder(tokens))
+    except UserError as error:
+        raise UserError(
+            f"the tokens '{tokens[0].name}' were made with another tokenizer than the model was trained with "
+            f"({error}): make them with the model's own"
+        ) from error
+
+
+def _check_fit(one: TokensInput, other: TokensInput) -> None:
+    """Raises UserError where one model could not be trained on both."""
+    both = f"the tokens '{one.name}' and '{other.name}'"
+    if _tokenizer(one.folder) != _tokenizer(other.folder):
+        chatml = "chatml" in (one.template, other.template)
+        having = f", which has {START} and {END} among its special_tokens" if chatml else ""
+        raise UserError(f"{both} were made with different tokenizers: give both stages the same one{having}")
+    if one.pairs != other.pairs:
+        raise UserError(f"{both} cannot be blended: only one of them has preferences")
+    if one.template and other.template and one.template != other.template:
+        raise UserError(f"{both} have different templates ({one.template} and {other.template}): choose one")
+    for role, own in one.special_ids.items():
+        # A text is closed by <eos>, and a conversation by what its template says.
+        if role == "eos" and one.template != other.template:
+            continue
+        if other.special_ids[role] != own:
+            raise UserError(
+                f"{both} have different {role} tokens ({own} and {other.special_ids[role]}): make them with the same "
+                "tokenizer and the same bos and eos"
+            )
 
 
 def _names(keys: Sequence[str], context: Context) -> list[str]:
@@ -128,13 +169,14 @@ def _tokens_input(name: str, folder: Path, portion: Portion, key: str, context: 
         for split, counts in description.splits.items()
     }
     special_ids = {"bos": description.bos_id, "eos": description.eos_id, "pad": description.pad_id}
-    return TokensInput(name, folder, portion, special_ids, splits)
+    pairs = description.loss_on == "pairs"
+    return TokensInput(name, folder, portion, special_ids, description.template, pairs, splits)
 
 
 def blend_rows(tokens: Sequence[TokensInput], batches: Batches, steps: int) -> list[dict[str, Any]]:
     """What was asked for of each source and what `steps` steps have had, for the record.
 
-    Shares are fractions of all tokens; what is cut and dropped is said of one epoch.
+    Shares are fractions of all tokens; what is cut, dropped and padded is said of one epoch.
     """
     drawn = batches.drawn(steps)
     total = sum(source.tokens for source in drawn)
@@ -152,6 +194,7 @@ def blend_rows(tokens: Sequence[TokensInput], batches: Batches, steps: int) -> l
             "used_up_at_step": had.used_up_at,
             "cut_documents": summary.cut_documents,
             "dropped_tokens": summary.dropped_tokens,
+            "padding": summary.padding,
         }
         for one, summary, had in zip(tokens, batches.sources, drawn, strict=True)
     ]

@@ -17,8 +17,9 @@ DESCRIPTION = "documents.json"
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes `<split>-<n>.parquet` and `documents.json`, which has the counts of what was read, kept and dropped.
 
-    The Parquet files have the column `text` (strings, without any special tokens), and others where the source always
-    has them or the config keeps them. Raises UserError for bad input and where no document is left.
+    The Parquet files have the column `text` (strings, without any special tokens), those of conversations where such
+    are read, and others where the source always has them or the config keeps them. Raises UserError for bad input and
+    where no document is left.
     """
     described = Pipeline(config, context).run()
     (context.output / DESCRIPTION).write_bytes(canonical_json(described))

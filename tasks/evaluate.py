@@ -1,24 +1,30 @@
-"""Stage `evaluate`: exact match by greedy generation over a whole split."""
+"""Stage `evaluate`: exact match by greedy generation over a whole split, and whether calculator marks are right."""
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from common.config import FrozenModel
 from common.errors import UserError
 from common.files import canonical_json
+from models.chat import Chat, Message, Template, chat_of, checked
 from models.engine import Bits, EngineName, Precision, inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
+from models.tokenizer import Tokenizer
 from models.weights import whole_pieces
+from tasks.calculator import FINAL, OPEN, final_number, marks_in
 from tasks.checkpoint import read_model, tokenizer_of
 from tasks.stage import Context, Kind, Metrics, Stage
 
 RESULTS, SAMPLES = "results.json", "samples.parquet"
+SHOWN_LENGTHS = 20
+"""Lengths of answers by which exact match is shown: of texts, which have any length, it is shown as a whole alone."""
 
 
 class Config(FrozenModel):
@@ -37,34 +43,67 @@ class Config(FrozenModel):
     """Tokens after which an answer is cut off and counts as wrong."""
     batch_size: int = Field(default=1024, gt=0)
     """Prompts that are generated for at once."""
+    # Null stands in no key, as above.
+    template: Template | None = Field(default=None, exclude_if=lambda template: template is None)
+    """How a model is asked whose tokenizer has no chat template, where the documents are conversations; <bos>, or what
+    stands for it, comes first."""
     shown_samples: int = Field(default=10, ge=0)
     """Predictions that are shown; all of them are kept."""
+
+
+class Questions(NamedTuple):
+    """What a model is asked."""
+
+    prompts: list[str]
+    """As people read them: of a conversation, what is said before the last answer, a line each."""
+    targets: list[str]
+    """What it has to answer."""
+    conversations: list[list[Message]] | None
+    """Whole conversations, of which each target is the last answer; None where prompts are texts to go on with."""
+
+
+class Encoded(NamedTuple):
+    """A problem as tokens."""
+
+    prompt: list[int]
+    answer: list[int]
+    """What the model has to write, with the token that closes it."""
 
 
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes `results.json` and `samples.parquet` with every prompt, target and prediction.
 
-    Raises UserError for documents without prompts and targets.
+    Documents with the column `messages` are asked as conversations: the last answer is the target. A prompt that is
+    longer than the model's positions counts as wrong. Raises UserError for documents without prompts and targets, and
+    for conversations where the model's tokenizer has no template and the config names none.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    prompts, targets = read_problems(inputs["documents"], config.split)
+    questions = read_questions(inputs["documents"], config.split)
     model = read_model(inputs["model"])
     tokenizer = tokenizer_of(inputs["model"], model.config)
+    chat = None if questions.conversations is None else _chat(config, inputs["model"] / "tokenizer", tokenizer)
+    encoded = _encoded(questions, tokenizer, chat)
     engine = inference_engine(
         config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
     )
-    parts = tokenizer.encode_parts(prompts, targets)
-    encoded = [[tokenizer.bos_id, *prompt] for prompt, _ in parts]
+    fitting = [row for row, (prompt, _) in enumerate(encoded) if len(prompt) <= model.config.max_position_embeddings]
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
-    answers = generate(engine, encoded, sampling, stop_ids=[tokenizer.eos_id], batch_size=config.batch_size)
+    stops = {tokenizer.eos_id if chat is None else chat.closing_id, tokenizer.eos_id}
+    written = generate(engine, [encoded[row].prompt for row in fitting], sampling, stops, config.batch_size)
+    answers: list[list[int]] = [[] for _ in encoded]
+    for row, answer in zip(fitting, written, strict=True):
+        answers[row] = answer
     # Tokens, not text: decoding leaves special tokens out, and an answer that did not end is not the answer.
-    correct = [answer == [*target, tokenizer.eos_id] for answer, (_, target) in zip(answers, parts, strict=True)]
-    predictions = [tokenizer.decode_after(prompt, answer) for prompt, answer in zip(encoded, answers, strict=True)]
+    correct = [answer == problem.answer for answer, problem in zip(answers, encoded, strict=True)]
+    predictions = [
+        tokenizer.decode_after(problem.prompt, answer) if chat is None else chat.answer(answer)
+        for problem, answer in zip(encoded, answers, strict=True)
+    ]
     columns: dict[str, list[Any]] = {
-        "prompt": prompts,
-        "target": targets,
+        "prompt": questions.prompts,
+        "target": questions.targets,
         "prediction": predictions,
         "correct": correct,
     }
@@ -72,34 +111,88 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     results = {
         "split": config.split,
         **config.model_dump(include={"bits"}),  # nothing where it is null
-        **summarise(targets, correct),
+        **({} if chat is None else {"template": chat.template}),
+        **summarise(questions.targets, correct),
+        **({"too_long": len(encoded) - len(fitting)} if len(fitting) < len(encoded) else {}),
+        **marks_summary(questions.targets, predictions),
         "samples": [
             {name: column[row] for name, column in columns.items()}
-            for row in range(min(config.shown_samples, len(prompts)))
+            for row in range(min(config.shown_samples, len(encoded)))
         ],
     }
     (context.output / RESULTS).write_bytes(canonical_json(results))
-    summary = f"exact match {results['exact_match']:.2%} of {results['n']:,}"
-    return {"summary": summary, **results, "device": engine.device}
+    return {"summary": _summary(results), **results, "device": engine.device}
 
 
-def read_problems(documents: Path, split: str) -> tuple[list[str], list[str]]:
-    """Prompts and targets of a split. Raises UserError where there are none."""
+def _chat(config: Config, folder: Path, tokenizer: Tokenizer) -> Chat:
+    """The tokenizer's own template, or the config's. Raises UserError where neither has one."""
+    own = chat_of(folder)
+    if own is not None:
+        return own
+    if config.template is None:
+        raise UserError(
+            "the documents are conversations, and the model's tokenizer has no chat template: name the one to ask it "
+            "with, template: plain or chatml"
+        )
+    return Chat(tokenizer, config.template, bos=True)
+
+
+def _encoded(questions: Questions, tokenizer: Tokenizer, chat: Chat | None) -> list[Encoded]:
+    if chat is None or questions.conversations is None:
+        parts = tokenizer.encode_parts(questions.prompts, questions.targets)
+        return [Encoded([tokenizer.bos_id, *prompt], [*target, tokenizer.eos_id]) for prompt, target in parts]
+    found = []
+    for messages in questions.conversations:
+        prompt = chat.prompt_ids(messages[:-1])
+        ids, counted = chat.conversation(messages)
+        answer = [token for token, counts in zip(ids[len(prompt) :], counted[len(prompt) :], strict=True) if counts]
+        found.append(Encoded(prompt, answer))
+    return found
+
+
+def _summary(results: Mapping[str, Any]) -> str:
+    parts = [f"exact match {results['exact_match']:.2%} of {results['n']:,}"]
+    if "marks" in results:
+        parts.append(f"well-formed marks {results['marks']['well_formed']:.2%}")
+    if "too_long" in results:
+        parts.append(f"{results['too_long']:,} prompts longer than the model's positions")
+    return ", ".join(parts)
+
+
+def read_questions(documents: Path, split: str) -> Questions:
+    """The problems of a split: conversations where it has messages. Raises UserError where there are none."""
     import pyarrow.parquet as pq
 
     prompts: list[str] = []
     targets: list[str] = []
+    conversations: list[list[Message]] = []
     for path in sorted(documents.glob(f"{split}-*.parquet")):
         file = pq.ParquetFile(path)
-        missing = {"prompt", "target"} - set(file.schema_arrow.names)
+        columns = file.schema_arrow.names
+        if "messages" in columns:
+            for row, text in enumerate(file.read(["messages"])["messages"].to_pylist()):
+                conversations.append(_conversation(text, f"{path.name}, row {row}"))
+            continue
+        missing = {"prompt", "target"} - set(columns)
         if missing:
             raise UserError(f"the documents have no column {missing.pop()!r}; exact match needs prompts and targets")
         table = file.read(["prompt", "target"])
         prompts += table["prompt"].to_pylist()
         targets += table["target"].to_pylist()
+    if conversations:
+        prompts = ["\n".join(message["content"] for message in messages[:-1]) for messages in conversations]
+        targets = [messages[-1]["content"] for messages in conversations]
     if not prompts:
         raise UserError(f"the documents have no {split} split to evaluate")
-    return prompts, targets
+    return Questions(prompts, targets, conversations or None)
+
+
+def _conversation(text: str, place: str) -> list[Message]:
+    """The messages in a cell. Raises UserError where they are no conversation that ends with an answer."""
+    try:
+        return checked(json.loads(text))
+    except (TypeError, ValueError, UserError) as error:
+        raise UserError(f"the documents hold no conversation in {place} ({error}); make them again") from error
 
 
 def summarise(targets: Sequence[str], correct: Sequence[bool]) -> dict[str, Any]:
@@ -117,6 +210,35 @@ def summarise(targets: Sequence[str], correct: Sequence[bool]) -> dict[str, Any]
             for length, group in sorted(by_length.items())
         ],
     }
+
+
+def shown_groups(groups: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """What `by_answer_length` has, where it is short enough to be shown."""
+    return groups if len(groups) <= SHOWN_LENGTHS else ()
+
+
+def marks_summary(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, Any]:
+    """What `marks` has: over the problems whose target has calculator marks, the share of predictions in which they are
+    well-formed (see tasks.calculator), in which they are well-formed and all right, and whose final number is the
+    target's. Nothing where no target has any."""
+    pairs = [pair for pair in zip(targets, predictions, strict=True) if OPEN in pair[0]]
+    if not pairs:
+        return {}
+    read = [marks_in(prediction) for _, prediction in pairs]
+    shares = {
+        "well_formed": sum(marks is not None for marks in read),
+        "right": sum(marks is not None and all(mark.right for mark in marks) for marks in read),
+        "final_number": sum(_same_final_number(*pair) for pair in pairs),
+    }
+    return {"marks": {"n": len(pairs), **{name: count / len(pairs) for name, count in shares.items()}}}
+
+
+def _same_final_number(target: str, prediction: str) -> bool:
+    wanted = final_number(target)
+    # Where #### stands before the target's, it has to in the prediction: any last number might be right by chance.
+    if wanted is None or (FINAL in target and FINAL not in prediction):
+        return False
+    return final_number(prediction) == wanted
 
 
 STAGE = Stage(

@@ -13,13 +13,14 @@ from typing import Any
 from pydantic import Field
 
 from common.config import FrozenModel
+from models.chat import Chat, chat_of
 from models.config import ModelConfig
 from models.hub import CODE, hub_config, hub_weights, native_class
 from models.tokenizer import tokenizer_files
 from models.tuning import LoraConfig
 from models.weights import parameter_count, write_arrays
 from tasks.checkpoint import ADAPTER, WEIGHTS, ModelFolder, read_model, tokenizer_of, write_adapters
-from tasks.evaluate import RESULTS
+from tasks.evaluate import RESULTS, shown_groups
 from tasks.stage import Context, Kind, Metrics, Stage
 
 
@@ -43,6 +44,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     model, adapters = unmerged.merged(), unmerged.adapters
     tokenizer = tokenizer_of(inputs["model"], model.config)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    chat = chat_of(inputs["model"] / "tokenizer")
     description = hub_config(model.config, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     _write_json(context.output / "config.json", description)
     _write_json(context.output / "generation_config.json", {**ids, "do_sample": False})
@@ -53,7 +55,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     for path in (*code, *tokenizer_files(inputs["model"] / "tokenizer")):
         shutil.copyfile(path, context.output / path.name)
     results = json.loads((inputs["evaluation"] / RESULTS).read_bytes()) if "evaluation" in inputs else None
-    card = _card(config, unmerged, results, context.lineage)
+    card = _card(config, unmerged, chat, results, context.lineage)
     (context.output / "README.md").write_text(card, encoding="utf-8")
     parameters = parameter_count(model.config)
     metrics: Metrics = {"summary": f"{_kind(model.config)}, {parameters:,} parameters", "parameters": parameters}
@@ -67,7 +69,7 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _card(config: Config, model: ModelFolder, results: dict[str, Any] | None, lineage: str) -> str:
+def _card(config: Config, model: ModelFolder, chat: Chat | None, results: dict[str, Any] | None, lineage: str) -> str:
     shape = model.config
     sections = [
         f"---\nlicense: {json.dumps(config.license)}\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
@@ -80,7 +82,10 @@ def _card(config: Config, model: ModelFolder, results: dict[str, Any] | None, li
     if results is not None:
         sections.append(_results(results))
     prompt = results["samples"][0]["prompt"] if results and results["samples"] else ""
-    sections.append(_usage(prompt, own_code=native_class(shape) is None))
+    # A model with learned positions has none beyond its last.
+    room = min(256, max(1, shape.max_position_embeddings // 2))
+    calls = _writing(prompt) if chat is None else _asking(prompt or "Hello!", room)
+    sections.append(_usage(calls, own_code=native_class(shape) is None))
     if model.adapters is not None:
         sections.append(_adapters(model.adapters.config, config.base_model))
     if lineage:
@@ -104,13 +109,21 @@ def _kind(config: ModelConfig) -> str:
 def _results(results: dict[str, Any]) -> str:
     if results.get("measure") == "perplexity":
         return _perplexity(results)
+    groups = results["by_answer_length"]
     rows = [f"| all | {results['n']:,} | {results['exact_match']:.2%} |"]
-    rows += [
-        f"| {group['length']} | {group['n']:,} | {group['exact_match']:.2%} |" for group in results["by_answer_length"]
-    ]
-    return (
+    rows += [f"| {group['length']} | {group['n']:,} | {group['exact_match']:.2%} |" for group in shown_groups(groups)]
+    table = (
         f"## Results\n\nExact match by greedy generation over the whole {results['split']} split.\n\n"
         "| characters of the answer | problems | exact match |\n|---|---|---|\n" + "\n".join(rows)
+    )
+    return f"{table}\n\n{_marks(results['marks'])}" if "marks" in results else table
+
+
+def _marks(marks: dict[str, Any]) -> str:
+    return (
+        f"Of the {marks['n']:,} answers that have calculator marks such as `<<48/2=24>>`:\n\n"
+        "| marks are well-formed | and all of them right | the final number is right |\n|---|---|---|\n"
+        f"| {marks['well_formed']:.2%} | {marks['right']:.2%} | {marks['final_number']:.2%} |"
     )
 
 
@@ -127,18 +140,31 @@ def _perplexity(results: dict[str, Any]) -> str:
     return "\n\n".join([table, *(["## Samples", *shown] if shown else [])])
 
 
-def _usage(prompt: str, own_code: bool) -> str:
+def _writing(prompt: str) -> str:
+    """How a text is gone on with, in Python."""
+    return f"""ids = [tokenizer.bos_token_id, *tokenizer.encode({prompt!r}, add_special_tokens=False)]
+print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=16)[0]))"""
+
+
+def _asking(question: str, max_new_tokens: int) -> str:
+    """How a chat model is asked, in Python."""
+    return f"""chat = [{{"role": "user", "content": {question!r}}}]
+asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**asked, max_new_tokens={max_new_tokens})[0, asked["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True).strip())"""
+
+
+def _usage(calls: str, own_code: bool) -> str:
     trusted = ", trust_remote_code=True" if own_code else ""
+    imports = "import torch\n" if "torch." in calls else ""
     usage = f"""## Use
 
 ```python
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trusted})
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trusted})
-ids = [tokenizer.bos_token_id, *tokenizer.encode({prompt!r}, add_special_tokens=False)]
-print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=16)[0]))
+{calls}
 ```"""
     if not own_code:
         return usage

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from common.errors import UserError
 from models.config import ModelConfig
-from models.training.events import Note
 from models.training.loop import Start
+from tasks.blend import tokens_inputs, vocabulary_of
 from tasks.checkpoint import read_model
 from tasks.stage import Context, Kind, Metrics, Stage
-from tasks.training import TrainingStageConfig, check_positions, run_training
+from tasks.training import TrainingStageConfig, check_positions, run_training, usable_moments
 
 
 class Config(TrainingStageConfig):
@@ -20,17 +21,18 @@ class Config(TrainingStageConfig):
 
 
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
-    """Writes a model artifact like `pretrain`'s. Moments of another optimizer are left behind, and it is said."""
-    model = read_model(inputs["model"], with_optimizer=config.optimizer_state == "copy")
-    moments = model.optimizer
-    if moments is not None and model.trained_with and model.trained_with.name != config.training.optimizer.name:
-        moments = None
-        context.report(
-            Note(
-                f"the model was trained with {model.trained_with.name}: its moments are of no use to "
-                f"{config.training.optimizer.name}, which starts anew"
-            )
+    """Writes a model artifact like `pretrain`'s. Moments of another optimizer are left behind, and it is said.
+
+    Raises UserError for tokens of another tokenizer than the model's, or with tokens that it has not.
+    """
+    added = vocabulary_of(tokens_inputs(inputs, config.blend, context), inputs["model"]).added
+    if added:
+        raise UserError(
+            f"the tokenizer has {len(added)} tokens that the model was trained without: train it with sft, which gives "
+            f"them rows"
         )
+    model = read_model(inputs["model"], with_optimizer=config.optimizer_state == "copy")
+    moments = usable_moments(model, config.training.optimizer, context)
     return run_training(
         config, model.config, Start(model.weights, moments, validated=True), inputs, context, model.history
     )

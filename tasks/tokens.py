@@ -1,4 +1,5 @@
-"""Stage `tokens`: documents as shards of token ids, with the mask of what counts in the loss."""
+"""Stage `tokens`: documents, texts or conversations, as shards of token ids, with the mask of what counts in the
+loss."""
 
 import json
 import os
@@ -8,44 +9,68 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from artifacts.identity import check_file_name
 from common.config import FrozenModel
 from common.errors import StageInterrupted, UserError
 from common.files import canonical_json
+from models.chat import Template
 from models.tokenizer import Tokenizer, begin_with_eos, tokenizer_files
 from models.training.events import Note
 from tasks.encoding.card import write_card
 from tasks.encoding.choice import WORTH_IT_BYTES, Choice, choose, sampled_texts, the_reference
+from tasks.encoding.conversations import LossOn, check_documents, give_template
+from tasks.encoding.description import describe, measured
 from tasks.encoding.encoders import Reference
 from tasks.encoding.finished import FinishedUnits
 from tasks.encoding.pool import WORTH_A_PROCESS_BYTES, encode_in_processes
 from tasks.encoding.ray_pool import encode_over_ray
-from tasks.encoding.units import EncodedUnit, Encoders, Job, LossOn, Unit, encode_unit
+from tasks.encoding.units import EncodedUnit, Encoders, Job, Unit, encode_unit
 from tasks.encoding.worker import Order
-from tasks.encoding.writer import TokenShard
 from tasks.stage import Context, Kind, Metrics, Stage
 
 Results = Generator[tuple[Unit, EncodedUnit], None, None]
-NOTES_AT_MOST = 20
 _REPORT_SECONDS = 10.0
 
 
 class Config(FrozenModel):
     """How documents become tokens."""
 
+    # Null stands in no key: texts are made into the tokens that they were before there were conversations.
+    template: Template | None = Field(default=None, exclude_if=lambda template: template is None)
+    """How conversations become text, which the tokenizer then says in `transformers` too: `plain`, with names before
+    the messages and <eos> after each answer, or `chatml`, with <|im_start|> and <|im_end|> around each message, which
+    are added where the tokenizer lacks them. Null for documents that are texts."""
     loss_on: LossOn = "text"
-    """Whether every token is trained on, or only those of the column `target` and the <eos> after it."""
+    """What is trained on. Of texts: `text`, every token, or `target`, those of the column `target` and the <eos> after
+    it. Of conversations: `assistant`, every answer and the token that closes it. Of preferences: `pairs`, the answer
+    and what closes it in each of two documents, the chosen and then the rejected one."""
+    max_tokens: int | None = Field(default=None, gt=0, exclude_if=lambda tokens: tokens is None)
+    """Tokens of a conversation at most: a longer one is cut after the last answer that fits, and left out where none
+    does, as is a preference of which one answer is too long. Null for any number."""
     bos: bool = False
     """Whether <bos> stands before each document. It is never trained on. Without it, <eos> takes its place before a
-    prompt: it is what stands before most documents."""
+    prompt that is a text: it is what stands before most documents."""
     eos: bool = True
-    """Whether <eos> stands after each document. It is trained on."""
+    """Whether <eos> stands after each document. It is trained on. Conversations are always closed by their template."""
     shard_tokens: int = Field(default=1 << 25, gt=0)
     """Tokens after which a shard is full; documents are never divided."""
+
+    @model_validator(mode="after")
+    def _check_conversations(self) -> Self:
+        of_conversations = self.loss_on in ("assistant", "pairs")
+        if of_conversations and self.template is None:
+            raise ValueError(f"loss_on {self.loss_on} is for conversations: give them a template, plain or chatml")
+        if self.template is not None and not of_conversations:
+            raise ValueError(f"loss_on {self.loss_on} is for texts: with a template, make it assistant or pairs")
+        if self.template is None and self.max_tokens is not None:
+            raise ValueError("max_tokens is for conversations, which a template makes text of; leave it out")
+        if self.template is not None and not self.eos:
+            raise ValueError("eos: the template closes every answer; leave it out")
+        return self
 
 
 class _Done:
@@ -67,12 +92,14 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
 
     Each shard of documents is encoded on its own and kept in the scratch, so that a stage which was killed goes on
     after the last one. Raises UserError for documents that the tokenizer cannot encode, that have no target where the
-    loss is on targets, and for none at all.
+    loss is on targets, that are no conversations where there is a template or are some where there is none, and for
+    none at all.
     """
     started = time.monotonic()
     documents = _described(inputs["documents"])
+    check_documents(documents, config.template, config.loss_on)
     units = _units(documents)
-    tokenizer = Tokenizer(inputs["tokenizer"])
+    encoded_by, tokenizer = _write_tokenizer(config, inputs["tokenizer"], context.output)
     finished = FinishedUnits(context.scratch, context.local_scratch)
     done = _Done()
     for unit, encoded in finished.find(units):
@@ -91,22 +118,46 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         eos_id=tokenizer.eos_id if config.eos else None,
         vocab_size=len(tokenizer),
         shard_tokens=config.shard_tokens,
+        template=config.template,
+        max_tokens=config.max_tokens,
     )
-    order = Order(job=job, documents=inputs["documents"], tokenizer=inputs["tokenizer"], output=finished.folder)
+    order = Order(job=job, documents=inputs["documents"], tokenizer=encoded_by, output=finished.folder)
     reused = len(done.units)
     with closing(_encoded(left, order, context)) as encoded_units:
         for unit, encoded in _reported(encoded_units, len(left), context):
             finished.keep(unit, encoded)
             done.add(unit, encoded)
     in_order = [(unit, done.units[unit.key]) for unit in units]
+    _check_left(in_order, config)
     shards = finished.put_together(in_order, context.output)
-    copy_tokenizer(inputs["tokenizer"], context.output)
-    if not config.bos:
-        begin_with_eos(context.output / "tokenizer")
-    tokens = _tokens_description(job, tokenizer, str(documents["source"]["name"]), in_order, done.lengths, shards)
+    tokens = describe(job, tokenizer, str(documents["source"]["name"]), in_order, done.lengths, shards)
     (context.output / "tokens.json").write_bytes(canonical_json(tokens))
     write_card(context.logs, documents, tokens, context.output, context.name)
-    return _metrics(tokens, in_order, choice, reused, time.monotonic() - started)
+    return measured(tokens, in_order, choice, reused, time.monotonic() - started)
+
+
+def _write_tokenizer(config: Config, source: Path, output: Path) -> tuple[Path, Tokenizer]:
+    """Puts the tokenizer that goes with the tokens into the output; gives the one that encodes, with its folder."""
+    copy_tokenizer(source, output)
+    folder = output / "tokenizer"
+    if config.template is not None:
+        give_template(folder, config.template, config.bos)
+        return folder, Tokenizer(folder)
+    if not config.bos:
+        begin_with_eos(folder)
+    return source, Tokenizer(source)
+
+
+def _check_left(units: Sequence[tuple[Unit, EncodedUnit]], config: Config) -> None:
+    """Raises UserError for a split of which no conversation is left."""
+    for split in dict.fromkeys(unit.split for unit, _ in units):
+        of_split = [encoded for unit, encoded in units if unit.split == split]
+        if not any(encoded.documents for encoded in of_split):
+            dropped = sum(encoded.dropped for encoded in of_split)
+            raise UserError(
+                f"max_tokens {config.max_tokens}: none of the {dropped:,} conversations of the split {split} fits; "
+                "raise it"
+            )
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -144,8 +195,8 @@ def _units(documents: Mapping[str, Any]) -> list[Unit]:
 
 def _choice(config: Config, inputs: Mapping[str, Path], units: Sequence[Unit]) -> Choice:
     """The library that encodes what is left to do."""
-    if config.loss_on == "target":
-        return the_reference("the place of each token in its text is needed, to see where the target begins")
+    if config.loss_on != "text":
+        return the_reference("the place of each token in its text is needed, to see where what is trained on begins")
     if sum(unit.bytes for unit in units) < WORTH_IT_BYTES:
         return the_reference("little text is left to encode")
     return choose(inputs["tokenizer"], sampled_texts(inputs["documents"], units))
@@ -189,77 +240,6 @@ def _reported(encoded_units: Results, count: int, context: Context) -> Results:
             said = now
             rate = text_bytes / (now - began) / 1e6
             context.report(Note(f"{number:,} of {count:,} shards of documents are encoded, {rate:,.1f} MB/s"))
-
-
-def _tokens_description(
-    job: Job,
-    tokenizer: Tokenizer,
-    source: str,
-    units: Sequence[tuple[Unit, EncodedUnit]],
-    lengths: Mapping[str, Mapping[int, int]],
-    shards: Mapping[str, Sequence[TokenShard]],
-) -> dict[str, Any]:
-    """What `tokens.json` holds."""
-    splits = {}
-    for split, of_split in shards.items():
-        encoded = [one for unit, one in units if unit.split == split]
-        splits[split] = {
-            "documents": sum(shard.documents for shard in of_split),
-            "tokens": sum(shard.tokens for shard in of_split),
-            "counted_tokens": sum(shard.counted_tokens for shard in of_split),
-            "bytes": sum(one.bytes for one in encoded),
-            "longest_document": max(lengths[split]),
-            "lengths": sorted(lengths[split].items()),
-            "shards": [
-                shard.model_dump(include={"name", "tokens", "documents", "counted_tokens"}) for shard in of_split
-            ],
-        }
-    return {
-        "vocab_size": job.vocab_size,
-        "pad_id": tokenizer.pad_id,
-        "bos_id": job.bos_id,
-        "eos_id": job.eos_id,
-        "dtype": job.dtype,
-        "source": source,
-        "splits": splits,
-    }
-
-
-def _metrics(
-    tokens: Mapping[str, Any],
-    units: Sequence[tuple[Unit, EncodedUnit]],
-    choice: Choice | None,
-    reused: int,
-    seconds: float,
-) -> Metrics:
-    splits = {
-        split: {
-            **{key: one[key] for key in ("documents", "tokens", "counted_tokens", "bytes", "longest_document")},
-            "bytes_per_token": one["bytes"] / one["tokens"] if one["tokens"] else None,
-            "shards": len(one["shards"]),
-        }
-        for split, one in tokens["splits"].items()
-    }
-    counted, documents = (sum(one[key] for one in splits.values()) for key in ("tokens", "documents"))
-    return {
-        "summary": f"{counted:,} tokens in {documents:,} documents",
-        "tokens": counted,
-        "documents": documents,
-        "dtype": tokens["dtype"],
-        "splits": splits,
-        "encoder": None if choice is None else choice.model_dump(),
-        "encoded_by": Counter(encoded.library for _, encoded in units),
-        "seconds": seconds,
-        "units": {"encoded": len(units) - reused, "found_finished": reused},
-        "notes": _shortened([encoded.note for _, encoded in units if encoded.note is not None]),
-    }
-
-
-def _shortened(notes: Sequence[str]) -> list[str]:
-    """The first notes, and how many more there are: a library that a cluster lacks has one for every shard."""
-    if len(notes) <= NOTES_AT_MOST:
-        return list(notes)
-    return [*notes[:NOTES_AT_MOST], f"and {len(notes) - NOTES_AT_MOST:,} more such notes"]
 
 
 STAGE = Stage(

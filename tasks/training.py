@@ -1,4 +1,4 @@
-"""What `pretrain` and `refine` share: a model trained on token shards, from fresh weights or from an artifact's."""
+"""What `pretrain`, `refine` and `sft` share: a model trained on token shards, from fresh weights or an artifact's."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ from common.files import canonical_json, sha256_bytes, sha256_file
 from models.config import ModelConfig
 from models.engine import EngineName, Precision, training_engine
 from models.lora import adapter_count, adapter_shapes, initial_adapters
+from models.optimizer import OptimizerConfig
 from models.tokenizer import TOKENIZER_FILE, Tokenizer
 from models.training.batches import Batches, Source
 from models.training.checkpoint import Checkpoints, named
@@ -21,8 +22,8 @@ from models.training.events import Note, TrainingResult
 from models.training.loop import Start, train
 from models.training.metrics import Metrics as TrainingLogs
 from models.tuning import WHOLE, Tuning
-from models.weights import parameter_count
-from tasks.blend import DESCRIPTION, TokensInput, blend_rows, tokens_inputs
+from models.weights import Array, parameter_count
+from tasks.blend import DESCRIPTION, TokensInput, blend_rows, tokenizer_folder, tokens_inputs
 from tasks.checkpoint import Adapters, ModelFolder, check_vocabulary, whole, write_model
 from tasks.growth_record import growth_phrase, growths
 from tasks.history import Grown, History, Loss, Trained
@@ -53,6 +54,19 @@ def check_positions(training: TrainingConfig, model: ModelConfig) -> None:
         )
 
 
+def usable_moments(model: ModelFolder, optimizer: OptimizerConfig, context: Context) -> dict[str, Array] | None:
+    """The moments that come with a model; those of another optimizer are left behind, and it is said."""
+    if model.optimizer is None or model.trained_with is None or model.trained_with.name == optimizer.name:
+        return model.optimizer
+    context.report(
+        Note(
+            f"the model was trained with {model.trained_with.name}: its moments are of no use to {optimizer.name}, "
+            f"which starts anew"
+        )
+    )
+    return None
+
+
 def run_training(
     config: TrainingStageConfig,
     model: ModelConfig,
@@ -64,8 +78,8 @@ def run_training(
 ) -> Metrics:
     """Trains and writes a model artifact with optimizer state and tokenizer; gives what the record says of it.
 
-    `history`: what the model has been through before. With `tuning.lora`, fresh adapters are trained, and the weights
-    of the artifact are those of `start`.
+    `history`: what the model has been through before. `tuning`: how the engine trains; with adapters, fresh ones are
+    trained, and the weights of the artifact are those of `start`.
 
     In several processes each does all of this, and process 0 alone writes.
 
@@ -75,7 +89,7 @@ def run_training(
     check_positions(config.training, model)
     _forget_peak()
     tokens = tokens_inputs(inputs, config.blend, context)
-    tokenizer = Tokenizer(tokens[0].folder / "tokenizer")
+    tokenizer = Tokenizer(tokenizer_folder(tokens))
     check_vocabulary(len(tokenizer), model)
     filesystem, folder = context.scratch
     with _data(config.training, model, tokens, tokenizer.pad_id) as data:
@@ -116,7 +130,7 @@ def run_training(
     )
     if engine.process == 0:
         write_model(context.output, trained)
-        copy_tokenizer(tokens[0].folder / "tokenizer", context.output)
+        copy_tokenizer(tokenizer_folder(tokens), context.output)
     metrics = _metrics(model, result, engine.device, data)
     if history and isinstance(history[-1], Grown):
         _add_growth(metrics, trained.history)

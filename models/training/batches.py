@@ -17,9 +17,11 @@ from common.errors import UserError
 from common.files import canonical_json, sha256_bytes
 from models.engine import Batch
 from models.training.blend import Blend, Draw
+from models.training.config import Packing
 from models.training.order import Indices
+from models.training.packing import document_spans, packed_rows
 from models.training.shards import Shard
-from models.training.sources import OpenSource, Packing, Source, document_spans
+from models.training.sources import Located, OpenSource, Source
 
 __all__ = ["Batches", "Drawn", "Packing", "Source", "SourceSummary"]
 
@@ -34,9 +36,11 @@ class SourceSummary:
     rows: int
     """Rows of one epoch."""
     cut_documents: int
-    """Documents that are longer than a row and lose their end (packing "documents")."""
+    """Documents that are longer than a row and lose their end (packing "documents" and "whole")."""
     dropped_tokens: int
     """Tokens that no row holds: at the ends of shards (packing "stream") or of cut documents."""
+    padding: float
+    """Share of the rows' places that are padding."""
 
 
 class Drawn(NamedTuple):
@@ -64,10 +68,12 @@ class Batches:
 
     With packing "stream" a row is a window of `sequence_length` + 1 tokens of one shard, windows being
     `sequence_length` apart, and what is left at a shard's end is dropped. With "documents" a row is one document,
-    cut at `sequence_length` + 1 tokens and padded with `pad_id` on the right; padding never counts as a target.
+    cut at `sequence_length` + 1 tokens and padded with `pad_id` on the right; padding never counts as a target. With
+    "whole" a row is as many documents of one shard as fit, cut and padded in the same way (see `packing.packed`).
 
-    With `document_masking`, rows of a stream say which document each token is of. The first token of a document is
-    then no target: nothing in its own document comes before it, and the model does not see the document before.
+    With `document_masking`, rows of a stream say which document each token is of; rows of whole documents always do.
+    The first token of a document is then no target: nothing in its own document comes before it, and the model does
+    not see the document before.
 
     The rows of each source come in an order of their own, which is new in each epoch and keyed by the seed and the
     shards' sizes, so that another source beside it changes nothing. Sources alternate in a fixed pattern with exact
@@ -89,7 +95,8 @@ class Batches:
         shuffled: bool = True,
         shard_group: int = 8,
     ) -> None:
-        """Reads nothing: shards are fetched and opened when a row of theirs is needed, or shortly before.
+        """Reads nothing: shards are fetched and opened when a row of theirs is needed, or shortly before; with packing
+        "whole" alone all are looked at here.
 
         `vocab_size`: tokens from it on are refused. `shuffled` False gives the rows in the order in which they are
         stored. `shard_group`: shards that are read at a time.
@@ -101,10 +108,10 @@ class Batches:
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self._width = sequence_length + 1
-        self._packing = packing
+        self.packing = packing
         self._pad_id = pad_id
         self._limit = vocab_size if vocab_size is not None else 1 << 31
-        self._masked = document_masking and packing == "stream"
+        self._masked = packing == "whole" or (document_masking and packing == "stream")
         self._background = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._sources = [
             OpenSource(
@@ -124,7 +131,7 @@ class Batches:
         """Changes with everything that decides which rows come when, the tokens themselves apart."""
 
     def _identify(self, seed: int, shuffled: bool, shard_group: int) -> str:
-        layout = [self.sequence_length, self._packing, self._masked, self.batch_size, self._pad_id]
+        layout = [self.sequence_length, self.packing, self._masked, self.batch_size, self._pad_id]
         sources = [[source.key, str(source.row_weight), source.limit] for source in self._sources]
         return sha256_bytes(canonical_json([[seed, shuffled, shard_group], layout, sources]))
 
@@ -146,7 +153,12 @@ class Batches:
         total = sum(source.portion.weight for source in self._sources)
         return [
             SourceSummary(
-                source.name, source.portion.weight / total, source.rows, source.cut_documents, source.dropped_tokens
+                source.name,
+                source.portion.weight / total,
+                source.rows,
+                source.cut_documents,
+                source.dropped_tokens,
+                source.padding,
             )
             for source in self._sources
         ]
@@ -167,7 +179,7 @@ class Batches:
     def drawn(self, steps: int) -> list[Drawn]:
         """What the first steps have had of each source, in the order of the sources.
 
-        With packing "documents" and an epoch that is not whole, the documents of that epoch are looked at.
+        With another packing than "stream" and an epoch that is not whole, the documents of that epoch are looked at.
         """
         rows = steps * self.batch_size
         return [
@@ -202,8 +214,8 @@ class Batches:
         batch = Batch(np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(shape, np.bool_), documents_BT)
         for draw in draws:
             source = self._sources[draw.source]
-            for shard, chosen, rows_K in source.located(draw.first, draw.rows):
-                found = self._read(shard, rows_K, source.name)
+            for located in source.located(draw.first, draw.rows):
+                found, chosen = self._read(located, source.name), located.places
                 into = draw.places if isinstance(chosen, slice) else np.arange(count)[draw.places][chosen]
                 batch.tokens_BT[into] = found.tokens_KW[:, :-1]
                 batch.targets_BT[into] = found.tokens_KW[:, 1:]
@@ -213,8 +225,11 @@ class Batches:
             source.look_ahead(draw.first + draw.rows)
         return batch
 
-    def _read(self, shard: Shard, rows_K: Indices, source: str) -> _Rows:
-        if self._packing == "documents":
+    def _read(self, located: Located, source: str) -> _Rows:
+        shard, rows_K = located.shard, located.rows
+        if located.plan is not None:
+            found = _Rows(*packed_rows(shard, located.plan, rows_K, self._width, self._pad_id))
+        elif self.packing == "documents":
             found = _documents(shard, rows_K, self._width, self._pad_id)
         else:
             found = _windows(shard, rows_K, self._width)

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from common.config import FrozenModel
 from models.optimizer import OptimizerConfig
 
+Packing = Literal["stream", "documents", "whole"]
+
 
 class ScheduleConfig(FrozenModel):
     """The learning rate over the steps, as a fraction of its peak."""
@@ -37,7 +39,8 @@ class ValidationConfig(FrozenModel):
     rows: int | None = Field(default=None, gt=0)
     """Rows of the validation split that the loss is taken over, the first ones in order; null for all."""
     exact_match_rows: int = Field(default=0, ge=0)
-    """Rows whose masked part is also generated greedily and compared, the first ones in order."""
+    """Rows whose first masked part is also generated greedily and compared, the first ones in order; with packing
+    "whole", that of each of their documents."""
     samples: int = Field(default=0, ge=0)
     """Generated continuations that are logged as text at each validation."""
 
@@ -74,8 +77,9 @@ class TrainingConfig(FrozenModel):
     """Rows that go through the model at once; null for the whole batch. It has to divide batch_size."""
     sequence_length: int = Field(gt=0)
     """Positions of a row: each predicts the token after it."""
-    packing: Literal["stream", "documents"] = "stream"
-    """Rows cut from the stream of tokens, or one document to a row, padded."""
+    packing: Packing = "stream"
+    """Rows cut from the stream of tokens; one document to a row, padded; or whole documents to a row, as many as fit,
+    each a context of its own as with document_masking, padded."""
     document_masking: bool = False
     """Whether attention stays inside a document and positions restart with each, in rows cut from the stream. What a
     document begins with is then no target, so generation needs a <bos> or a prompt."""

@@ -10,23 +10,24 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 
 from common.errors import UserError
 from common.files import canonical_json, sha256_bytes
-from models.training.config import Portion
+from models.training.config import Packing, Portion
 from models.training.order import Indices, RowOrder
+from models.training.packing import Plan, document_spans, packed
 from models.training.shards import Shard, ShardCounts, check_document_ends, open_shard
 
-Packing = Literal["stream", "documents"]
 _SCAN_ROWS = 1 << 18
 
 
 @dataclass(frozen=True)
 class Source:
-    """Token shards that are drawn from together. What is counted here decides every row; no file is needed for it."""
+    """Token shards that are drawn from together. What is counted here decides every row, and no file is needed for it;
+    rows of whole documents alone depend on where each document ends."""
 
     name: str
     """What it is called in errors and tables."""
@@ -89,6 +90,18 @@ class LazyShards:
         return shard
 
 
+class Located(NamedTuple):
+    """Rows that stand in one shard."""
+
+    shard: Shard
+    plan: Plan | None
+    """Which documents its rows hold, with packing "whole"."""
+    places: Indices | slice
+    """Which of the rows that were asked for these are."""
+    rows: Indices
+    """Their numbers in the shard."""
+
+
 class OpenSource:
     """A source as rows of some width: how many there are, in which order they come, and what is left out."""
 
@@ -104,11 +117,17 @@ class OpenSource:
         shard_group: int,
         background: Executor,
     ) -> None:
-        """Raises UserError where there are not enough tokens for a row, or a budget is less than a row."""
+        """Raises UserError where there are not enough tokens for a row, or a budget is less than a row.
+
+        With packing "whole" each shard is opened once here: how many rows it has depends on every document's length.
+        Conversations to tune on are few shards; the rows' plans take some ten bytes for each document.
+        """
         self.name = source.name
         self.portion = source.portion
         self._width = width
         self._packing = packing
+        self._plans: list[Plan] = []
+        self.shards = LazyShards(source, with_ends or packing != "stream", 2 * shard_group, background)
         lengths, counts = np.array(source.lengths, np.int64).reshape(-1, 2).T
         tokens = sum(shard.tokens for shard in source.shards)
         if packing == "stream":
@@ -118,7 +137,11 @@ class OpenSource:
             held = self.tokens + sum(count > 0 for count in per_shard)
             self.cut_documents = 0
         else:
-            per_shard = [shard.documents for shard in source.shards]
+            if packing == "whole":
+                self._plans = [packed(self.shards[number].document_ends_D, width) for number in range(len(self.shards))]
+                per_shard = [len(plan.ends_K) for plan in self._plans]
+            else:
+                per_shard = [shard.documents for shard in source.shards]
             self.tokens = held = int(np.minimum(lengths, width) @ counts)
             self.cut_documents = int(counts[lengths > width].sum())
         self.dropped_tokens = tokens - held
@@ -128,6 +151,8 @@ class OpenSource:
                 f"the {source.split} split of {self.name} has not enough tokens for one row of {width}: "
                 f"it has {tokens:,} in {len(per_shard)} shards"
             )
+        self.padding = 0.0 if packing == "stream" else 1 - self.tokens / (self.rows * width)
+        """Share of the rows' places that are padding."""
         self.row_tokens = Fraction(max(1, self.tokens), self.rows)
         """Tokens of a row, on average."""
         # Shares are of tokens: a source of short documents has more rows of its share than one of long ones.
@@ -137,7 +162,6 @@ class OpenSource:
         sizes = [[shard.tokens, shard.documents] for shard in source.shards]
         self.key = sha256_bytes(canonical_json([seed, packing, width, sizes]))
         self.order = RowOrder(per_shard, self.key, shard_group, shuffled)
-        self.shards = LazyShards(source, with_ends or packing == "documents", 2 * shard_group, background)
         self._shard_group = shard_group
 
     def _limit(self) -> int | None:
@@ -160,25 +184,29 @@ class OpenSource:
             self.shards.expect(self.order.following(index))
 
     def tokens_of(self, rows: int) -> int:
-        """Tokens of the first `rows` rows in their order, padding not counted; reads the ends of the documents that
-        they hold, where packing is "documents" and the last epoch not whole."""
+        """Tokens of the first `rows` rows in their order, padding not counted; opens the shards that they are in,
+        where packing is not "stream" and the last epoch not whole."""
         if self._packing == "stream":
             return rows * (self._width - 1)
         epochs, rest = divmod(rows, self.rows)
         return epochs * self.tokens + sum(
-            int(np.minimum(ends_K - starts_K, self._width).sum())
+            self._tokens_in(found)
             for first in range(rows - rest, rows, _SCAN_ROWS)
-            for shard, _, rows_K in self.located(first, min(_SCAN_ROWS, rows - first))
-            for starts_K, ends_K in [document_spans(shard, rows_K)]
+            for found in self.located(first, min(_SCAN_ROWS, rows - first))
         )
 
-    def located(self, first: int, count: int) -> Iterator[tuple[Shard, Indices | slice, Indices]]:
-        """The shards that hold `count` of the source's rows from `first` on: each with the places of its rows among
-        those that were asked for, and their numbers in the shard."""
+    def _tokens_in(self, found: Located) -> int:
+        if found.plan is not None:
+            return int(found.plan.tokens_K[found.rows].sum())
+        starts_K, ends_K = document_spans(found.shard, found.rows)
+        return int(np.minimum(ends_K - starts_K, self._width).sum())
+
+    def located(self, first: int, count: int) -> Iterator[Located]:
+        """The shards that hold `count` of the source's rows from `first` on."""
         shards_N, rows_N = self.order.locate(first, count)
         if (shards_N == shards_N[:1]).all():
             if count:
-                yield self.shards[int(shards_N[0])], slice(None), rows_N
+                yield self._located(int(shards_N[0]), slice(None), rows_N)
             return
         by_shard = np.argsort(shards_N, kind="stable")
         cuts = np.flatnonzero(np.diff(shards_N[by_shard])) + 1
@@ -187,11 +215,7 @@ class OpenSource:
         # From the other end, so that two threads open what a first batch needs and never the same.
         self.shards.expect(reversed(numbers[: self._shard_group]))
         for number, part in zip(numbers, parts, strict=True):
-            yield self.shards[number], part, rows_N[part]
+            yield self._located(number, part, rows_N[part])
 
-
-def document_spans(shard: Shard, rows_K: Indices) -> tuple[Indices, Indices]:
-    """Where documents of a shard start and end, by their numbers."""
-    ends_K = shard.document_ends_D[rows_K].astype(np.int64)
-    starts_K = np.where(rows_K > 0, shard.document_ends_D[np.maximum(rows_K - 1, 0)], 0).astype(np.int64)
-    return starts_K, ends_K
+    def _located(self, number: int, places: Indices | slice, rows_N: Indices) -> Located:
+        return Located(self.shards[number], self._plans[number] if self._plans else None, places, rows_N)

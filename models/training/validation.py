@@ -1,8 +1,9 @@
 """What is measured on the validation split while training.
 
-B rows, T positions.
+B rows, T positions, D documents.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -69,7 +70,8 @@ class Validator:
         """Loss over the counted targets, exact match and samples; None where `stopping` came true in between.
 
         Exact match compares what the model writes greedily after a row's last token before its counted targets with
-        these, up to the last of them or to the model's last position; rows in which nothing counts are left out.
+        these, up to the first that does not count or to the model's last position: of several turns, the first. Rows in
+        which nothing counts are left out, and where rows hold whole documents, each document is as a row.
         """
         losses: dict[int, float] = {}
         matches: dict[int, float] = {}
@@ -121,17 +123,23 @@ class Validator:
 
     def _samples(self) -> tuple[Sample, ...]:
         """Continuations of the first rows of the sources in turn."""
-        tasks: list[_Task] = []
-        for number in range(self._config.samples):
-            row, source = divmod(number, len(self._sources))
-            tasks += [_shown(task) for task in self._tasks(self._batches.source_rows(source, row, 1))]
+        of_sources = [self._first_tasks(source) for source in range(len(self._sources))]
+        in_turn = (task for together in itertools.zip_longest(*of_sources) for task in together if task is not None)
+        tasks = [_shown(task) for task in itertools.islice(in_turn, self._config.samples)]
         written = self._write(tasks)
         return tuple(
             Sample(self._decode(task.prompt), self._decode(tokens), None if task.whole else self._decode(task.answer))
             for task, tokens in zip(tasks, written, strict=True)
         )
 
+    def _first_tasks(self, source: int) -> Iterator[_Task]:
+        """The tasks of a source's rows, one after another, of as many rows as there are samples at most."""
+        for row in range(min(self._config.samples, self._sources[source].rows)):
+            yield from self._tasks(self._batches.source_rows(source, row, 1))
+
     def _tasks(self, batch: Batch) -> list[_Task]:
+        if self._batches.packing == "whole":
+            batch = _apart(batch)
         return list(_tasks(batch, self._engine.inference().config.max_position_embeddings))
 
     def _write(self, tasks: Sequence[_Task]) -> list[list[int]]:
@@ -144,17 +152,39 @@ class Validator:
         return [tokens[: len(task.answer)] for task, tokens in zip(tasks, written, strict=True)]
 
 
+def _apart(batch: Batch) -> Batch:
+    """Every document of rows of whole documents in a row of its own, padding too, which has nothing that counts."""
+    assert batch.documents_BT is not None  # for the type checker: such rows always say it
+    rows_D, starts_D = np.nonzero(np.diff(batch.documents_BT, axis=1, prepend=-1))
+    lengths_D = np.diff(np.ravel_multi_index((rows_D, starts_D), batch.documents_BT.shape), append=batch.tokens_BT.size)
+    real_DT = np.arange(lengths_D.max()) < lengths_D[:, None]
+    tokens_DT, targets_DT = np.zeros_like(real_DT, np.int32), np.zeros_like(real_DT, np.int32)
+    counted_DT = np.zeros_like(real_DT)
+    for apart_DT, array_BT in zip((tokens_DT, targets_DT, counted_DT), batch[:3], strict=True):
+        apart_DT[real_DT] = array_BT.ravel()
+    return Batch(tokens_DT, targets_DT, counted_DT)
+
+
 def _tasks(batch: Batch, longest: int) -> Iterator[_Task]:
-    """Each row with a counted target as a prompt up to its first, and an answer up to its last or to the position
-    `longest`, the last that a model writes."""
-    for row, (tokens_T, targets_T, counted_T) in enumerate(zip(*batch[:3], strict=True)):
+    """Each row with a counted target as a prompt up to its first, and an answer up to the next that does not count or
+    to the position `longest`, the last that a model writes.
+
+    What a document begins with is no target where documents do not know of each other, but it is no prompt and no end
+    for that.
+    """
+    begins_BT = np.zeros_like(batch.loss_mask_BT)
+    if batch.documents_BT is not None:
+        begins_BT[:, :-1] = np.diff(batch.documents_BT, axis=1) != 0
+    for tokens_T, targets_T, counted_T, begins_T in zip(*batch[:3], begins_BT, strict=True):
         places: NDArray[np.int64] = np.flatnonzero(counted_T)
         if not places.size:
             continue
-        first, end = int(places[0]), min(int(places[-1]), longest - 2) + 1
-        # What a document begins with is no target under a mask, but it is no prompt for that.
-        if batch.documents_BT is not None and np.diff(batch.documents_BT[row, : first + 1]).all():
+        first = int(places[0])
+        if begins_T[:first].all():
             first = 0
+        others = np.flatnonzero(~(counted_T | begins_T)[first:])
+        end = first + int(others[0]) if others.size else counted_T.size
+        end = min(int(places[places < end][-1]), longest - 2) + 1
         if first < end:
             yield _Task(tokens_T[: first + 1].tolist(), targets_T[first:end].tolist(), first == 0)
 

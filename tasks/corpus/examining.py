@@ -15,7 +15,7 @@ from tasks.corpus.batching import Batch
 from tasks.corpus.config import Config
 from tasks.corpus.contamination import Contamination
 from tasks.corpus.duplicates import Fingerprints, fingerprints
-from tasks.corpus.sources import TEXT, text_sizes
+from tasks.corpus.sources import text_sizes
 from tasks.corpus.splitting import Fractions, text_hashes
 from tasks.corpus.text import Texts
 
@@ -51,7 +51,7 @@ class Examiner:
         self._config = config
         self._contamination = Contamination(config.contamination) if config.contamination else None
         self._alone = Lock()
-        self._columns = [TEXT, *dict.fromkeys((*config.source.own_columns, *config.columns))]
+        self._columns = list(config.document_columns)
 
     @property
     def benchmarks(self) -> tuple[str, ...]:

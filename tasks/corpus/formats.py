@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from common.errors import UserError
-from tasks.corpus.columns import Columns, line_place
+from tasks.corpus.columns import BadRow, Columns, line_place
 from tasks.corpus.parquet import learn_later_types, parquet_tables
 from tasks.corpus.sources import DOCUMENT_LIMIT_BYTES, TEXT, Reading, accepted, check_column, one_line, too_long
 from tasks.corpus.streams import BLOCK_BYTES, BOM, DamagedFile, Decompressed, Readable, line_blocks
@@ -124,8 +124,8 @@ def file_tables(
     with _stream(path, kind) as file:
         if kind.format == "jsonl":
             yield from json_tables(file, name, columns, reading)
-        elif columns.others:
-            raise UserError(f"{name} is a text, and has no column '{columns.others[0]}'")
+        elif wanted := (*(columns.needed if columns.conversations else ()), *columns.others):
+            raise UserError(f"{name} is a text, and has no column '{wanted[0]}'")
         else:
             yield from text_tables(file, name, per_line, reading)
 
@@ -133,8 +133,8 @@ def file_tables(
 def json_tables(file: Readable, name: str, columns: Columns, reading: Reading) -> "Iterator[pa.Table]":
     """The rows of JSON Lines: each line an object; blank ones hold none.
 
-    Numbers of the other columns are read as float64. Raises UserError for a line that is no object or has no text, or
-    another column of another type than before, unless those are skipped.
+    Numbers of the other columns are read as float64. Raises UserError for a line that is no object or has no text or
+    conversation, or another column of another type than before, unless those are skipped.
     """
     # By lines: pyarrow's reader crashed on a line `null`, and names no lines.
     import orjson
@@ -152,13 +152,12 @@ def json_tables(file: Readable, name: str, columns: Columns, reading: Reading) -
                 continue
             if not isinstance(row, dict):
                 _refuse_line(text, f"{name} line {line}", "it is no object", reading)
-            elif not isinstance(row.get(columns.text), str):
-                reading.refuse("no_text", f"{name} line {line}", _no_text(row, columns.text), len(text))
-            elif (misfit := columns.misfit(row)) is not None:
-                reading.refuse("malformed", f"{name} line {line}", misfit, len(text))
-            else:
-                rows.append(row)
+                continue
+            try:
+                rows.append(columns.document(row))
                 lines.append(line)
+            except BadRow as bad:
+                reading.refuse(bad.rule, f"{name} line {line}", str(bad), len(text))
         if rows:
             yield accepted(columns.table(rows), reading, line_place(name, lines))
 
@@ -170,16 +169,6 @@ def _refuse_line(line: bytes, place: str, problem: str, reading: Reading) -> Non
         reading.refuse("not_utf8", place, f"it is no valid UTF-8 ({error.reason} at byte {error.start})", len(line))
     else:
         reading.refuse("malformed", place, f"the line is no JSON object ({problem})", len(line))
-
-
-def _no_text(row: dict[str, Any], column: str) -> str:
-    if column in row:
-        return f"'{column}' is {'null' if row[column] is None else 'no string'}"
-    try:
-        check_column(column, row, "the row")
-    except UserError as error:
-        return str(error)
-    raise AssertionError(column)
 
 
 def text_tables(file: Readable, name: str, per_line: bool, reading: Reading) -> "Iterator[pa.Table]":

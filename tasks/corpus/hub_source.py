@@ -10,7 +10,7 @@ from tasks.corpus.columns import Columns, row_place
 from tasks.corpus.digests import files_digest
 from tasks.corpus.file_source import names_below
 from tasks.corpus.formats import file_tables, kind_of, learn_columns
-from tasks.corpus.parquet import as_text
+from tasks.corpus.parquet import as_documents
 from tasks.corpus.sources import (
     DOCUMENT_LIMIT_BYTES,
     SPLITS,
@@ -20,8 +20,6 @@ from tasks.corpus.sources import (
     Opened,
     Reading,
     Rows,
-    accepted,
-    check_column,
     one_line,
     with_digest,
 )
@@ -161,9 +159,8 @@ class HubSource(ExternalSource):
                 raise UserError(f"{name} cannot be read after row {row} (from 0): {one_line(error)}") from error
             if table is None:
                 return
-            for wanted in (self.column, *columns.others):
-                check_column(wanted, table.column_names, name)
-            yield accepted(as_text(table, columns, name), reading, row_place(name, row))
+            columns.check(table.column_names, name)
+            yield as_documents(table, columns, name, reading, row_place(name, row))
             row += table.num_rows
 
     def _joined(self, readers: "Iterable[Reader]", split: str, reading: Reading) -> "Iterator[pa.Table]":

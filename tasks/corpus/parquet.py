@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from tasks.corpus.columns import Columns, row_place
-from tasks.corpus.sources import TEXT, Reading, accepted, check_column
+from tasks.corpus.conversations import conversation_columns
+from tasks.corpus.sizes import value_sizes
+from tasks.corpus.sources import TEXT, Reading, Refusal, accepted
 from tasks.corpus.streams import BLOCK_BYTES, ERRORS, damage
 
 if TYPE_CHECKING:
@@ -30,8 +32,7 @@ def parquet_tables(file: Any, name: str, columns: Columns, reading: Reading) -> 
         reading.lose(name, f"it is no whole Parquet file ({damage(error)})", 0)
         return
     with parquet:
-        for wanted in (columns.text, *columns.others):
-            check_column(wanted, parquet.schema_arrow.names, name)
+        columns.check(parquet.schema_arrow.names, name)
         row = 0
         for group in range(parquet.num_row_groups):
             taken = 0
@@ -40,8 +41,7 @@ def parquet_tables(file: Any, name: str, columns: Columns, reading: Reading) -> 
                 for table in _group_tables(parquet, group, columns):
                     place = row_place(name, row + taken)
                     taken += table.num_rows
-                    table = as_text(table, columns, name)
-                    yield accepted(table, reading, place)
+                    yield as_documents(table, columns, name, reading, place)
             except ERRORS as error:
                 reading.lose(row_place(name, row)(taken), f"it is damaged ({damage(error)})", rows - taken)
             row += rows
@@ -54,7 +54,7 @@ def _group_tables(parquet: Any, group: int, columns: Columns) -> "Iterator[pa.Ta
     metadata = parquet.metadata.row_group(group)
     if not metadata.num_rows:
         return
-    wanted = list(dict.fromkeys([columns.text, *columns.others]))
+    wanted = [column for column in columns.read if column in parquet.schema_arrow.names]
     chunks = (metadata.column(index) for index in range(metadata.num_columns))
     size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in wanted)
     # A dictionary may make a column larger than this says.
@@ -70,11 +70,32 @@ def _group_tables(parquet: Any, group: int, columns: Columns) -> "Iterator[pa.Ta
         yield pa.Table.from_batches(waiting)
 
 
-def as_text(table: "pa.Table", columns: Columns, name: str) -> "pa.Table":
-    """The table with its text under `text`, as strings, and the other columns without dictionaries."""
+def as_documents(
+    table: "pa.Table", columns: Columns, name: str, reading: Reading, place: Callable[[int], str]
+) -> "pa.Table":
+    """The documents in the rows of a table, with the other columns without dictionaries; bad rows go to `reading`.
+
+    `place` says where a row is from. Raises UserError for a column that holds no text, and as `Reading.refuse`.
+    """
     import pyarrow as pa
 
-    text = table[columns.text]
+    others = _others(table, columns)
+    if columns.conversations is None:
+        return accepted(pa.table({TEXT: _text(table[columns.text], columns, name), **others}), reading, place)
+
+    def refuse(row: int, rule: Refusal, problem: str) -> None:
+        size = sum(int(value_sizes(table[column].slice(row, 1))[0]) for column in columns.needed)
+        reading.refuse(rule, place(row), problem, size)
+
+    found, rows = conversation_columns(table, columns.conversations, refuse)
+    kept = {other: column.take(pa.array(rows, pa.int64())) for other, column in others.items()}
+    return accepted(pa.table({**found, **kept}), reading, lambda row: place(rows[row]))
+
+
+def _text(text: "pa.ChunkedArray", columns: Columns, name: str) -> "pa.ChunkedArray":
+    """The column of the text as strings."""
+    import pyarrow as pa
+
     if pa.types.is_dictionary(text.type):
         text = text.cast(text.type.value_type)
     if pa.types.is_binary(text.type):
@@ -85,12 +106,18 @@ def as_text(table: "pa.Table", columns: Columns, name: str) -> "pa.Table":
     text = text.cast(_plain(text.type))
     if not pa.types.is_string(text.type):
         raise UserError(f"{name}: the column '{columns.text}' is of the type {text.type}, no text")
+    return text
+
+
+def _others(table: "pa.Table", columns: Columns) -> "dict[str, pa.ChunkedArray]":
+    import pyarrow as pa
+
     others = {}
     for other in columns.others:
         kind = table[other].type
         kind = columns.later_types.get(other, kind) if pa.types.is_null(kind) else _plain(kind)
         others[other] = table[other].cast(kind)
-    return pa.table({TEXT: text, **others})
+    return others
 
 
 def _plain(kind: "pa.DataType") -> "pa.DataType":

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -23,6 +23,7 @@ from common.files import canonical_json, write_atomically
 from models.training.events import Note
 from tasks.corpus.batching import Batch, Batcher
 from tasks.corpus.config import Config
+from tasks.corpus.conversations import CHOSEN, MESSAGES, REJECTED
 from tasks.corpus.duplicates import DuplicateIndex
 from tasks.corpus.examining import KEPT, Examined, Examiner
 from tasks.corpus.shards import Shards
@@ -67,6 +68,7 @@ class Pipeline:
             previous = self._prepare(pool, stack)
             self._reading = Reading(
                 others=self._config.read_columns,
+                conversations=self._config.conversations,
                 skip=self._config.on_error == "skip",
                 folder=self._folder,
                 previous=previous.get("source"),
@@ -255,14 +257,23 @@ class Pipeline:
     def _described(self, splits: Mapping[str, Any]) -> dict[str, Any]:
         damaged = {"damaged": self._tally.refused.damaged} if self._tally.refused.damaged else {}
         compared = {"compared_with": self._examiner.compared_with} if self._config.contamination else {}
+        format = {"format": self._config.conversations} if self._config.conversations else {}
         return {
-            "source": dict(self._description),
+            "source": {**self._description, **format},
             "read": asdict(self._tally.read),
             "splits": dict(splits),
             "dropped": self._tally.described(self._rules),
+            **_conversations(self._config.document_columns),
             **compared,
             **damaged,
         }
+
+
+def _conversations(columns: Collection[str]) -> dict[str, str]:
+    """Says that documents are conversations, or preferences between two answers, by the columns that they have."""
+    if MESSAGES not in columns:
+        return {}
+    return {"conversations": "preferences" if {CHOSEN, REJECTED} <= {*columns} else "messages"}
 
 
 def _cores() -> int:

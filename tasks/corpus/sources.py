@@ -26,11 +26,12 @@ DOCUMENT_LIMIT_BYTES = 8 << 20
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-Refusal = Literal["malformed", "not_utf8", "no_text", "too_long", "unreadable"]
-REFUSALS: tuple[Refusal, ...] = ("malformed", "not_utf8", "no_text", "too_long", "unreadable")
+ConversationFormat = Literal["alpaca", "gsm8k", "dolly", "sharegpt", "messages", "preferences"]
+Refusal = Literal["malformed", "not_utf8", "no_text", "no_conversation", "too_long", "unreadable"]
+REFUSALS: tuple[Refusal, ...] = ("malformed", "not_utf8", "no_text", "no_conversation", "too_long", "unreadable")
 """Rules under which bad input is dropped: a line that is no JSON object or a value that does not fit its column; text
-that is no UTF-8; a row whose text is missing, null, no string or only white space; a document over the limit;
-what damage to a file took."""
+that is no UTF-8; a row whose text is missing, null, no string or only white space; one whose messages are none, empty,
+out of order or without an answer; a document over the limit; what damage to a file took."""
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Reading:
         first_file: int = 0,
         schema: "pa.Schema | None" = None,
         tell: Callable[[str], None] = lambda text: None,
+        conversations: ConversationFormat | None = None,
     ) -> None:
         self.others = others
         """Columns beside the text's."""
@@ -93,6 +95,8 @@ class Reading:
         """The columns that the source began with, once that is known."""
         self.tell = tell
         """Takes a sentence for people."""
+        self.conversations = conversations
+        """How rows hold conversations; null where they hold texts."""
         self.keeps_blank = False
         """Whether rows without text are kept, as the empty lines of a text; a source sets it."""
         self._refused = Refused()

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tasks.encoding.tokenizer_json import read_description
 
 DATA_CARD, LENGTHS_PICTURE = "data_card.md", "document_lengths.png"
 SAMPLES = 5
+OPEN, CLOSE = "⟦", "⟧"
 _SHOWN_BEFORE, _SHOWN_AFTER = 700, 300
 
 Json = Mapping[str, Any]
@@ -54,13 +56,16 @@ def _lines(documents: Json, tokens: Json, folder: Path, name: str) -> Iterator[s
     yield from _table([*header, "shards"], [_split_row(split, one) for split, one in splits], right=range(1, 9))
     yield ""
     yield from _tokenizer_lines(tokens, folder / "tokenizer")
+    if "template" in tokens:
+        yield from _template_lines(tokens)
     yield ""
     yield f"![How long the documents are, in tokens]({LENGTHS_PICTURE})"
     yield ""
     yield "## Samples"
     yield ""
-    yield "Decoded from the shards; of long documents the beginning and the end."
-    yield from _sample_lines(splits, folder)
+    marked = f" What is trained on stands between {OPEN} and {CLOSE}." if "template" in tokens else ""
+    yield f"Decoded from the shards; of long documents the beginning and the end.{marked}"
+    yield from _sample_lines(splits, folder, marked="template" in tokens)
 
 
 def _document_rows(documents: Json) -> list[list[str]]:
@@ -91,7 +96,8 @@ def _split_row(split: str, one: Json) -> list[str]:
 def _tokenizer_lines(tokens: Json, folder: Path) -> Iterator[str]:
     description = read_description(folder)
     backend = Tokenizer(folder).backend
-    around = {"before": tokens["bos_id"], "after": tokens["eos_id"]}
+    # The template says where conversations have the token that closes an answer.
+    around = {"before": tokens["bos_id"], "after": None if "template" in tokens else tokens["eos_id"]}
     marks = [
         f"`{backend.id_to_token(token)}` ({token}) {place}" for place, token in around.items() if token is not None
     ]
@@ -102,13 +108,24 @@ def _tokenizer_lines(tokens: Json, folder: Path) -> Iterator[str]:
     )
 
 
-def _sample_lines(splits: Sequence[tuple[str, Any]], folder: Path) -> Iterator[str]:
+def _template_lines(tokens: Json) -> Iterator[str]:
+    cut, dropped = (
+        sum(one[f"{what}_conversations"] for one in tokens["splits"].values()) for what in ("cut", "dropped")
+    )
+    yield ""
+    yield (
+        f"Conversations in the template `{tokens['template']}`, loss on `{tokens['loss_on']}`; to fit, {cut:,} were "
+        f"cut after an earlier answer, and {dropped:,} left out."
+    )
+
+
+def _sample_lines(splits: Sequence[tuple[str, Any]], folder: Path, marked: bool) -> Iterator[str]:
     tokenizer = Tokenizer(folder / "tokenizer")
     split, one = splits[0]
     chosen = sorted({(2 * number + 1) * one["documents"] // (2 * SAMPLES) for number in range(SAMPLES)})
     for document in chosen:
-        ids = read_document(folder, one["shards"], document)
-        text = tokenizer.decode(ids)
+        ids, counted = read_document(folder, one["shards"], document)
+        text = _marked(tokenizer, ids, counted) if marked else tokenizer.decode(ids)
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
         yield ""
         yield f"### {split}, document {document:,}: {len(ids):,} tokens"
@@ -118,14 +135,28 @@ def _sample_lines(splits: Sequence[tuple[str, Any]], folder: Path) -> Iterator[s
         yield fence
 
 
-def read_document(folder: Path, shards: Sequence[Json], document: int) -> list[int]:
-    """The ids of one document of a split, by its number among all of them."""
+def _marked(tokenizer: Tokenizer, ids: Sequence[int], counted: Sequence[bool]) -> str:
+    """The text of a conversation, special tokens included, with marks around what counts."""
+
+    def text(end: int) -> str:
+        return str(tokenizer.backend.decode(list(ids[:end]), skip_special_tokens=False))
+
+    turns = [place for place in range(1, len(ids)) if counted[place] != counted[place - 1]]
+    parts = [text(end)[len(text(start)) :] for start, end in pairwise([0, *turns, len(ids)])]
+    first = int(counted[0])
+    return "".join(f"{OPEN}{part}{CLOSE}" if (number + first) % 2 else part for number, part in enumerate(parts))
+
+
+def read_document(folder: Path, shards: Sequence[Json], document: int) -> tuple[list[int], list[bool]]:
+    """The ids of one document of a split, by its number among all of them, and whether each counts."""
     for entry in shards:
         if document < entry["documents"]:
             shard = open_shard(folder / entry["name"]).map()
             start = int(shard.document_ends_D[document - 1]) if document else 0
-            ids: list[int] = np.asarray(shard.tokens_N[start : int(shard.document_ends_D[document])]).tolist()
-            return ids
+            place = slice(start, int(shard.document_ends_D[document]))
+            ids: list[int] = np.asarray(shard.tokens_N[place]).tolist()
+            mask_N = shard.loss_mask_N
+            return ids, [True] * len(ids) if mask_N is None else (mask_N[place] != 0).tolist()
         document -= entry["documents"]
     raise IndexError(f"there is no document {document} after the last shard")
 

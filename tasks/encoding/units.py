@@ -5,13 +5,15 @@ N tokens, D documents.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.config import FrozenModel
 from common.errors import StageInterrupted, UserError
+from models.chat import Chat, Template
+from tasks.encoding.conversations import COLUMNS, LossOn, encode_conversations
 from tasks.encoding.encoders import (
     Candidate,
     Encoded,
@@ -31,8 +33,6 @@ BATCH_BYTES = 1 << 20
 CHECKED_EVERY, CHECKED_AT_LEAST = 200, 4
 """One document of so many is also encoded by the reference, and so many at least of each shard."""
 
-LossOn = Literal["text", "target"]
-
 
 class Job(FrozenModel):
     """What all shards of a corpus are encoded with."""
@@ -47,6 +47,10 @@ class Job(FrozenModel):
     vocab_size: int
     shard_tokens: int
     """Tokens after which a token shard is full."""
+    template: Template | None = None
+    """The template of conversations; None where documents are texts."""
+    max_tokens: int | None = None
+    """Tokens of a conversation at most; None for any number."""
 
     @property
     def dtype(self) -> str:
@@ -86,6 +90,10 @@ class EncodedUnit(FrozenModel):
     """The library that encoded it."""
     note: str | None = None
     """Why the chosen library's ids were not taken."""
+    cut: int = 0
+    """Conversations that were cut after an earlier answer."""
+    dropped: int = 0
+    """Conversations or preferences that were left out, because they do not fit."""
 
 
 class Encoders(NamedTuple):
@@ -93,6 +101,8 @@ class Encoders(NamedTuple):
 
     reference: Reference
     candidate: Candidate | None
+    chat: Chat | None = None
+    """What renders conversations, where the job has a template."""
     why_none: str | None = None
     """Why there is no candidate where the job names one."""
 
@@ -101,12 +111,15 @@ class Encoders(NamedTuple):
         """Loads the tokenizer in a folder; `parallel` is for threads on every core. The candidate is left out where
         it cannot be had, as on a machine that lacks it."""
         reference = Reference(folder, parallel)
+        if job.template is not None:
+            chat = Chat(reference.tokenizer, job.template, job.bos_id is not None, parallel)
+            return Encoders(reference, None, chat)
         if job.library == reference.name:
             return Encoders(reference, None)
         try:
             return Encoders(reference, Candidate(lambda: LIBRARIES[job.library](folder, parallel), reference))
         except Exception as error:
-            return Encoders(reference, None, text_of(error))
+            return Encoders(reference, None, why_none=text_of(error))
 
 
 def encode_unit(
@@ -136,6 +149,19 @@ def encode_unit(
     return encoded.model_copy(update={"note": f"{unit.name} was encoded by tokenizers, not {job.library}: {note}"})
 
 
+class _Batch(NamedTuple):
+    """Documents of a unit as the tokens that are written."""
+
+    ids_N: NDArray[Any]
+    lengths_D: NDArray[np.int64]
+    counted_N: NDArray[np.bool_] | None
+    """Which tokens are trained on; None where all are."""
+    bytes: int
+    """UTF-8 bytes of their text."""
+    cut: int = 0
+    dropped: int = 0
+
+
 def _encode_with(
     encoder: Encoder,
     unit: Unit,
@@ -145,36 +171,63 @@ def _encode_with(
     folder: Path,
     should_stop: Callable[[], bool],
 ) -> EncodedUnit:
-    masked = job.loss_on == "target" or job.bos_id is not None
-    writer = Writer(folder, lambda number: f"{unit.key}-{number:03d}.safetensors", job.shard_tokens, masked)
-    stride = max(1, min(CHECKED_EVERY, unit.documents // CHECKED_AT_LEAST))
-    lengths: list[NDArray[np.int64]] = []
-    text_bytes = 0
-    wanted = ["text", "target"] if job.loss_on == "target" else ["text"]
-    for first_row, columns in read_documents(source, unit, wanted, BATCH_BYTES):
+    together = 2 if job.loss_on == "pairs" else 1
+    writer = Writer(folder, lambda number: f"{unit.key}-{number:03d}.safetensors", job.shard_tokens, together)
+    lengths: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+    text_bytes = cut = dropped = 0
+    for first_row, columns in read_documents(source, unit, ["text", *COLUMNS[job.loss_on]], BATCH_BYTES):
         if should_stop():
             raise StageInterrupted("the tokens were stopped")
-        texts = columns["text"]
-        if job.loss_on == "target":
-            encoded, uncounted_D = _with_targets(encoders.reference, texts, columns["target"])
+        if encoders.chat is not None:
+            batch = _conversations(unit, first_row, columns, job, encoders.chat)
         else:
-            encoded, uncounted_D = encoder.encode(texts), np.zeros(len(texts), np.int64)
-        if encoder is not encoders.reference:
-            _check(encoded, texts, encoders.reference, range((unit.number - first_row) % stride, len(texts), stride))
-        _check_ids(encoded, unit, first_row, job)
-        ids_N, lengths_D = _surrounded(encoded, job)
-        writer.add(ids_N, lengths_D, uncounted_D + (job.bos_id is not None))
-        lengths.append(lengths_D)
-        text_bytes += _text_bytes(texts)
+            batch = _texts(encoder, unit, first_row, columns, job, encoders.reference)
+        writer.add(batch.ids_N, batch.lengths_D, batch.counted_N)
+        lengths.append(batch.lengths_D)
+        text_bytes += batch.bytes
+        cut += batch.cut
+        dropped += batch.dropped
     writer.close()
-    found, counts = np.unique(np.concatenate(lengths or [np.zeros(0, np.int64)]), return_counts=True)
+    found, counts = np.unique(np.concatenate(lengths), return_counts=True)
     return EncodedUnit(
         shards=tuple(writer.shards),
         documents=int(counts.sum()),
         bytes=text_bytes,
         lengths=tuple(zip(found.tolist(), counts.tolist(), strict=True)),
         library=encoder.name,
+        cut=cut,
+        dropped=dropped,
     )
+
+
+def _texts(
+    encoder: Encoder, unit: Unit, first_row: int, columns: Mapping[str, Any], job: Job, reference: Reference
+) -> _Batch:
+    texts = columns["text"]
+    if job.loss_on == "target":
+        encoded, uncounted_D = _with_targets(reference, texts, columns["target"])
+    else:
+        encoded, uncounted_D = encoder.encode(texts), np.zeros(len(texts), np.int64)
+    if encoder is not reference:
+        stride = max(1, min(CHECKED_EVERY, unit.documents // CHECKED_AT_LEAST))
+        _check(encoded, texts, reference, range((unit.number - first_row) % stride, len(texts), stride))
+    _check_ids(encoded, unit, first_row, job)
+    ids_N, lengths_D = _surrounded(encoded, job)
+    uncounted_D = uncounted_D + (job.bos_id is not None)
+    counted_N = None
+    if job.loss_on == "target" or job.bos_id is not None:
+        runs = np.column_stack([uncounted_D, lengths_D - uncounted_D]).reshape(-1)
+        counted_N = np.repeat(np.tile(np.array([False, True]), len(lengths_D)), runs)
+    return _Batch(ids_N, lengths_D, counted_N, _text_bytes(texts))
+
+
+def _conversations(unit: Unit, first_row: int, columns: Mapping[str, Any], job: Job, chat: Chat) -> _Batch:
+    texts = columns["text"]
+    found = encode_conversations(columns, chat, job.loss_on, job.max_tokens, f"documents {unit.name}", first_row)
+    lengths_D = np.diff(found.encoded.ends_D, prepend=0)
+    kept_bytes = _text_bytes(texts.take(np.array(found.kept, np.int64)))
+    dropped = len(texts) - len(found.kept)
+    return _Batch(found.encoded.ids_N.astype(job.dtype), lengths_D, found.counted_N, kept_bytes, found.cut, dropped)
 
 
 def read_documents(

@@ -32,34 +32,37 @@ class TokenShard(FrozenModel):
 class Writer:
     """Writes documents into shards of `models.training.shards`, each whole or absent. Documents are never divided."""
 
-    def __init__(self, folder: Path, name: Callable[[int], str], capacity: int, masked: bool) -> None:
-        """`name` gives the file of each shard by its number; `capacity` is in tokens; `masked` is for a loss mask."""
+    def __init__(self, folder: Path, name: Callable[[int], str], capacity: int, together: int = 1) -> None:
+        """`name` gives the file of each shard by its number; `capacity` is in tokens; so many documents that follow
+        each other stay `together`."""
         self.shards: list[TokenShard] = []
-        self._folder, self._name, self._capacity, self._masked = folder, name, capacity, masked
+        self._folder, self._name, self._capacity, self._together = folder, name, capacity, together
         self._clear()
 
     def _clear(self) -> None:
         self._tokens = 0
         self._ids: list[NDArray[Any]] = []
         self._lengths: list[NDArray[np.int64]] = []
-        self._uncounted: list[NDArray[np.int64]] = []
+        self._counted: list[NDArray[np.bool_]] = []
 
-    def add(self, ids_N: NDArray[Any], lengths_D: NDArray[np.int64], uncounted_D: NDArray[np.int64]) -> None:
-        """Adds documents: their ids (uint16 or uint32), the length of each, and how many tokens at the beginning of
-        each do not count. Raises OSError where a shard cannot be written."""
+    def add(self, ids_N: NDArray[Any], lengths_D: NDArray[np.int64], counted_N: NDArray[np.bool_] | None) -> None:
+        """Adds documents, whole groups of those that stay together: their ids (uint16 or uint32), the length of each,
+        and which tokens count, None in every call where all do. Raises OSError where a shard cannot be written."""
         ends_D = np.cumsum(lengths_D)
         first, start = 0, 0
         while first < len(lengths_D):
             room = self._capacity - self._tokens
             last = int(np.searchsorted(ends_D, start + room, side="right"))
+            last -= last % self._together
             if last <= first and self._tokens:
                 self._write()
                 continue
-            last = max(last, first + 1)
+            last = max(last, first + self._together)
             end = int(ends_D[last - 1])
             self._ids.append(ids_N[start:end])
             self._lengths.append(lengths_D[first:last])
-            self._uncounted.append(uncounted_D[first:last])
+            if counted_N is not None:
+                self._counted.append(counted_N[start:end])
             self._tokens += end - start
             first, start = last, end
 
@@ -69,11 +72,8 @@ class Writer:
             self._write()
 
     def _write(self) -> None:
-        lengths_D, uncounted_D = np.concatenate(self._lengths), np.concatenate(self._uncounted)
-        mask_N = None
-        if self._masked:
-            runs = np.column_stack([uncounted_D, lengths_D - uncounted_D]).reshape(-1)
-            mask_N = np.repeat(np.tile(np.array([False, True]), len(lengths_D)), runs)
+        lengths_D = np.concatenate(self._lengths)
+        mask_N = np.concatenate(self._counted) if self._counted else None
         name = self._name(len(self.shards))
         written = write_shard(self._folder / name, np.concatenate(self._ids), np.cumsum(lengths_D), mask_N)
         self.shards.append(
@@ -81,7 +81,7 @@ class Writer:
                 name=name,
                 documents=len(lengths_D),
                 tokens=self._tokens,
-                counted_tokens=self._tokens - int(uncounted_D.sum()),
+                counted_tokens=self._tokens if mask_N is None else int(mask_N.sum()),
                 sha256=written.sha256,
                 size=written.size,
             )

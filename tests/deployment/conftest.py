@@ -142,9 +142,9 @@ class Fleet:
         return (self.folder / log).read_text()
 
     def pipeline_states(self) -> list[str]:
-        """The names of the states that the pipeline has been in which made the documents."""
+        """The names of the states that the pipeline has been in which made the expressions."""
         store = Store.open(self.environment["CAIRN_STORE"])
-        run = store.resolve(f"models/{RECIPE}@documents").flow_run_id
+        run = store.resolve(f"models/{RECIPE}@expressions").flow_run_id
         assert run is not None
         with self.client() as client:
             return [str(state.name) for state in client.read_flow_run_states(UUID(run))]

@@ -6,7 +6,7 @@ from prefect.client.schemas.objects import State
 
 from tests.deployment.conftest import LONG, RECIPE, Fleet, wait_for
 
-HERE = ("documents", "tokenizer", "tokens", "stack", "refine", "evaluate", "publish")
+HERE = ("documents", "tokenizer", "tokens", "stack", "refine", "sft", "evaluate", "publish")
 """Kinds of stages that run with the pipeline: starting a run for each takes long on a machine that does it all."""
 
 

@@ -56,8 +56,8 @@ def test_a_run_from_the_form_to_its_artifacts(ui: Browser) -> None:
     ui.state("Completed", 400)
     expect(ui.page.get_by_text("first look", exact=True).first).to_be_visible()
     ui.tab("Task Runs")
-    names = ["documents", "tokenizer", "tokens", "base on cpu", "stacked on cpu", "refined on cpu"]
-    for name in (*names, "evaluation", "published"):
+    names = ["expressions", "tokenizer", "tokens", "base on cpu", "stacked on cpu", "refined on cpu", "tuned on cpu"]
+    for name in (*names, "questions-after", "published"):
         expect(ui.page.get_by_role("link", name=name, exact=True).first).to_be_visible()
     run = ui.page.url.partition("?")[0]
     ui.page.goto(run)

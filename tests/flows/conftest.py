@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from artifacts.identity import content_digest, describe_files
+from flows.recipe import load_recipe
 from tests.artifacts.conftest import s3_address, s3_url
 from tests.flows.processes import descendants, kill
 
@@ -18,6 +19,19 @@ __all__ = ["s3_address", "s3_url"]
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "arithmetic-tiny"
+ENTRIES = load_recipe(RECIPE).stages
+STAGES = [entry.name for entry in ENTRIES]
+DATA = {"expressions", "questions", "tokenizer", "tokens", "answers"}
+"""The stages that make what the recipe trains on."""
+
+
+def after(*stages: str) -> list[str]:
+    """The stages that read what some make, or what those make that do, in their order."""
+    found = set(stages)
+    for entry in ENTRIES:
+        if found & set(entry.inputs.values()):
+            found.add(entry.name)
+    return [stage for stage in STAGES if stage in found - set(stages)]
 
 
 @pytest.fixture(scope="session")

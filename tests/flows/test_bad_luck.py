@@ -16,13 +16,12 @@ from artifacts.store import DamagedObject, Store
 from flows import run
 from flows.plan import plan
 from flows.recipe import load_recipe
-from tests.flows.conftest import RECIPE, Cairn, Made, Start, assert_one_line, published, spoil
+from tests.flows.conftest import DATA, RECIPE, STAGES, Cairn, Made, Start, after, assert_one_line, published, spoil
 from tests.flows.processes import descendants, kill, stage_process
 
 EVERY_STEP = tuple(
     part for stage in ("base", "refined") for part in ("--set", f"stages.{stage}.checkpoints.every_seconds=0")
 )
-STAGES = [entry.name for entry in load_recipe(RECIPE).stages]
 Mount = Callable[[str], None]
 
 
@@ -75,7 +74,7 @@ def test_a_recipe_that_cannot_be_run(
 @pytest.mark.slow
 def test_a_disk_that_is_full_again_and_again(disk: Path, made: Made, cairn: Cairn, tmp_path: Path) -> None:
     store = disk / "store"
-    stopped_in = {"12k": "documents", "48k": "tokens", "220k": "base", "600k": "refined"}
+    stopped_in = {"12k": "expressions", "48k": "tokens", "220k": "base", "600k": "refined"}
     for size, stage in stopped_in.items():
         remount(disk, f"size={size}")
         code, output = cairn("run", RECIPE, *EVERY_STEP, CAIRN_STORE=str(store))
@@ -124,7 +123,7 @@ def test_damaged_artifacts_are_made_anew_at_their_use(
     made: Made, own_store: Path, cairn: Cairn, tmp_path: Path
 ) -> None:
     tokens, base = record_of("tokens"), record_of("base")
-    forget(own_store, "stacked", "refined", "evaluation", "published")
+    forget(own_store, *after("base"))
     # Only making the second anew uses the first; one is read in the run's own process, one in the stage's.
     spoil(own_store / "objects" / tokens.output / "train-00000.safetensors")
     spoil(own_store / "objects" / base.output / "model.safetensors")
@@ -167,7 +166,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     made: Made, own_store: Path, start_cairn: Start, cairn: Cairn, tmp_path: Path
 ) -> None:
     key = record_of("base").key
-    forget(own_store, "base", "stacked", "refined", "evaluation", "published")
+    forget(own_store, "base", *after("base"))
     shutil.rmtree(own_store / "checkpoints")
     process = start_cairn("run", RECIPE, *EVERY_STEP)
     while process.poll() is None and len(checkpoints(own_store)) < 2:
@@ -230,7 +229,7 @@ def test_a_stage_process_that_dies_again_and_again(start_cairn: Start, cairn: Ca
     assert len(killed) == 2
     assert output.splitlines()[-1] == "the process of stage 'base' ended (killed by signal 9)"
     assert "Traceback" not in output
-    assert {name.partition("@")[2] for name in Store.open().names()} == {"documents", "tokenizer", "tokens"}
+    assert {name.partition("@")[2] for name in Store.open().names()} == DATA
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from flows.recipe import known_recipes, load_recipe
 from models.training.config import Portion
 from tests.flows.conftest import RECIPE, Cairn
 
-DATA = ("documents", "large_documents", "tokenizer", "tokens", "large")
+DATA = ("expressions", "large_documents", "questions", "tokenizer", "tokens", "large")
 
 
 @pytest.fixture
@@ -24,10 +24,11 @@ def recipe(tmp_path: Path) -> str:
     """The tiny recipe on tokens of small and of large numbers."""
     content: Any = yaml.safe_load(known_recipes()[RECIPE].read_text())
     stages = content["stages"]
-    source = {**stages["documents"]["source"], "maximum": 999}
+    source = {**stages["expressions"]["source"], "maximum": 999}
     data = {
-        "documents": stages.pop("documents"),
+        "expressions": stages.pop("expressions"),
         "large_documents": {"stage": "documents", "source": source},
+        "questions": stages.pop("questions"),
         "tokenizer": stages.pop("tokenizer"),
         "tokens": stages.pop("tokens"),
     }
@@ -57,7 +58,7 @@ def test_portions_are_written_where_the_tokens_are_named(recipe: str) -> None:
         ("stages.base.tokens.large=0", r"stages\.base\.tokens\.large\.weight: input should be greater than 0"),
         ("stages.base.tokens.large={wieght: 1}", r"there is no such key; did you mean 'weight'"),
         ("stages.base.tokens.small=1", "there is no stage 'small' before 'base'"),
-        ("stages.base.tokens.documents=1", "stage 'documents' makes documents, not tokens; use tokens or large"),
+        ("stages.base.tokens.expressions=1", "stage 'expressions' makes documents, not tokens; use tokens or large"),
         ("stages.base.tokens=[]", r"stages\.base\.tokens names no stage"),
         ("stages.base.tokens=[large, large]", "names a stage twice"),
         ("stages.base.blend=[{weight: 2}, {weight: 1}]", "the shares are written where the artifacts are named"),
@@ -77,13 +78,13 @@ def lines(output: str, stages: tuple[str, ...]) -> list[str]:
 def test_other_weights_make_no_token_again(recipe: str, cairn: Cairn) -> None:
     code, output = cairn("run", recipe)
     assert code == 0, output
-    assert lines(output, (*DATA, "base")) == ["✓"] * 6
+    assert lines(output, (*DATA, "base")) == ["✓"] * 7
     change = "stages.base.tokens.large=0.5"
     verdicts = {step.entry.name: step.verdict for step in plan(load_recipe(recipe, [change]), Store.open())}
-    assert [verdicts[stage] for stage in (*DATA, "base")] == [*["reused"] * 5, "to run"]
+    assert [verdicts[stage] for stage in (*DATA, "base")] == [*["reused"] * 6, "to run"]
     code, output = cairn("run", recipe, "--set", change)
     assert code == 0, output
-    assert lines(output, (*DATA, "base", "refined")) == [*"=====", "✓", "✓"]
+    assert lines(output, (*DATA, "base", "refined")) == [*"======", "✓", "✓"]
     # What came out is in the record and in the table at the end.
     records = {stage: Store.open().resolve(f"models/blended@{stage}") for stage in ("base", "refined")}
     base: Any = records["base"].metrics["blend"]

@@ -16,7 +16,7 @@ import pytest
 from artifacts.store import Store
 from flows import cli, inference
 from flows.recipe import known_recipes
-from tests.flows.conftest import ROOT, Made, assert_one_line, spoil
+from tests.flows.conftest import DATA, ROOT, Made, assert_one_line, spoil
 
 MODEL = "models/arithmetic-tiny"
 COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands if command.callback is not None]
@@ -134,17 +134,17 @@ def test_recipes(command: Command) -> None:
     ran = command("recipes")
     assert ran.code == 0
     assert all(name in ran.out for name in known_recipes())
-    assert "documents → tokenizer → tokens → base → stacked → refined → evaluation → published" in ran.out
+    assert "tokens → answers → base → stacked → refined → tuned → expressions-before → questions-before" in ran.out
 
 
 def test_the_plan(command: Command, own_store: Path) -> None:
     ran = command("plan", "arithmetic-tiny", "--set", "stages.refined.training.seed=3")
     rows = {line.split()[0]: line for line in ran.out.splitlines()}
     assert ran.code == 0
-    assert all("reused" in rows[name] for name in ("documents", "tokenizer", "tokens", "base", "stacked"))
+    assert all("reused" in rows[name] for name in (*DATA, "base", "stacked"))
     assert "to run" in rows["refined"]
     assert "training.seed: 0 → 3" in rows["refined"]
-    assert "its input 'refined' will be made first" in rows["published"]
+    assert "its input 'refined' will be made first" in rows["tuned"]
 
 
 def test_the_plan_with_another_engine(command: Command, own_store: Path) -> None:
@@ -152,7 +152,7 @@ def test_the_plan_with_another_engine(command: Command, own_store: Path) -> None
     change = ("plan", "arithmetic-tiny", "--set", "stages.refined.training.seed=3")
     rows = {line.split()[0]: line for line in command(*change, "--continue-on", "mlx").out.splitlines()}
     # What any engine has done stays done.
-    assert all("reused" in rows[name] for name in ("documents", "tokenizer", "tokens", "base", "stacked"))
+    assert all("reused" in rows[name] for name in (*DATA, "base", "stacked"))
     assert "to run" in rows["refined"]
     assert "engine: 'torch' → 'mlx'; training.seed: 0 → 3" in rows["refined"]
     rows = {
@@ -199,7 +199,7 @@ def test_lineage_as_json(command: Command, own_store: Path) -> None:
     ran = command("lineage", MODEL, "--format", "json")
     assert ran.code == 0
     assert json.loads(ran.out)
-    assert all(f'"{stage}"' in ran.out for stage in ("publish", "refine", "stack", "pretrain", "documents"))
+    assert all(f'"{stage}"' in ran.out for stage in ("publish", "sft", "refine", "stack", "pretrain", "documents"))
 
 
 def test_lineage_as_a_page(command: Command, own_store: Path) -> None:
@@ -285,9 +285,9 @@ def test_what_cannot_be_continued(
 
 
 def test_documents_are_no_model(command: Command, own_store: Path) -> None:
-    ran = command("generate", f"{MODEL}@documents", "--prompt", "1+1=")
+    ran = command("generate", f"{MODEL}@expressions", "--prompt", "1+1=")
     assert ran.code == 1
-    assert_one_line(ran.error, "'documents' (documents) is no model and was made from none")
+    assert_one_line(ran.error, "'expressions' (documents) is no model and was made from none")
 
 
 def test_a_score_is_made_by_the_engine_that_is_named(command: Command, own_store: Path) -> None:

@@ -25,7 +25,7 @@ def base_work(engine: EngineName) -> Work:
     entries = {entry.name: entry for entry in load_recipe(RECIPE, [f"engine={engine}"]).stages}
     store = Store.open()
     records: dict[str, Record] = {}
-    for name in ("documents", "tokenizer", "tokens"):
+    for name in ("expressions", "questions", "tokenizer", "tokens"):
         records[name] = produce(store, work_for(entries[name], records, store), lambda event: None).record
     return work_for(entries["base"], records, store)
 
@@ -70,7 +70,7 @@ def test_a_run_that_one_engine_began_another_ends(start_cairn: Start, cairn: Cai
     assert code == 0, output
     assert "made by engine 'torch'; engine 'mlx' goes on" in output
     store = Store.open(str(tmp_path / "store"))
-    records = {name: store.resolve(stage_ref(RECIPE, name)) for name in ("base", "refined", "evaluation")}
+    records = {name: store.resolve(stage_ref(RECIPE, name)) for name in ("base", "refined", "tuned", "questions-after")}
     assert {record.engine for record in records.values()} == {"mlx"}
     assert "went on from a checkpoint of engine 'torch'" in records["base"].notes
     assert not records["refined"].notes

@@ -16,11 +16,11 @@ from prefect.client.schemas.objects import Artifact
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from artifacts.store import Store
-from flows.recipe import known_recipes, load_recipe
-from tests.flows.conftest import RECIPE, Cairn, Made, Start, published
+from flows.recipe import known_recipes
+from tests.flows.conftest import RECIPE, STAGES, Cairn, Made, Start, published
 from tests.flows.processes import descendants, kill, runs_module, wait_until_gone
 
-STAGES = [entry.name for entry in load_recipe(RECIPE).stages]
+TOKENS = ("tokens", "answers")
 
 
 @contextmanager
@@ -60,9 +60,11 @@ def test_prefect_knows_every_stage(prefect_url: str, flow_run: UUID) -> None:
 def test_prefect_shows_what_was_made(prefect_url: str, flow_run: UUID) -> None:
     with client_of(prefect_url) as client:
         found = artifacts_of(client, flow_run)
-    pictures = {f"{RECIPE}-base-loss", f"{RECIPE}-refined-loss", f"{RECIPE}-tokens-lengths"}
+    trained = ("base", "refined", "tuned")
+    pictures = {f"{RECIPE}-{stage}-loss" for stage in trained} | {f"{RECIPE}-{stage}-lengths" for stage in TOKENS}
     everywhere = {f"{RECIPE}-{stage}{kind}" for stage in STAGES for kind in ("", "-lineage")}
-    assert set(found) == everywhere | pictures | {f"{RECIPE}-tokens-card", "base-progress", "refined-progress"}
+    cards = {f"{RECIPE}-{stage}-card" for stage in TOKENS}
+    assert set(found) == everywhere | pictures | cards | {f"{stage}-progress" for stage in trained}
     progress = found["base-progress"]
     assert progress.type == "progress"
     assert progress.data == 100
@@ -117,7 +119,7 @@ def test_branches_and_a_second_publication(made: Made, own_store: Path, cairn: C
     content: Any = yaml.safe_load(known_recipes()[RECIPE].read_text())
     stages = content["stages"]
     final = stages.pop("published")
-    stages["scores-of-base"] = {"stage": "evaluate", "model": "base", "documents": "documents"}
+    stages["scores-of-base"] = {"stage": "evaluate", "model": "base", "documents": "expressions"}
     stages["control"] = {"stage": "publish", "model": "base", "evaluation": "scores-of-base", "title": "Control"}
     stages["published"] = final
     recipe = tmp_path / "branches.yaml"

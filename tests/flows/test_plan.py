@@ -14,10 +14,10 @@ from flows.plan import Step, plan, stage_ref, work_for
 from flows.recipe import load_recipe
 from tasks.produce import produce
 from tasks.registry import STAGES
-from tests.flows.conftest import RECIPE
+from tests.flows.conftest import RECIPE, after
+from tests.flows.conftest import STAGES as STAGE_NAMES
 
 Verdicts = dict[str, tuple[str, str]]
-STAGE_NAMES = [entry.name for entry in load_recipe(RECIPE).stages]
 
 
 def planned(store: Path, *overrides: str) -> dict[str, Step]:
@@ -48,10 +48,10 @@ def found(steps: dict[str, Step], name: str) -> Record:
 
 def test_nothing_was_ever_made(tmp_path: Path) -> None:
     steps = planned(tmp_path / "empty")
-    assert verdicts(steps) == expected(["documents", "tokenizer"], STAGE_NAMES[2:])
-    assert steps["documents"].reason == steps["tokenizer"].reason == "never made"
-    assert steps["tokens"].reason == "its input 'documents' will be made first"
-    assert steps["evaluation"].reason == "its input 'refined' will be made first"
+    assert verdicts(steps) == expected(["expressions", "questions"], STAGE_NAMES[2:])
+    assert steps["expressions"].reason == steps["questions"].reason == "never made"
+    assert steps["tokens"].reason == "its input 'expressions' will be made first"
+    assert steps["expressions-before"].reason == "its input 'refined' will be made first"
     assert not (tmp_path / "empty").exists()
 
 
@@ -69,7 +69,7 @@ def test_all_is_reused(own_store: Path) -> None:
         "stages.base.checkpoints.every_seconds=1",
         "stages.base.checkpoints.keep_last=5",
         "stages.refined.retries=7",
-        "stages.documents.retry_delay_seconds=0",
+        "stages.expressions.retry_delay_seconds=0",
         "description=Another.",
         # What a stage has by default anyway.
         "stages.base.training.seed=0",
@@ -83,16 +83,16 @@ def test_what_is_no_part_of_the_output_changes_nothing(override: str, own_store:
 @pytest.mark.parametrize(
     ("override", "stage", "reason", "waiting"),
     [
-        ("stages.base.training.seed=1", "base", "training.seed: 0 → 1", STAGE_NAMES[4:]),
-        ("stages.base.model.dropout=0.5", "base", "model.dropout: 0.0 → 0.5", STAGE_NAMES[4:]),
-        ("stages.refined.precision=bfloat16", "refined", "precision: 'float32' → 'bfloat16'", STAGE_NAMES[6:]),
+        ("stages.base.training.seed=1", "base", "training.seed: 0 → 1", after("base")),
+        ("stages.base.model.dropout=0.5", "base", "model.dropout: 0.0 → 0.5", after("base")),
+        ("stages.refined.precision=bfloat16", "refined", "precision: 'float32' → 'bfloat16'", after("refined")),
         (
             "stages.refined.training.optimizer.clip=null",
             "refined",
             "training.optimizer.clip: 1.0 → None",
-            STAGE_NAMES[6:],
+            after("refined"),
         ),
-        ("stages.evaluation.split=train", "evaluation", "split: 'test' → 'train'", ["published"]),
+        ("stages.questions-after.split=train", "questions-after", "split: 'test' → 'train'", ["published"]),
         ("stages.published.title=x", "published", "title: 'Cairn arithmetic, tiny' → 'x'", []),
     ],
 )
@@ -110,33 +110,33 @@ def test_several_changes_are_all_named(own_store: Path) -> None:
 
 
 def test_a_changed_input_is_named(own_store: Path) -> None:
-    change = "stages.documents.source.seed=1"
+    change = "stages.expressions.source.seed=1"
     steps = planned(own_store, change)
-    assert verdicts(steps) == expected(["documents"], STAGE_NAMES[2:])
-    assert steps["documents"].reason == "source.seed: 0 → 1"
-    make(own_store, steps["documents"].entry, "documents")
+    assert verdicts(steps) == expected(["expressions"], after("expressions"))
+    assert steps["expressions"].reason == "source.seed: 0 → 1"
+    make(own_store, steps["expressions"].entry, "expressions")
     steps = planned(own_store, change)
-    assert verdicts(steps) == expected(["tokens"], STAGE_NAMES[3:])
-    assert steps["tokens"].reason == "input 'documents' changed"
+    assert verdicts(steps) == expected(["tokenizer"], after("expressions"))
+    assert steps["tokenizer"].reason == "input 'documents' changed"
 
 
 def test_the_same_output_made_otherwise_changes_nothing_downstream(own_store: Path) -> None:
     change = "stages.tokens.shard_tokens=5000"
     steps = planned(own_store, change)
-    assert verdicts(steps) == expected(["tokens"], STAGE_NAMES[3:])
+    assert verdicts(steps) == expected(["tokens"], after("tokens"))
     assert steps["tokens"].reason == f"shard_tokens: {1 << 25} → 5000"
-    sources = {name: found(steps, name) for name in ("documents", "tokenizer")}
+    sources = {name: found(steps, name) for name in ("expressions", "tokenizer")}
     before = found(planned(own_store), "tokens")
-    after = make(own_store, steps["tokens"].entry, "tokens", **sources)
-    assert after.key != before.key
-    assert after.output == before.output
+    again = make(own_store, steps["tokens"].entry, "tokens", **sources)
+    assert again.key != before.key
+    assert again.output == before.output
     assert verdicts(planned(own_store, change)) == expected([], [])
 
 
 def test_a_raised_version_is_named(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STAGES, "stack", dataclasses.replace(STAGES["stack"], version=2))
     steps = planned(own_store)
-    assert verdicts(steps) == expected(["stacked"], STAGE_NAMES[5:])
+    assert verdicts(steps) == expected(["stacked"], after("stacked"))
     assert steps["stacked"].reason == "the stage is now stack version 2"
 
 
@@ -155,7 +155,7 @@ def test_what_is_damaged_is_made_again(harm: str, own_store: Path) -> None:
     else:
         text.unlink()
     steps = planned(own_store)
-    assert verdicts(steps) == expected(["base"], STAGE_NAMES[4:])
+    assert verdicts(steps) == expected(["base"], after("base"))
     assert steps["base"].reason == "its record or files are damaged or gone"
 
 
@@ -176,6 +176,6 @@ def test_planning_writes_nothing(own_store: Path) -> None:
 
 def test_every_kind_of_difference_is_in_json_values(own_store: Path) -> None:
     # A recipe's lists are tuples in a config and lists in a record, and those are the same.
-    change = "stages.documents.source.operators=['+']"
+    change = "stages.expressions.source.operators=['+']"
     assert verdicts(planned(own_store, change)) == expected([], [])
-    assert json.loads(found(planned(own_store), "documents").to_json())["config"]["source"]["operators"] == ["+"]
+    assert json.loads(found(planned(own_store), "expressions").to_json())["config"]["source"]["operators"] == ["+"]

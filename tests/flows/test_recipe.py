@@ -16,6 +16,7 @@ def test_the_default_recipe_is_of_at_most_1_5_million_parameters() -> None:
         "pretrain",
         "stack",
         "refine",
+        "sft",
     ]
 
 
@@ -59,25 +60,28 @@ def test_overrides_reach_every_depth_and_keys_left_to_their_defaults() -> None:
         ("stages.base.training.steps=1.5", r"stages\.base\.training\.steps: input should be a valid integer"),
         (
             "stages.published.model=base",
-            r"stages\.published\.evaluation: 'evaluation' is of the model 'refined', not of 'base'",
+            r"stages\.published\.evaluation: 'questions-after' is of the model 'tuned', not of 'base'",
         ),
         ("stages.base.training.steps=0", r"stages\.base\.training\.steps: input should be greater than 0"),
         ("stages.base.model.num_attention_heads=3", r"hidden_size 16 is not divisible by num_attention_heads 3"),
-        ("stages.base.training.sequence_length=17", r"sequence_length 17 exceeds .* max_position_embeddings 16"),
-        ("stages.refined.training.sequence_length=17", r"stages.refined: .* exceeds .* max_position_embeddings 16"),
+        ("stages.base.training.sequence_length=97", r"sequence_length 97 exceeds .* max_position_embeddings 96"),
+        ("stages.refined.training.sequence_length=97", r"stages.refined: .* exceeds .* max_position_embeddings 96"),
         ("stages.base.training.micro_batch_size=5", r"micro_batch_size 5 does not divide batch_size 16"),
         ("stages.base.training.schedule.warmup_steps=99", r"warm-up and decay together exceed the 40 steps"),
         ("stages.base.tokens=tokenz", r"there is no stage 'tokenz' before 'base'; did you mean 'tokens'\?"),
         ("stages.base.tokens=refined", r"there is no stage 'refined' before 'base'"),
-        ("stages.base.tokens=documents", r"stage 'documents' makes documents, not tokens; use tokens"),
+        ("stages.base.tokens=expressions", r"stage 'expressions' makes documents, not tokens; use tokens or answers"),
         ("stages.base.tokens=null", r"stages\.base\.tokens is missing: name the stage before it that makes the tokens"),
         ("stages.base.stage=pretrian", r"stages\.base\.stage: 'pretrian' is no stage; did you mean 'pretrain'\?"),
-        ("stages.base.model.norm=rms_norm", r"norm of gpt2 is 'layer_norm', not 'rms_norm'; use architecture: custom"),
-        ("stages.documents.source.maximum=-1", r"minimum 0 exceeds maximum -1"),
+        (
+            "stages.base.model.norm=layer_norm",
+            r"norm of llama is 'rms_norm', not 'layer_norm'; use architecture: custom",
+        ),
+        ("stages.expressions.source.maximum=-1", r"minimum 0 exceeds maximum -1"),
         ("stages.base.checkpoints.keep_last=1", r"checkpoints\.keep_last: input should be greater than or equal to 2"),
         ("stages.base.tokens.x=1", r"'stages\.base\.tokens' is a value, which has no keys; give it whole"),
         ("stages.base.two={}", r"stages\.base\.two: there is no such key"),
-        ("stages.evaluation.bits=3", r"stages\.evaluation\.bits: input should be 4 or 8 \(given: 3\)"),
+        ("stages.expressions-before.bits=3", r"stages\.expressions-before\.bits: input should be 4 or 8 \(given: 3\)"),
         ("stages.stacked.factor=1.5", r"stages\.stacked: factor 1\.5 of 1 layers is 1\.5, no whole number of layers"),
         ("stages.stacked.method=middle", r"stages\.stacked: middle keeps a layer before and behind what it repeats"),
         ("stages.stacked.method=upcycle", r"stages\.stacked\.config: method upcycle needs num_local_experts"),
@@ -93,9 +97,9 @@ def test_what_is_wrong_is_named_with_its_path(override: str, message: str) -> No
 
 def test_few_bits_are_refused_where_the_engine_has_none() -> None:
     with pytest.raises(
-        UserError, match=r"stages\.evaluation: engine 'torch' does not read weights of 4 bits; use bits"
+        UserError, match=r"stages\.expressions-before: engine 'torch' does not read weights of 4 bits; use bits"
     ):
-        load_recipe("arithmetic-tiny", ["engine=torch", "stages.evaluation.bits=4"])
+        load_recipe("arithmetic-tiny", ["engine=torch", "stages.expressions-before.bits=4"])
 
 
 def test_stages_run_where_they_say_or_all_of_them_do() -> None:
@@ -110,14 +114,14 @@ def test_stages_run_where_they_say_or_all_of_them_do() -> None:
 def test_a_stage_without_an_engine_has_that_of_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     # Whether a worker has its engine is not known here.
     monkeypatch.setattr("models.engine.is_installed", lambda engine: engine == "torch")
-    sets = ["stages.base.worker=tpu", "stages.refined.worker=apple", "stages.evaluation.worker=cuda"]
+    sets = ["stages.base.worker=tpu", "stages.refined.worker=apple", "stages.expressions-before.worker=cuda"]
     engines = {
         entry.name: getattr(entry.config, "engine", None) for entry in load_recipe("arithmetic-tiny", sets).stages
     }
     assert engines["base"] == "jax"
     assert engines["refined"] == "mlx"
-    assert engines["evaluation"] == "torch"
-    assert engines["documents"] is None
+    assert engines["expressions-before"] == "torch"
+    assert engines["expressions"] is None
     with pytest.raises(UserError, match="'jax' does not compute in float16"):
         load_recipe("arithmetic-tiny", ["stages.base.worker=tpu", "precision=float16"])
 
@@ -125,7 +129,9 @@ def test_a_stage_without_an_engine_has_that_of_its_worker(monkeypatch: pytest.Mo
 def test_whole_weights_are_no_part_of_what_a_key_is_made_of() -> None:
     # Or evaluations that were done before there were bits would all be done again.
     for engine, bits in (("torch", None), ("mlx", 4)):
-        settings = ["stages.evaluation.engine=" + engine] + ([f"stages.evaluation.bits={bits}"] if bits else [])
+        settings = ["stages.expressions-before.engine=" + engine] + (
+            [f"stages.expressions-before.bits={bits}"] if bits else []
+        )
         if engine == "mlx" and not is_installed("mlx"):
             continue
         config = load_recipe("arithmetic-tiny", ["engine=torch", *settings]).stages[-2].config.model_dump(mode="json")
@@ -173,9 +179,9 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
 def test_stages_may_branch(tmp_path: Path) -> None:
     content = yaml.safe_load(known_recipes()["arithmetic-tiny"].read_text())
     stages = content["stages"]
-    stages["scores_of_base"] = {"stage": "evaluate", "model": "base", "documents": "documents"}
+    stages["scores_of_base"] = {"stage": "evaluate", "model": "base", "documents": "expressions"}
     path = tmp_path / "branches.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     recipe = load_recipe(str(path))
     assert recipe.name == "branches"
-    assert recipe.stages[-1].inputs == {"model": "base", "documents": "documents"}
+    assert recipe.stages[-1].inputs == {"model": "base", "documents": "expressions"}

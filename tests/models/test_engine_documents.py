@@ -1,6 +1,7 @@
 """Attention that stays inside a document: a packed row is held against its documents, each in a row of its own."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.engine import Batch, EngineName
+from models.training.shards import write_shard
 from tests.models.test_engines import ENGINES, assert_same, engine_name, exported, gradients, trainer
 from tests.models.tiny import COMPOSITIONS, VOCABULARY, Arrays, cut, tiny
+from tests.models.training.folders import batches, folder_source
 
 __all__ = ["engine_name"]  # the fixture
 
@@ -129,3 +132,19 @@ def test_only_where_the_numbers_change_matters(engine_name: EngineName) -> None:
         with pytest.raises(ValueError, match="numbers that rise"):
             engine.step([later._replace(documents_BT=wrong)], 1.0, 1)
     assert_same(exported(engine), before)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_packed_conversations_lose_what_each_loses_alone(engine_name: EngineName, name: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    lengths = random.integers(2, 30, 24)
+    tokens = random.integers(1, VOCABULARY, lengths.sum()).astype(np.uint16)
+    write_shard(tmp_path / "a.safetensors", tokens, lengths.cumsum(), random.random(tokens.size) < 0.5)
+    engine = trainer(engine_name, tiny(name, max_position_embeddings=40))
+    together, alone = (
+        rows.rows(0, rows.sources[0].rows)
+        for rows in (batches(folder_source(tmp_path), length=40, packing=packing) for packing in ("whole", "documents"))
+    )
+    assert 2 * len(together.tokens_BT) < len(alone.tokens_BT) == 24
+    assert engine.loss(together) == pytest.approx(engine.loss(alone), rel=1e-5)
+    assert_near(gradients(engine, [together]), gradients(engine, [alone]))

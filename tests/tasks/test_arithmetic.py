@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from tasks.arithmetic import ArithmeticSource, Problems, generate, split_of, table
+from tasks.arithmetic import ArithmeticSource
 from tasks.corpus.sources import SPLITS
+from tasks.problems import Problems, generate, split_of
 
 
 def source(**keys: object) -> ArithmeticSource:
@@ -68,7 +69,7 @@ def test_every_answer_is_right_and_every_problem_in_its_split(
         assert (split_of(problems.operands_NK) == index).all()
         assert problems.operands_NK.min() >= minimum
         assert problems.operands_NK.max() <= minimum + width
-        for row in table(made, problems).to_pylist():
+        for row in made.table(problems, split, np.random.default_rng(0)).to_pylist():
             assert int(row["target"]) == evaluated(row["prompt"])
             assert row["text"] == row["prompt"] + row["target"]
 
@@ -131,7 +132,7 @@ def test_the_same_seed_gives_the_same_problems_and_another_does_not() -> None:
 def test_reversed_answers_are_written_from_the_last_digit() -> None:
     problems = Problems(np.array([[554, 456], [1, 13]]), np.array([[0], [1]]), np.array([1010, -12]))
     made = source(operators=("+", "-"), reversed_answers=True)
-    assert table(made, problems)["target"].to_pylist() == ["0101", "21-"]
+    assert made.table(problems, "train", np.random.default_rng(0))["target"].to_pylist() == ["0101", "21-"]
 
 
 def test_more_unique_problems_than_exist_are_refused() -> None:
@@ -140,8 +141,8 @@ def test_more_unique_problems_than_exist_are_refused() -> None:
 
 
 def test_more_than_exist_in_a_space_too_large_to_enumerate_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.arithmetic.ENUMERATED_AT_MOST", 1)
-    monkeypatch.setattr("tasks.arithmetic.CANDIDATES_PER_DRAW", 1000)
+    monkeypatch.setattr("tasks.problems.ENUMERATED_AT_MOST", 1)
+    monkeypatch.setattr("tasks.problems.CANDIDATES_PER_DRAW", 1000)
     with pytest.raises(UserError, match="more draws found none"):
         generate(source(maximum=9, test=100), "test")
 

@@ -1,17 +1,22 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from common.errors import UserError
+from models.chat import Chat, Message, Template, chat_of, write_chat
 from models.engine import Bits, inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, write_tokenizer
 from models.weights import whole_pieces
-from tasks.evaluate import summarise
+from tasks.evaluate import marks_summary, shown_groups, summarise
+from tasks.vocabulary.config import ROLES, Characters
+from tasks.vocabulary.written import characters_tokenizer
 from tests.tasks.conftest import RunStage
 from tests.tasks.test_publish import ARCHITECTURES, WIDE, model_folder, random_weights
 
@@ -89,3 +94,163 @@ def test_documents_without_problems_are_refused(
         pq.write_table(pa.table(columns), folder / "test-00000.parquet")
     with pytest.raises(UserError, match=message):
         run_stage("evaluate", {}, model=model, documents=folder)
+
+
+LETTERS = Characters(kind="characters", characters="0123456789+=: \nUuserAaitn")
+QUESTIONS = [f"{a}+{b}" for a in range(20) for b in range(10)]
+LONG = {"architecture": "llama", "max_position_embeddings": 64}
+
+
+def letters_tokenizer(folder: Path, template: Template | None) -> Path:
+    """A tokenizer of few characters, of which a model that knows nothing soon says the one that closes an answer."""
+    folder.mkdir()
+    write_tokenizer(folder, characters_tokenizer(LETTERS), ROLES)
+    if template is not None:
+        write_chat(folder, template, bos=True)
+    return folder
+
+
+def conversations(folder: Path, answers: Sequence[str], questions: Sequence[str] = QUESTIONS) -> Path:
+    """Documents with a column of messages; the first question of each is answered before."""
+    folder.mkdir()
+    rows = [
+        [*exchange("1+1", "2"), *exchange(question, answer)]
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    pq.write_table(pa.table({"messages": [json.dumps(row) for row in rows]}), folder / "test-00000.parquet")
+    return folder
+
+
+def exchange(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def asked(chat: Chat, engine: Any, questions: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """What a model answers, put together by hand."""
+    prompts = [
+        chat.prompt_ids([*exchange("1+1", "2"), {"role": "user", "content": question}]) for question in questions
+    ]
+    return generate(engine, prompts, SamplingConfig(max_new_tokens=max_new_tokens), [chat.closing_id])
+
+
+def test_the_last_answer_of_a_conversation_is_scored(run_stage: RunStage, tmp_path: Path) -> None:
+    tokenizer = letters_tokenizer(tmp_path / "tokenizer", "chatml")
+    model, config = model_folder(tmp_path / "model", LONG, tokenizer)
+    engine = inference_engine("torch", config, "float32", whole_pieces(random_weights(config)))
+    chat = chat_of(tokenizer)
+    assert chat is not None
+    answers = asked(chat, engine, QUESTIONS, 6)
+    # What the model says is taken as the truth: then it is right where it ended, white space around it apart.
+    said = [chat.answer(answer) or "none" for answer in answers]
+    right = [
+        answer == [*chat.tokenizer.encode(text), chat.closing_id] for answer, text in zip(answers, said, strict=True)
+    ]
+    assert 0 < sum(right) < 200
+    documents = conversations(tmp_path / "documents", said)
+    # Neither what it is asked with, nor how many at once, changes anything where the tokenizer has a template.
+    settings = {"max_new_tokens": 6, "batch_size": 33, "template": "plain"}
+    folder, measured = run_stage("evaluate", settings, model=model, documents=documents)
+    assert measured["template"] == "chatml"
+    assert measured["n"] == 200
+    assert measured["exact_match"] == sum(right) / 200
+    assert "marks" not in measured
+    assert "too_long" not in measured
+    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    assert [sample["prediction"] for sample in samples] == [chat.answer(answer) for answer in answers]
+    assert [sample["correct"] for sample in samples] == right
+    assert samples[3]["prompt"] == f"1+1\n2\n{QUESTIONS[3]}"
+
+
+def test_a_base_model_is_asked_with_a_template_that_is_named(run_stage: RunStage, tmp_path: Path) -> None:
+    tokenizer = letters_tokenizer(tmp_path / "tokenizer", None)
+    model, config = model_folder(tmp_path / "model", LONG, tokenizer)
+    documents = conversations(tmp_path / "documents", ["2"] * 200)
+    with pytest.raises(UserError, match="tokenizer has no chat template: name the one to ask it with, template: plain"):
+        run_stage("evaluate", {}, model=model, documents=documents)
+    with pytest.raises(UserError, match=r"the template .chatml. needs the token .<\|im_end\|>."):
+        run_stage("evaluate", {"template": "chatml"}, model=model, documents=documents)
+    settings = {"template": "plain", "max_new_tokens": 4, "shown_samples": 200}
+    _, measured = run_stage("evaluate", settings, model=model, documents=documents)
+    chat = Chat(Tokenizer(tokenizer), "plain", bos=True)
+    assert chat.prompt_ids([{"role": "user", "content": "1"}])[0] == chat.tokenizer.bos_id
+    engine = inference_engine("torch", config, "float32", whole_pieces(random_weights(config)))
+    expected = [chat.answer(answer) for answer in asked(chat, engine, QUESTIONS, 4)]
+    assert [sample["prediction"] for sample in measured["samples"]] == expected
+
+
+@pytest.mark.parametrize("as_chat", [True, False])
+def test_prompts_beyond_the_positions_are_counted_and_wrong(run_stage: RunStage, tmp_path: Path, as_chat: bool) -> None:
+    tokenizer = letters_tokenizer(tmp_path / "tokenizer", "plain")
+    model, _ = model_folder(tmp_path / "model", LONG, tokenizer)
+    questions = ["1" * 70, "1+2", "1" * 90]
+    if as_chat:
+        documents = conversations(tmp_path / "documents", ["3"] * 3, questions)
+    else:
+        documents = tmp_path / "documents"
+        documents.mkdir()
+        pq.write_table(pa.table({"prompt": questions, "target": ["3"] * 3}), documents / "test-00000.parquet")
+    folder, measured = run_stage("evaluate", {"max_new_tokens": 4}, model=model, documents=documents)
+    assert measured["too_long"] == 2
+    assert measured["n"] == 3
+    assert "2 prompts longer than the model's positions" in measured["summary"]
+    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    assert [bool(sample["prediction"]) for sample in samples] == [False, True, False]
+    assert not samples[0]["correct"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("[", "Expecting"),
+        (None, "must be str"),
+        ("{}", "list of messages"),
+        (json.dumps(exchange("1", "2")[:1]), "the assistant says nothing"),
+    ],
+)
+def test_what_is_no_conversation_is_named(run_stage: RunStage, tmp_path: Path, cell: str | None, message: str) -> None:
+    model, _ = model_folder(tmp_path / "model", LONG, letters_tokenizer(tmp_path / "tokenizer", "plain"))
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    cells = [json.dumps(exchange("1", "2")), cell]
+    pq.write_table(pa.table({"messages": pa.array(cells, pa.string())}), documents / "test-00000.parquet")
+    with pytest.raises(UserError, match=rf"no conversation in test-00000.parquet, row 1 .*{message}"):
+        run_stage("evaluate", {}, model=model, documents=documents)
+
+
+def test_marks_are_counted_over_the_targets_that_have_them() -> None:
+    target = "5 + 6 = <<5+6=11>>11"
+    predictions = {
+        target: (1, 1, 1),
+        "5 + 6 = <<5+6=12>>12": (1, 0, 0),
+        "5 + 6 = <<5+6=12>>11": (1, 0, 1),
+        "5 + 6 = <<5+6=11": (0, 0, 1),
+        "<<1+1=2>> is 7": (1, 1, 0),
+        "11": (0, 0, 1),
+        "": (0, 0, 0),
+    }
+    for prediction, expected in predictions.items():
+        summary = marks_summary([target, "no marks"], [prediction, "<<1+1=3>>"])
+        assert tuple(summary["marks"].values()) == (1, *expected), prediction
+    both = marks_summary([target] * 2, [target, ""])["marks"]
+    assert both == {"n": 2, "well_formed": 0.5, "right": 0.5, "final_number": 0.5}
+    assert marks_summary(["11", "12"], ["<<5+6=11>>11", ""]) == {}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "right"),
+    [
+        ("<<5*200=1000>>\n#### 1000", 1),
+        ("<<5*200=1000>>\n#### 1,000 apples", 1),
+        ("<<5*200=1000>>1000", 0),
+        ("####", 0),
+    ],
+)
+def test_the_final_number_stands_where_that_of_the_target_does(prediction: str, right: int) -> None:
+    target = "It is <<5*200=1000>>1000.\n#### 1,000"
+    assert marks_summary([target], [prediction])["marks"]["final_number"] == right
+
+
+def test_many_lengths_are_not_shown() -> None:
+    few, many = (summarise(["1" * length for length in range(count)], [True] * count) for count in (20, 21))
+    assert len(shown_groups(few["by_answer_length"])) == 20
+    assert len(shown_groups(many["by_answer_length"])) == 0

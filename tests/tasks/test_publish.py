@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from artifacts.identity import describe_files
 from common.errors import UserError
+from models.chat import Template, chat_of, write_chat
 from models.config import ModelConfig
 from models.engine import inference_engine
 from models.generation import generate
@@ -171,6 +172,42 @@ def test_the_code_on_the_card_runs(
     shown = ran["tokenizer"].decode([*ran["ids"], *answer])
     assert capsys.readouterr().out == shown + "\n"
     assert tokenizer.decode(ran["ids"]) == PROMPT
+
+
+@pytest.mark.parametrize(
+    ("architecture", "template"), [("llama", "plain"), ("gpt2", "chatml"), ("mixtral", "chatml"), ("gpt2", "plain")]
+)
+def test_a_chat_model_answers_in_transformers_as_it_does_here(
+    run_stage: RunStage, tmp_path: Path, capsys: pytest.CaptureFixture[str], architecture: str, template: Template
+) -> None:
+    made, _ = run_stage("tokenizer", {"vocabulary": {"kind": "bytes"}})
+    write_chat(made, template, bos=template == "plain")
+    shape = {**ARCHITECTURES[architecture], "max_position_embeddings": 256}
+    source, config = model_folder(tmp_path / "model", shape, made)
+    question = "What is 554 + 456? “odd” \\ 'quoted'"
+    samples = [{"prompt": question, "prediction": "?", "target": "1010", "correct": False}]
+    marks = {"n": 7, "well_formed": 0.5, "right": 0.25, "final_number": 0.125}
+    results = {"split": "test", "n": 9, "exact_match": 0.0, "by_answer_length": [], "marks": marks, "samples": samples}
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results.json").write_text(json.dumps(results))
+    folder, _ = run_stage("publish", {"title": "A model"}, model=source, evaluation=tmp_path / "evaluation")
+    chat = chat_of(made)
+    assert chat is not None
+    stops = json.loads((folder / "generation_config.json").read_bytes())["eos_token_id"]
+    assert chat.closing_id in (stops if isinstance(stops, list) else [stops])
+    card = (folder / "README.md").read_text()
+    assert "| 50.00% | 25.00% | 12.50% |" in card
+    script = tmp_path / "snippet.py"
+    code = card.partition("```python\n")[2].partition("```")[0]
+    script.write_text(code.replace('"path/to/this/folder"', repr(str(folder))))
+    ran = runpy.run_path(str(script))
+    prompt = chat.prompt_ids([{"role": "user", "content": question}])
+    assert ran["asked"]["input_ids"].tolist() == [prompt]
+    engine = inference_engine("torch", config, "float32", whole_pieces(random_weights(config)))
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=128)
+    answer = generate(engine, [prompt], sampling, stop_ids=[chat.closing_id])[0]
+    assert ran["answer"].tolist() == answer
+    assert capsys.readouterr().out == chat.answer(answer) + "\n"
 
 
 def test_the_card_says_what_was_measured_and_where_it_came_from(run_stage: RunStage, tmp_path: Path) -> None:

@@ -62,6 +62,16 @@ def test_nothing_is_fetched_before_a_row_needs_it(packing: Packing) -> None:
             assert fetched.names == [name(0)]
 
 
+def test_rows_of_whole_documents_need_every_shard_once() -> None:
+    with shards(*[41] * 20) as folder:
+        source, fetched = noted(folder)
+        with batches(source, packing="whole", length=20) as found:
+            assert fetched.names == [name(number) for number in range(20)]
+            assert len(found._sources[0].shards._open) == 4
+            # Four documents of five tokens, and the last one of one, to a row of 21.
+            assert found.sources[0].rows == 20 * 2
+
+
 def test_what_a_batch_needs_is_fetched_by_two_threads_at_once() -> None:
     with shards(*[41] * 6) as folder:
         source, fetched = noted(folder, together=threading.Barrier(2))
@@ -151,6 +161,6 @@ def test_ends_that_do_not_rise_are_found_where_they_are_used(tmp_path: Path) -> 
     content = path.read_bytes()
     path.write_bytes(content.replace((20).to_bytes(8, "little"), (4).to_bytes(8, "little")))
     batches(source).rows(0, 3)
-    for options in ({"packing": "documents"}, {"document_masking": True}):
+    for options in ({"packing": "documents"}, {"packing": "whole"}, {"document_masking": True}):
         with pytest.raises(UserError, match="document_ends do not rise"):
             batches(source, **options).rows(0, 3)

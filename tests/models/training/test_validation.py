@@ -113,3 +113,48 @@ def test_a_row_of_several_documents_is_shown_from_its_beginning(tmp_path: Path) 
         (sample,) = measured(found, samples=1).samples
         assert sample.prompt == "1 2 3 4 5 6"
         assert sample.expected is None
+
+
+CONVERSATIONS = ([10, 5, 6, 7, 1, 2], [8, 9, 3, 4, 5, 10, 11, 6, 7], [12, 1], [13, 14, 15, 2, 3, 4])
+"""What is said to whom: where it is 1, 2, 3, 4, 6 or 7, by an assistant."""
+
+
+@pytest.fixture
+def conversations(tmp_path: Path) -> Path:
+    tokens = np.concatenate(CONVERSATIONS).astype(np.uint16)
+    ends = np.cumsum([len(one) for one in CONVERSATIONS])
+    write_shard(tmp_path / "conversations" / "a.safetensors", tokens, ends, (tokens < 8) & (tokens != 5))
+    return tmp_path / "conversations"
+
+
+def test_each_conversation_of_a_row_is_answered(conversations: Path) -> None:
+    packed, apart = (
+        batches(folder_source(conversations), length=11, packing=packing, shuffled=False)
+        for packing in ("whole", "documents")
+    )
+    assert [one.sources[0].rows for one in (packed, apart)] == [2, 4]
+    for options in ({"exact_match_rows": 10}, {"rows": 10}):
+        one, other = (measured(on, **options) for on in (packed, apart))
+        assert one.exact_match == other.exact_match
+        assert one.loss == pytest.approx(other.loss)
+    # Each row holds two; the longest has a second turn, which is left out.
+    samples = measured(packed, samples=3).samples
+    assert [sample.prompt for sample in samples] == ["10 5", "13 14 15", "8 9"]
+    assert [sample.expected for sample in samples] == ["6 7 1 2", "2 3 4", "3 4"]
+    assert [len(sample.continuation.split()) for sample in samples] == [4, 3, 2]
+    assert measured(packed, samples=9).samples[:3] == samples
+    assert len(measured(packed, samples=9).samples) == 4
+
+
+def test_an_exact_match_is_of_the_right_conversation(tmp_path: Path) -> None:
+    # A chain that the model knows: each token is followed by the next.
+    sure = engine()
+    weights = {"bigram.weight": 50 * np.roll(np.eye(VOCABULARY), 1, axis=1), "bigram.bias": np.zeros(VOCABULARY)}
+    sure.restore("weights", (Piece(name, (), array) for name, array in weights.items()))
+    tokens = np.array([1, 2, 3, 4, 9, 8, 7, 5, 6, 7], np.uint16)
+    write_shard(tmp_path / "a.safetensors", tokens, [4, 7, 10], tokens % 10 > 1)
+    rows = batches(folder_source(tmp_path), length=9, packing="whole", shuffled=False)
+    assert rows.sources[0].rows == 1
+    found = Validator(sure, rows, ValidationConfig(every=1, exact_match_rows=1), 5, None).measure(lambda: False)
+    assert found is not None
+    assert found.exact_match == pytest.approx(2 / 3)

@@ -95,7 +95,7 @@ def test_documents_are_found_in_their_shards(made: tuple[Path, list[str]]) -> No
     entries = json.loads((output / "tokens.json").read_bytes())["splits"]["train"]["shards"]
     assert len(entries) > 5
     tokenizer = Tokenizer(output / "tokenizer")
-    assert [tokenizer.decode(read_document(output, entries, number)) for number in range(90)] == listed
+    assert [tokenizer.decode(read_document(output, entries, number)[0]) for number in range(90)] == listed
     with pytest.raises(IndexError):
         read_document(output, entries, 90)
 

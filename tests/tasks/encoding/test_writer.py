@@ -11,51 +11,59 @@ from hypothesis import strategies as st
 from models.training.shards import open_shard
 from tasks.encoding.writer import Writer
 
-Document = tuple[list[int], int]
+Document = list[tuple[int, bool]]
+"""Ids, and whether each counts."""
 
 
-def filled(documents: list[Document], capacity: int) -> list[list[Document]]:
-    """Documents by shard: a new one where the next document would exceed it."""
+def filled(groups: list[list[Document]], capacity: int) -> list[list[Document]]:
+    """Documents by shard: a new one where the next group of them would exceed it."""
     shards: list[list[Document]] = []
     tokens = 0
-    for ids, uncounted in documents:
-        if not shards or (tokens and tokens + len(ids) > capacity):
+    for group in groups:
+        size = sum(len(document) for document in group)
+        if not shards or (tokens and tokens + size > capacity):
             shards.append([])
             tokens = 0
-        shards[-1].append((ids, uncounted))
-        tokens += len(ids)
+        shards[-1] += group
+        tokens += size
     return shards
 
 
-DOCUMENTS = st.lists(
-    st.lists(st.integers(0, 65_535), max_size=12).flatmap(
-        lambda ids: st.tuples(st.just(ids), st.integers(0, len(ids)))
+DOCUMENTS = st.lists(st.tuples(st.integers(0, 65_535), st.booleans()), max_size=12)
+
+
+@given(
+    batches=st.integers(1, 3).flatmap(
+        lambda together: st.lists(st.lists(st.lists(DOCUMENTS, min_size=together, max_size=together)), max_size=5)
     ),
-    max_size=30,
+    capacity=st.integers(1, 40),
+    masked=st.booleans(),
 )
-
-
-@given(batches=st.lists(DOCUMENTS, max_size=5), capacity=st.integers(1, 40), masked=st.booleans())
-def test_shards_are_filled_one_after_the_other(batches: list[list[Document]], capacity: int, masked: bool) -> None:
+def test_shards_are_filled_one_after_the_other(
+    batches: list[list[list[Document]]], capacity: int, masked: bool
+) -> None:
+    together = next((len(group) for groups in batches for group in groups), 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        writer = Writer(folder, lambda number: f"{number}.safetensors", capacity, masked)
-        for documents in batches:
-            ids_N = np.array([token for ids, _ in documents for token in ids], np.uint16)
-            lengths_D = np.array([len(ids) for ids, _ in documents], np.int64)
-            writer.add(ids_N, lengths_D, np.array([uncounted for _, uncounted in documents], np.int64))
+        writer = Writer(folder, lambda number: f"{number}.safetensors", capacity, together)
+        for groups in batches:
+            listed = [document for group in groups for document in group]
+            ids_N = np.array([token for document in listed for token, _ in document], np.uint16)
+            counted_N = np.array([counted for document in listed for _, counted in document], np.bool_)
+            lengths_D = np.array([len(document) for document in listed], np.int64)
+            writer.add(ids_N, lengths_D, counted_N if masked else None)
         writer.close()
-        expected = filled([document for documents in batches for document in documents], capacity)
+        expected = filled([group for groups in batches for group in groups], capacity)
         assert [shard.name for shard in writer.shards] == [f"{number}.safetensors" for number in range(len(expected))]
         assert sorted(path.name for path in folder.iterdir()) == sorted(shard.name for shard in writer.shards)
         for shard, documents in zip(writer.shards, expected, strict=True):
             data = (folder / shard.name).read_bytes()
             assert (shard.size, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
             read = open_shard(folder / shard.name).map()
-            assert read.tokens_N.tolist() == [token for ids, _ in documents for token in ids]
-            assert read.document_ends_D.tolist() == np.cumsum([len(ids) for ids, _ in documents]).tolist()
-            mask = [int(place >= uncounted) for ids, uncounted in documents for place in range(len(ids))]
+            assert read.tokens_N.tolist() == [token for document in documents for token, _ in document]
+            assert read.document_ends_D.tolist() == np.cumsum([len(document) for document in documents]).tolist()
+            mask = [int(counted) for document in documents for _, counted in document]
             assert (read.loss_mask_N is None) is not masked
             assert read.loss_mask_N is None or read.loss_mask_N.tolist() == mask
             assert (shard.documents, shard.tokens) == (len(documents), len(mask))
-            assert shard.counted_tokens == sum(mask)
+            assert shard.counted_tokens == (sum(mask) if masked else len(mask))

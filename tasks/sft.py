@@ -1,0 +1,131 @@
+"""Stage `sft`: a model tuned on conversations (supervised fine-tuning), so that it answers."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from common.errors import UserError
+from models.config import ModelConfig
+from models.tokenizer import Tokenizer
+from models.training.events import Note
+from models.training.loop import Start
+from models.tuning import LoraConfig, Tuning
+from models.vocabulary import with_rows
+from tasks.blend import TokensInput, tokenizer_folder, tokens_inputs, vocabulary_of
+from tasks.checkpoint import ModelFolder, read_model
+from tasks.stage import Context, Kind, Metrics, Stage
+from tasks.training import TrainingStageConfig, check_positions, run_training, usable_moments
+
+
+class TuningStageConfig(TrainingStageConfig):
+    """What every stage has that tunes a model on conversations."""
+
+    vocab_size: int | None = Field(default=None, gt=0)
+    """Rows of the embedding; null for those that come in. A template with tokens of its own needs a row for each:
+    ChatML two. New rows begin as the mean of the others."""
+    optimizer_state: Literal["copy", "reset"] = "reset"
+    """Whether the optimizer goes on with the moments that come with the model or starts anew."""
+    lora: LoraConfig | None = None
+    """Adapters that are trained in place of the weights; null for the weights themselves."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lora is not None and self.optimizer_state == "copy":
+            raise ValueError("lora trains adapters, which no moments come with: leave optimizer_state at reset")
+        return self
+
+
+class Config(TuningStageConfig):
+    """How a model is tuned."""
+
+
+def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
+    """Writes a model artifact like `refine`'s, with the tokenizer and the chat template of the tokens.
+
+    Texts may stand beside conversations, so that a model keeps what it could do before. Raises UserError for tokens of
+    which none are conversations, or of another tokenizer than the model's.
+    """
+    tokens = tokens_inputs(inputs, config.blend, context)
+    if all(one.template is None for one in tokens):
+        raise UserError(
+            f"the tokens '{tokens[0].name}' are texts: sft learns from conversations; set template in the stage that "
+            f"makes them, or train on them with refine"
+        )
+    for one in tokens:
+        if one.pairs:
+            raise UserError(f"the tokens '{one.name}' are pairs of answers, of which dpo learns and not sft")
+    tuned = prepared(config, inputs["model"], tokens, context)
+    tuning = Tuning(lora=config.lora)
+    model, metrics = tuned.model, tuned.metrics
+    start = Start(model.weights, model.optimizer, validated=True)
+    return {**run_training(config, model.config, start, inputs, context, model.history, tuning), **metrics}
+
+
+class Prepared(NamedTuple):
+    """A model about to be tuned."""
+
+    model: ModelFolder
+    """With a row for every token, and the moments to begin with."""
+    metrics: dict[str, Any]
+    """What the record says of its vocabulary."""
+
+
+def prepared(config: TuningStageConfig, folder: Path, tokens: Sequence[TokensInput], context: Context) -> Prepared:
+    """The model in a folder as it is tuned on some tokens.
+
+    Raises UserError where their tokenizer does not extend the model's, or has more tokens than there are to be rows.
+    """
+    model = read_model(folder, with_optimizer=config.optimizer_state == "copy")
+    vocabulary = vocabulary_of(tokens, folder)
+    rows = config.vocab_size or model.config.vocab_size
+    needed = len(Tokenizer(tokenizer_folder(tokens)))
+    if needed > rows:
+        raise UserError(
+            f"the tokens' tokenizer has {needed:,} tokens, with the template's {len(vocabulary.added)}, and the model "
+            f"would have {rows:,} rows: set vocab_size to {needed} or more"
+        )
+    if vocabulary.added and config.lora is not None:
+        context.report(
+            Note(f"the rows of the {len(vocabulary.added)} new tokens stay the mean of the others: lora leaves them")
+        )
+    moments = usable_moments(model, config.training.optimizer, context)
+    ready = model._replace(
+        config=grown_config(model.config, config.vocab_size),
+        weights=with_rows(model.weights, model.config, rows, vocabulary),
+        optimizer=None if moments is None else with_rows(moments, model.config, rows, vocabulary),
+    )
+    return Prepared(
+        ready, {"vocabulary": {"rows_before": model.config.vocab_size, "rows": rows, "added": len(vocabulary.added)}}
+    )
+
+
+def grown_config(model: ModelConfig, vocab_size: int | None) -> ModelConfig:
+    """A model with another number of rows. Raises UserError for fewer than it has."""
+    if vocab_size is None:
+        return model
+    if vocab_size < model.vocab_size:
+        raise UserError(f"vocab_size {vocab_size} is less than the model's {model.vocab_size}; rows are only added")
+    return ModelConfig.model_validate({**model.model_dump(), "vocab_size": vocab_size})
+
+
+def model_of(config: TuningStageConfig, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
+    """The model that comes out. Raises UserError for rows that are longer than its positions, and for a vocab_size
+    below its own."""
+    check_positions(config.training, inputs["model"])
+    return grown_config(inputs["model"], config.vocab_size)
+
+
+STAGE = Stage(
+    name="sft",
+    version=1,
+    config=Config,
+    inputs={"model": Kind.MODEL, "tokens": Kind.TOKENS},
+    many={"tokens": "blend"},
+    lazy={"tokens": ".safetensors"},
+    output=Kind.MODEL,
+    run=run,
+    trains=True,
+    model_of=model_of,
+)

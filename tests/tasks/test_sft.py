@@ -1,0 +1,236 @@
+"""Tuning on conversations: what is learned, rows of new tokens, and models and tokens that do not fit each other."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from common.errors import UserError
+from common.files import canonical_json
+from models.chat import chat_of
+from models.config import ModelConfig
+from models.engine import inference_engine
+from models.tokenizer import Tokenizer
+from models.training.batches import Batches
+from models.weights import Array, whole_pieces
+from tasks import sft
+from tasks.checkpoint import read_model
+from tasks.history import Trained
+from tests.models.training.folders import folder_source
+from tests.tasks import killed_sft
+from tests.tasks.conftest import RunStage
+from tests.tasks.conversations import CHARACTERS, TOKENIZER, VOCABULARY, model, training, write_tokens
+
+
+@pytest.fixture
+def tokenizer(run_stage: RunStage) -> Path:
+    return run_stage("tokenizer", TOKENIZER)[0]
+
+
+@pytest.fixture
+def tokens(tokenizer: Path, tmp_path: Path) -> Path:
+    return write_tokens(tmp_path / "conversations", tokenizer)
+
+
+def base(run_stage: RunStage, tokens: Path, **changes: Any) -> Path:
+    """A model that has seen a little of everything."""
+    config = {"model": model(**changes), "training": training(steps=2, packing="stream")}
+    return run_stage("pretrain", config, tokens=tokens)[0]
+
+
+def tune(run_stage: RunStage, folder: Path, tokens: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
+    keys = {key: changes.pop(key) for key in ("vocab_size", "optimizer_state", "lora") if key in changes}
+    return run_stage("sft", {"training": training(**changes), **keys}, model=folder, tokens=tokens)
+
+
+def numbers(array: Array) -> NDArray[np.float64]:
+    return array.astype(np.float64)
+
+
+def describe(tokens: Path, **described: Any) -> None:
+    """Has tokens describe themselves otherwise."""
+    path = tokens / "tokens.json"
+    path.write_bytes(canonical_json({**json.loads(path.read_bytes()), **described}))
+
+
+def losses(folder: Path, tokens: Path) -> tuple[float, float]:
+    """The mean loss on what the assistant says and on what it does not."""
+    found = read_model(folder)
+    source = folder_source(tokens, files=[tokens / "validation-00000.safetensors"])
+    with Batches([source], seed=0, sequence_length=95, packing="documents", batch_size=1, pad_id=0) as batches:
+        batch = batches.rows(0, batches.sources[0].rows)
+    engine = inference_engine("torch", found.config, "float32", whole_pieces(found.weights))
+    loss_BT = -engine.log_probabilities(batch)
+    others_BT = (batch.targets_BT != 0) & ~batch.loss_mask_BT
+    return float(loss_BT[batch.loss_mask_BT].mean()), float(loss_BT[others_BT].mean())
+
+
+def test_what_the_assistant_says_is_learned_and_nothing_else(
+    run_stage: RunStage, tokens: Path, tokenizer: Path
+) -> None:
+    before = base(run_stage, tokens)
+    after, metrics = tune(run_stage, before, tokens, steps=80, validation={"every": 40, "rows": 4, "samples": 2})
+    (said, others), (said_after, others_after) = losses(before, tokens), losses(after, tokens)
+    assert said_after < 0.2 * said
+    assert others_after > 0.9 * others
+    first, *_, last = metrics["validation"]
+    assert (first["step"], last["step"]) == (0, 80)
+    assert last["loss"] < 0.2 * first["loss"]
+    assert metrics["vocabulary"] == {"rows_before": VOCABULARY, "rows": VOCABULARY, "added": 0}
+    (blend,) = metrics["blend"]
+    assert blend["epochs"] > 1
+    assert blend["padding"] < 0.1
+    entries = [entry for entry in read_model(after).history if isinstance(entry, Trained)]
+    assert [entry.steps for entry in entries] == [2, 80]
+    assert [loss.step for loss in entries[1].validation] == [0, 40, 80]
+    chat = chat_of(after / "tokenizer")
+    assert chat is not None
+    assert chat.template == "plain"
+    # The same run gives the same bytes.
+    again, _ = tune(run_stage, before, tokens, steps=80, validation={"every": 40, "rows": 4, "samples": 2})
+    assert (again / "model.safetensors").read_bytes() == (after / "model.safetensors").read_bytes()
+
+
+def test_new_tokens_get_the_mean_of_the_rows(
+    run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    before = base(run_stage, tokens, tie_word_embeddings=False)
+    chatml = write_tokens(tmp_path / "chatml", tokenizer, "chatml")
+    needed = len(Tokenizer(chatml / "tokenizer"))
+    assert needed == VOCABULARY + 2
+    with pytest.raises(
+        UserError,
+        match=rf"has {needed} tokens, with the template's 2, and the model would have {VOCABULARY} rows: set "
+        rf"vocab_size to {needed} or more$",
+    ):
+        tune(run_stage, before, chatml)
+    after, metrics = tune(run_stage, before, chatml, vocab_size=48, optimizer={"learning_rate": 1e-9})
+    assert metrics["vocabulary"] == {"rows_before": VOCABULARY, "rows": 48, "added": 2}
+    old, new = read_model(before), read_model(after)
+    assert new.config == old.config.model_copy(update={"vocab_size": 48})
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = numbers(old.weights[name])
+        expected = np.concatenate([rows, np.broadcast_to(rows.mean(0), (48 - VOCABULARY, 16))])
+        np.testing.assert_allclose(numbers(new.weights[name]), expected, atol=1e-6)
+    chat = chat_of(after / "tokenizer")
+    assert chat is not None
+    assert chat.closing_id == needed - 1
+    assert sft.model_of(
+        sft.Config.model_validate({"training": training(), "vocab_size": 48}), {"model": old.config}
+    ) == (new.config)
+
+
+def test_moments_go_along_where_it_is_asked_for(
+    run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    before = base(run_stage, tokens)
+    chatml = write_tokens(tmp_path / "chatml", tokenizer, "chatml")
+    still = {"optimizer": {"learning_rate": 1e-9}, "steps": 1, "vocab_size": VOCABULARY + 2}
+    moments = {}
+    for state in ("copy", "reset"):
+        after, _ = tune(run_stage, before, chatml, optimizer_state=state, **still)
+        found = read_model(after, with_optimizer=True).optimizer
+        assert found is not None
+        moments[state] = found
+    old = read_model(before, with_optimizer=True).optimizer
+    assert old is not None
+    assert moments["copy"]["updates"] == old["updates"] + 1 == moments["reset"]["updates"] + 2
+    # With the gradient of one and the same step, they differ by what was there before.
+    name = "exp_avg:model.embed_tokens.weight"
+    difference = numbers(moments["copy"][name]) - numbers(moments["reset"][name])
+    np.testing.assert_allclose(difference[:VOCABULARY], 0.9 * numbers(old[name]), atol=1e-7)
+    assert not difference[VOCABULARY:].any()
+
+
+def test_lora_has_no_moments_to_copy() -> None:
+    config = {"training": training(), "lora": {}}
+    assert sft.Config.model_validate(config).optimizer_state == "reset"
+    with pytest.raises(ValueError, match="which no moments come with: leave optimizer_state at reset"):
+        sft.Config.model_validate({**config, "optimizer_state": "copy"})
+
+
+def test_rows_are_only_added(run_stage: RunStage) -> None:
+    config = sft.Config.model_validate({"training": training(), "vocab_size": 40})
+    with pytest.raises(UserError, match=r"vocab_size 40 is less than the model's 41; rows are only added"):
+        sft.model_of(config, {"model": ModelConfig.model_validate(model(vocab_size=41))})
+    config = sft.Config.model_validate({"training": training()})
+    with pytest.raises(UserError, match="sequence_length 95 exceeds the model's max_position_embeddings 32"):
+        sft.model_of(config, {"model": ModelConfig.model_validate(model(max_position_embeddings=32))})
+
+
+def test_a_base_from_another_tokenizer_is_refused(run_stage: RunStage, tokens: Path, tmp_path: Path) -> None:
+    before = base(run_stage, tokens)
+    more = {"vocabulary": {"kind": "characters", "characters": CHARACTERS + "G"}}
+    other = write_tokens(tmp_path / "other", run_stage("tokenizer", more)[0])
+    message = r"^the tokens 'tokens' were made with another tokenizer than the model was trained with \(.*\): make them"
+    for stage in ("sft", "refine"):
+        with pytest.raises(UserError, match=message):
+            run_stage(stage, {"training": training()}, model=before, tokens=other)
+
+
+def test_refinement_adds_no_tokens(run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path) -> None:
+    chatml = write_tokens(tmp_path / "chatml", tokenizer, "chatml")
+    with pytest.raises(UserError, match="has 2 tokens that the model was trained without: train it with sft"):
+        run_stage("refine", {"training": training()}, model=base(run_stage, tokens, vocab_size=50), tokens=chatml)
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ({"template": None, "loss_on": "text"}, r"'tokens' are texts: sft learns from conversations; set template"),
+        ({"loss_on": "pairs"}, "'tokens' are pairs of answers, of which dpo learns"),
+    ],
+)
+def test_other_tokens_than_conversations_are_refused(
+    run_stage: RunStage, tokens: Path, described: dict[str, Any], message: str
+) -> None:
+    before = base(run_stage, tokens)
+    describe(tokens, **described)
+    with pytest.raises(UserError, match=message):
+        tune(run_stage, before, tokens)
+
+
+def test_texts_may_stand_beside_conversations(
+    run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    texts = Path(shutil.copytree(tokens, tmp_path / "texts"))
+    describe(texts, template=None, loss_on="target")
+    shutil.rmtree(texts / "tokenizer")
+    shutil.copytree(tokenizer, texts / "tokenizer")
+    labels = {"tokens.0": "texts", "tokens.1": "answers"}
+    inputs = {"model": base(run_stage, tokens), "tokens.0": texts, "tokens.1": tokens}
+    folder, metrics = run_stage("sft", {"training": training()}, labels, **inputs)
+    assert [row["source"] for row in metrics["blend"]] == ["texts", "answers"]
+    # The model speaks in the template of those that have one.
+    assert chat_of(folder / "tokenizer") is not None
+
+
+def test_templates_are_not_mixed(run_stage: RunStage, tokens: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tokens, tmp_path / "other"))
+    describe(other, template="chatml")
+    labels = {"tokens.0": "alpaca", "tokens.1": "dolly"}
+    inputs = {"model": base(run_stage, tokens), "tokens.0": tokens, "tokens.1": other}
+    with pytest.raises(
+        UserError, match=r"'alpaca' and 'dolly' have different templates \(plain and chatml\): choose one"
+    ):
+        run_stage("sft", {"training": training()}, labels, **inputs)
+
+
+def test_a_killed_run_ends_with_the_same_bytes(run_stage: RunStage, tokens: Path, tmp_path: Path) -> None:
+    before = base(run_stage, tokens, dropout=0.1)
+    whole = killed_sft.run(tmp_path / "whole", before, tokens)
+    command = [sys.executable, "-m", "tests.tasks.killed_sft", str(tmp_path / "killed"), str(before), str(tokens)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env={**os.environ}, check=False)
+    assert done.returncode == -9
+    assert list((tmp_path / "killed").rglob("state.json"))
+    found = killed_sft.run(tmp_path / "killed", before, tokens)
+    assert found.went_on
+    for name in ("model.safetensors", "optimizer.safetensors", "history.json"):
+        assert (found.output / name).read_bytes() == (whole.output / name).read_bytes(), name
