@@ -15,7 +15,7 @@ _COLOURS = (
 )
 _CONTROL, _SHARED, _TEXT, _FRAME, _GRID = "#202124", "#9aa0a6", "#3c4043", "#bdc1c6", "#e8eaed"
 _DASHES = ((0, (5, 2)), (0, (2, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1, 1)))
-_MOMENTS: Mapping[str | None, Any] = {"copy": "-", "copy-momentum": (0, (4, 1.5)), "reset": (0, (1.2, 1.2))}
+_MOMENTS: Mapping[str | None, Any] = {"copy": "-", "copy-momentum": (0, (3.5, 1.5)), "reset": (0, (1.2, 1.2))}
 _EARLY = 0.15
 """The part of the FLOPs whose losses may lie above the picture: the first ones would flatten all others."""
 
@@ -144,6 +144,7 @@ def _legend(axes: Any, models: Sequence[Compared], lines: dict[str, Any], column
         bbox_to_anchor=(1.0, 0.5),
         ncols=columns,
         frameon=False,
+        handlelength=3.2,
         fontsize=9 if len(models) <= 12 else 8,
         labelcolor=_TEXT,
     )
