@@ -174,7 +174,10 @@ def recipes() -> None:
     for name in known_recipes():
         # Looked at and not run: the data of some are not on every machine.
         loaded = load_recipe(name, resolve=False)
-        table.add_row(name, escape(loaded.description), " → ".join(stage.name for stage in loaded.stages))
+        stages = [stage.name for stage in loaded.stages]
+        # A study has too many to be read.
+        shown = " → ".join(stages) if len(stages) <= 20 else f"{len(stages)} stages"
+        table.add_row(name, escape(loaded.description), shown)
     console.print(table)
 
 

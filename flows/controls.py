@@ -29,6 +29,8 @@ class Control(FrozenModel):
     flops: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(default=(1.0,), min_length=1)
     """The FLOPs that each control trains for, as a multiple of those of the grown model's whole training; one or
     several."""
+    compared: bool = True
+    """Whether a comparison with the grown model follows: false for controls of a comparison of the recipe's own."""
 
     @field_validator("flops", mode="before")
     @classmethod
@@ -72,7 +74,8 @@ def controls(refined: Written, entry: StageEntry, before: Mapping[str, StageEntr
         steps = max(1, round(multiple * total / _step_flops(entry)))
         training = control_training(_training(trained[-1]), _training(entry), steps, multiple)
         yield Written(name, _scratch(refined, entry, training), where)
-    yield Written(f"{entry.name}-growth", {"stage": "compare", "models": [entry.name, *names]}, where)
+    if control.compared:
+        yield Written(f"{entry.name}-growth", {"stage": "compare", "models": [entry.name, *names]}, where)
 
 
 def control_training(base: TrainingConfig, refined: TrainingConfig, steps: int, multiple: float) -> TrainingConfig:

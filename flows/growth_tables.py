@@ -54,7 +54,8 @@ def comparison_table(record: Record) -> Table:
     table = _table(record.name)
     for column in ("model", "grown by", "moments"):
         table.add_column(column, overflow="fold")
-    for column in ("before", "after", "end", "FLOPs", "of\nscratch", "loss\nbeside"):
+    verdicts = [said for model in models if (said := verdict(model)) is not None]
+    for column in ("before", "after", "end", "FLOPs", *(("of\nscratch", "loss\nbeside") if verdicts else ())):
         table.add_column(column, justify="right", no_wrap=True)
     best = lowest(models)
     for model in models:
@@ -66,9 +67,8 @@ def comparison_table(record: Record) -> Table:
             *(("", "") if last is None else (_loss(last.loss_before), _loss(last.loss_right_after))),
             Text(_loss(model.loss), style="bold" if model is best else ""),
             flops_text(model.flops),
-            *_against(model),
+            *(_against(model) if verdicts else ()),
         )
-    verdicts = [said for model in models if (said := verdict(model)) is not None]
     legend = (
         "Losses before growth, right after, at the end. Of scratch: FLOPs as a part of what training from scratch "
         "takes to the same loss. Loss beside: how much more it is than from scratch with the same FLOPs."

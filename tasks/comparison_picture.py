@@ -1,9 +1,10 @@
 """The picture of a comparison: validation loss against training FLOPs, a line for each model."""
 
 import io
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tasks.comparison import Compared, Phase, Point
@@ -14,13 +15,14 @@ _COLOURS = (
 )
 _CONTROL, _SHARED, _TEXT, _FRAME, _GRID = "#202124", "#9aa0a6", "#3c4043", "#bdc1c6", "#e8eaed"
 _DASHES = ((0, (5, 2)), (0, (2, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1, 1)))
+_MOMENTS: Mapping[str | None, Any] = {"copy": "-", "copy-momentum": (0, (3.5, 1.5)), "reset": (0, (1.2, 1.2))}
 _EARLY = 0.15
 """The part of the FLOPs whose losses may lie above the picture: the first ones would flatten all others."""
 
 
 def draw_comparison(models: Sequence[Compared], title: str = "") -> bytes:
-    """A PNG: models that grew in colours, with a mark where they grew; those that never did in dashes; what several
-    share, a base above all, in grey."""
+    """A PNG: models that grew in colours, with a mark where they grew; those that never did in black dashes; what
+    several share, a base above all, in grey. The legend has the losses in the end."""
     # Imported here: it takes longer than many a short run's set-up. The object interface keeps no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -31,22 +33,37 @@ def draw_comparison(models: Sequence[Compared], title: str = "") -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     shared = Counter(phase for model in models for phase in model.phases)
-    grown = [model for model in models if model.growths]
-    lines: dict[str, Any] = {}
-    for model in models:
-        if model.growths:
-            number = grown.index(model)
-            style = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": "-", "linewidth": 1.6}
-        else:
-            number = len(lines) - sum(one.name in lines for one in grown)
-            style = {"color": _CONTROL, "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.5}
-        lines[model.name] = _draw_model(axes, model, style, shared if len(models) > 1 else Counter())
+    lines = {
+        model.name: _draw_model(axes, model, style, shared)
+        for model, style in zip(models, _styles(models), strict=True)
+    }
     _limit(axes, models)
     _dress(axes, title)
     _legend(axes, models, lines, columns)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
+
+
+def _styles(models: Sequence[Compared]) -> Iterator[dict[str, Any]]:
+    """How each model is drawn: a colour for each operator, and a line for what became of the moments, where these two
+    tell all models apart, else a colour for each; dashes for those that never grew."""
+    kinds = Counter(_kind(model) for model in models if model.growths)
+    by_kind = max(kinds.values(), default=0) == 1
+    colours: dict[object, str] = {}
+    controls = itertools.cycle(_DASHES)
+    for model in models:
+        if not model.growths:
+            yield {"color": _CONTROL, "linestyle": next(controls), "linewidth": 1.5}
+            continue
+        operators, state = _kind(model)
+        colour = colours.setdefault(operators if by_kind else model.name, _COLOURS[len(colours) % len(_COLOURS)])
+        yield {"color": colour, "linestyle": _MOMENTS.get(state, "-") if by_kind else "-", "linewidth": 1.6}
+
+
+def _kind(model: Compared) -> tuple[tuple[str, ...], str | None]:
+    """The operators that a model grew by, and what became of the moments in the end."""
+    return tuple(growth.operator for growth in model.growths), model.growths[-1].optimizer_state
 
 
 def _draw_model(axes: Any, model: Compared, style: dict[str, Any], shared: Counter[Phase]) -> Any:
@@ -127,6 +144,7 @@ def _legend(axes: Any, models: Sequence[Compared], lines: dict[str, Any], column
         bbox_to_anchor=(1.0, 0.5),
         ncols=columns,
         frameon=False,
+        handlelength=3.2,
         fontsize=9 if len(models) <= 12 else 8,
         labelcolor=_TEXT,
     )

@@ -9,14 +9,16 @@ import pytest
 from pydantic import ValidationError
 
 from common.config import FrozenModel
+from flows.controls import Control
 from flows.recipe import RecipeFile
+from flows.written import Rounds
 from tasks.registry import STAGES
 from tasks.stage import Runtime
 
 
 def configs() -> Iterator[type[FrozenModel]]:
     seen: set[type[FrozenModel]] = set()
-    waiting: list[Any] = [RecipeFile, Runtime, *(stage.config for stage in STAGES.values())]
+    waiting: list[Any] = [RecipeFile, Rounds, Control, Runtime, *(stage.config for stage in STAGES.values())]
     while waiting:
         annotation = waiting.pop()
         if isinstance(annotation, type) and issubclass(annotation, FrozenModel):

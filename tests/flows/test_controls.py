@@ -97,6 +97,11 @@ def test_a_control_trains_the_same_model_for_the_same_flops(steps: int, multiple
     assert abs(flops(control) - wanted) <= step_flops(control) / 2
 
 
+def test_a_control_may_be_compared_elsewhere() -> None:
+    found = stages("arithmetic-tiny", f"{CONTROL}={{compared: false}}")
+    assert list(found)[5:8] == ["refined", "refined-scratch", "evaluation"]
+
+
 def test_several_multiples_have_a_control_each() -> None:
     found = stages("arithmetic-tiny", f"{CONTROL}={{flops: [1, 1.54, 2]}}")
     names = ["refined-scratch", "refined-scratch-1-54x", "refined-scratch-2x"]

@@ -45,8 +45,11 @@ def test_it_is_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(name, resolve=False)
     used = {source for entry in recipe.stages for source in entry.inputs.values()}
     ends = [entry for entry in recipe.stages if entry.name not in used]
-    # Whatever a recipe makes, something reads it: a stage that nobody needs is a slip of the pen. Scores people read.
-    assert [entry.name for entry in ends if entry.definition.output != Kind.EVALUATION] == [recipe.stages[-1].name]
+    # Whatever a recipe makes, something reads it: a stage that nobody needs is a slip of the pen. Scores and reports
+    # people read.
+    people = (Kind.EVALUATION, Kind.REPORT)
+    unread = [entry.name for entry in ends if entry.definition.output not in people or entry == recipe.stages[-1]]
+    assert unread == [recipe.stages[-1].name]
 
 
 def published_class(model: ModelConfig) -> Any:
@@ -82,6 +85,53 @@ def test_its_steps_have_the_published_tokens(name: str) -> None:
     training = entry.config.model_dump()["training"]
     seen = training["steps"] * training["batch_size"] * training["sequence_length"]
     assert seen == pytest.approx(TOKENS[name], rel=1e-3)
+
+
+def test_mtlm1_is_what_its_source_says() -> None:
+    stages = {entry.name: entry for entry in load_recipe("mtlm1-200m", resolve=False).stages}
+    base, refined = (stages[name].config.model_dump() for name in ("base", "refined"))
+    assert base["model"] == {
+        **base["model"],
+        "architecture": "llama",
+        "vocab_size": 32_000,
+        "hidden_size": 768,
+        "intermediate_size": 1280,
+        "num_hidden_layers": 14,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 1024,
+        "norm": "rms_norm",
+        "norm_eps": 1e-6,
+        "mlp": "gated",
+        "tie_word_embeddings": True,
+        "dropout": 0.05,
+    }
+    grown = stages["refined"].model
+    assert grown is not None
+    assert grown.num_hidden_layers == 28
+    for stage in (base, refined):
+        training = stage["training"]
+        assert stage["precision"] == "bfloat16"
+        assert training["batch_size"] * training["sequence_length"] == 98_304
+        assert training["steps"] * 98_304 == pytest.approx(3.5e9, rel=1e-4)
+        optimizer = {"name": "adamw", "learning_rate": 8e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.01}
+        assert training["optimizer"] == {**training["optimizer"], **optimizer, "clip": 1.0}
+        assert training["schedule"] == {"name": "cosine", "warmup_steps": 300, "decay_steps": None, "floor": 0.1}
+
+
+def test_mtlm1_with_a_head_of_its_own_has_the_size_of_its_name() -> None:
+    untied = load_recipe("mtlm1-200m", ["stages.base.model.tie_word_embeddings=false"], resolve=False)
+    (refined,) = (entry.model for entry in untied.stages if entry.name == "refined")
+    assert refined is not None
+    assert parameter_count(refined) == 197_831_424
+
+
+def test_the_control_of_mtlm1_costs_what_is_said() -> None:
+    recipe = load_recipe("mtlm1-200m", ["stages.refined.control=scratch"], resolve=False)
+    assert [entry.name for entry in recipe.stages][-4:] == ["refined", "refined-scratch", "refined-growth", "published"]
+    (control,) = (entry for entry in recipe.stages if entry.name == "refined-scratch")
+    training = control.config.model_dump()["training"]
+    assert training["schedule"] == {"name": "cosine", "warmup_steps": 300, "decay_steps": None, "floor": 0.1}
+    assert training["steps"] == 55_647
 
 
 def test_mtlm2_is_what_its_source_says_but_for_eos() -> None:
@@ -249,14 +299,34 @@ def test_books_is_small_enough_for_two_cores() -> None:
     assert 4_000_000 <= parameter_count(model) <= 8_000_000
 
 
-@pytest.mark.parametrize("name", ["books", "books-chat", "books-tiny"])
+def test_the_growth_study_has_every_operator_with_every_policy_and_a_control_of_each_size() -> None:
+    stages = {entry.name: entry for entry in load_recipe("growth-study", resolve=False).stages}
+    compared = list(stages["operators"].inputs.values())
+    assert len(set(compared)) == len(compared) == 28
+    grown = [name for name in compared if stages[name].stage == "refine"]
+    growths = [stages[stages[name].inputs["model"]].config.model_dump() for name in grown]
+    methods = ("stack", "interleave", "middle", "zero", "random", "overlap", "width", "upcycle")
+    policies = ("copy", "copy-momentum", "reset")
+    assert sorted((growth["method"], growth["optimizer_state"]) for growth in growths) == sorted(
+        (method, policy) for method in methods for policy in policies
+    )
+    for name in grown:
+        assert stages[name].config.model_dump()["training"] == stages[grown[0]].config.model_dump()["training"]
+    controls = {stages[name].model for name in compared if stages[name].stage == "pretrain"}
+    assert controls == {stages[name].model for name in grown}
+    late = list(stages["late"].inputs.values())
+    steps = [stages[name].config.model_dump()["training"]["steps"] for name in late[-2:]]
+    assert steps[1] == pytest.approx(1.54 * steps[0], abs=1)
+
+
+@pytest.mark.parametrize("name", ["books", "books-chat", "books-tiny", "growth-study"])
 def test_data_that_are_on_no_hub_are_asked_for_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CAIRN_HUB", raising=False)
     with pytest.raises(UserError, match="CAIRN_HUB is not set"):
         load_recipe(name)
 
 
-@pytest.mark.parametrize("name", ["books", "books-chat", "books-tiny"])
+@pytest.mark.parametrize("name", ["books", "books-chat", "books-tiny", "growth-study"])
 def test_the_data_are_made_fast(name: str) -> None:
     if not os.environ.get("CAIRN_HUB"):
         pytest.skip("CAIRN_HUB is not set")
