@@ -155,7 +155,8 @@ def chat_of(folder: Path) -> "Chat | None":
     setting = read_settings(path).get(SETTING)
     if setting is None:
         return None
-    if not isinstance(setting, dict) or setting.get("name") not in _JINJA or not isinstance(setting.get("bos"), bool):
+    named = [setting.get(key) for key in ("name", "bos")] if isinstance(setting, dict) else []
+    if named not in [[name, bos] for name in _JINJA for bos in (True, False)]:
         raise UserError(
             f"{path}: {SETTING} is {json.dumps(setting)}, which names no template; make the tokenizer again"
         )
@@ -303,9 +304,10 @@ class Chat:
                 # The first token that goes beyond the place; a byte that the vocabulary lacks is in none.
                 first = bisect_right(encoding.offsets, place, key=lambda offsets: offsets[1])
                 if first < len(encoding) and encoding.offsets[first][0] < place:
+                    before = "".join(one.text for one in run)[:place]
                     raise UserError(
-                        f"the tokenizer joins the beginning of {part.text[:60]!r} to the {run[0].text[-20:]!r} before "
-                        f"it, so that the template '{self.template}' cannot be used; take another one"
+                        f"the tokenizer joins the beginning of {part.text[:60]!r} to the {before[-20:]!r} before it, "
+                        f"which the template '{self.template}' cannot have; take another one, or another tokenizer"
                     )
                 counted += [False] * (first - len(counted))
             place += len(part.text)
@@ -358,9 +360,9 @@ def _within_text(tokenizer: Tokenizer) -> Tokenizer:
     words = tokenizer.backend.pre_tokenizer
     if not isinstance(words, pre_tokenizers.Metaspace) or words.prepend_scheme != "first":
         return tokenizer
+    # Of a copy, for what a tokenizer gives away of itself is still its own.
     backend = Backend.from_str(tokenizer.backend.to_str())
-    words.prepend_scheme = "never"
-    backend.pre_tokenizer = words
+    backend.pre_tokenizer.prepend_scheme = "never"
     backend.encode_special_tokens = True
     inner = copy.copy(tokenizer)
     inner.backend = backend
