@@ -149,6 +149,25 @@ def test_moments_go_along_where_it_is_asked_for(
     assert not difference[VOCABULARY:].any()
 
 
+def test_adapters_leave_the_weights_and_the_new_rows(
+    run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    before = base(run_stage, tokens)
+    chatml = write_tokens(tmp_path / "chatml", tokenizer, "chatml")
+    keys = {"vocab_size": VOCABULARY + 2, "lora": {"rank": 4}, "steps": 30, "validation": {"every": 30}}
+    after, metrics = tune(run_stage, before, chatml, **keys)
+    old, new = read_model(before), read_model(after, merge=False)
+    assert new.adapters is not None
+    for name, array in old.weights.items():
+        assert (new.weights[name][: len(array)] == array).all(), name
+    assert [one["step"] for one in metrics["validation"]] == [0, 30]
+    assert metrics["validation"][-1]["loss"] < metrics["validation"][0]["loss"]
+    # Tuned once more, they are in the weights.
+    again, _ = tune(run_stage, after, chatml, optimizer={"learning_rate": 1e-9}, steps=1)
+    for name, array in read_model(after).weights.items():
+        np.testing.assert_allclose(numbers(read_model(again).weights[name]), numbers(array), atol=1e-6, err_msg=name)
+
+
 def test_lora_has_no_moments_to_copy() -> None:
     config = {"training": training(), "lora": {}}
     assert sft.Config.model_validate(config).optimizer_state == "reset"
