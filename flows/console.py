@@ -227,7 +227,7 @@ def last_of_each(evaluations: Sequence[Scored]) -> list[Scored]:
     return [one for one in evaluations if last[one.what] is one]
 
 
-def comparison_table(evaluations: Sequence[Scored]) -> Table | None:
+def exact_match_table(evaluations: Sequence[Scored]) -> Table | None:
     """Exact match on the same documents, model by model; None where no documents were put to several models."""
     scored: dict[tuple[str, str], list[Scored]] = {}
     for one in evaluations:

@@ -15,8 +15,9 @@ from prefect.states import Cancelled
 from artifacts.record import Record
 from artifacts.store import DamagedObject, Store
 from common.errors import StageInterrupted
+from flows.entry import StageEntry
 from flows.plan import continued, recipe_ref, stage_ref, work_for
-from flows.recipe import Recipe, StageEntry, load_recipe
+from flows.recipe import Recipe, load_recipe
 from flows.showing import LiveProgress, show_stage
 from flows.stopping import Stopping
 from flows.view import View

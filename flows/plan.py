@@ -6,7 +6,8 @@ from typing import Any, Literal, get_args
 
 from artifacts.record import InputReference, Record
 from artifacts.store import Store
-from flows.recipe import Recipe, StageEntry
+from flows.entry import StageEntry
+from flows.recipe import Recipe
 from models.engine import EngineName
 from tasks.work import Work
 

@@ -1,20 +1,22 @@
 """Recipes: one YAML file describes a whole run, and is checked whole before anything runs."""
 
 import re
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, SerializeAsAny, ValidationError
+from pydantic import Field, ValidationError
 
 from common.config import FrozenModel
 from common.errors import UserError, suggestion
-from models.config import ModelConfig
+from flows.controls import CONTROL, CONTROLLED, controls
+from flows.entry import StageEntry
+from flows.problems import first_problem
+from flows.written import GROW, Written, written
 from models.engine import EngineName, Precision, check_abilities, check_engine
 from models.machine import default_engine, engine_for
-from tasks.registry import STAGES, stage_named
+from tasks.registry import STAGES
 from tasks.stage import Runtime, Stage, Worker
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -36,29 +38,8 @@ class RecipeFile(FrozenModel):
     """Where every stage runs that does not say."""
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
     """The stages by name, in order. Each has `stage` (its kind), its inputs by name (an earlier stage each), the keys
-    of its config, and those of Runtime."""
-
-
-class StageEntry(FrozenModel):
-    """One stage of a recipe."""
-
-    name: str
-    """Its name in the recipe."""
-    stage: str
-    """Its kind."""
-    inputs: dict[str, str]
-    """The stages whose output it reads, by the input's name."""
-    config: SerializeAsAny[FrozenModel]
-    """Its config, of the class that its kind has."""
-    runtime: Runtime
-    """Where and how carefully it runs."""
-    model: ModelConfig | None
-    """The model that it makes, where it makes one."""
-
-    @property
-    def definition(self) -> Stage:
-        """The kind of stage."""
-        return stage_named(self.stage)
+    of its config, and those of Runtime. Two are shorthand: `stage: grow` for several rounds of growth, see
+    `flows.written`, and the key `control` of a refinement for a model from scratch, see `flows.controls`."""
 
 
 class Recipe(FrozenModel):
@@ -97,14 +78,18 @@ def load_recipe(
     try:
         file = RecipeFile.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"recipe {path}: {_first_problem(error, RecipeFile)}") from error
-    stages: list[StageEntry] = []
-    for name, keys in file.stages.items():
-        try:
-            stages.append(_stage(name, keys, file, {stage.name: stage for stage in stages}, resolve, continue_on))
-        except UserError as error:
-            raise UserError(f"recipe {path}: {error}") from error
-    return Recipe(name=path.stem, source=name_or_path, description=file.description, stages=tuple(stages))
+        raise UserError(f"recipe {path}: {first_problem(error, RecipeFile)}") from error
+    stages: dict[str, StageEntry] = {}
+    try:
+        for one in written(file.stages):
+            stages[one.name] = _stage(one, file, stages, resolve, continue_on)
+            for more in controls(one, stages[one.name], stages) if one.keys.get("stage") == CONTROLLED else ():
+                if more.name in file.stages or more.name in stages:
+                    raise UserError(f"{more.where} makes a stage '{more.name}', which is there already; rename that")
+                stages[more.name] = _stage(more, file, stages, resolve, continue_on)
+    except UserError as error:
+        raise UserError(f"recipe {path}: {error}") from error
+    return Recipe(name=path.stem, source=name_or_path, description=file.description, stages=tuple(stages.values()))
 
 
 def _find(name_or_path: str) -> Path:
@@ -165,53 +150,64 @@ def _override(content: dict[str, Any], override: str) -> None:
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"--set {override!r}: the value is no YAML ({' '.join(str(error).split())})") from error
     *parents, last = path.split(".")
-    place = content
+    place: dict[str, Any] | list[Any] = content
     for depth, key in enumerate(parents):
-        inner = place.get(key)
-        if inner is None and depth != 1:
+        inner = _at(place, key, override)
+        wrong = ".".join(parents[: depth + 1])
+        if inner is None and isinstance(place, dict) and depth != 1:
             # A key that the file leaves to its default; the models refuse it if it does not exist.
             inner = place[key] = {}
-        if not isinstance(inner, dict):
-            wrong = ".".join(parents[: depth + 1])
-            if inner is not None:
-                what = "a list" if isinstance(inner, list) else "a value"
-                raise UserError(f"--set {override!r}: '{wrong}' is {what}, which has no keys; give it whole")
+        if inner is None:
             raise UserError(f"--set {override!r}: there is no key '{wrong}'{suggestion(key, map(str, place))}")
+        if isinstance(inner, list) and not [*parents, last][depth + 1].isdecimal():
+            raise UserError(f"--set {override!r}: '{wrong}' is a list, which has numbers from 0 and no keys")
+        if not isinstance(inner, dict | list):
+            raise UserError(f"--set {override!r}: '{wrong}' is a value, which has no keys; give it whole")
         place = inner
-    place[last] = value
+    if isinstance(place, list):
+        _at(place, last, override)
+        place[int(last)] = value
+    else:
+        place[last] = value
+
+
+def _at(place: dict[str, Any] | list[Any], key: str, override: str) -> Any:
+    """What stands under a key, or None, or at a place of a list."""
+    if isinstance(place, dict):
+        return place.get(key)
+    if int(key) >= len(place):
+        raise UserError(f"--set {override!r}: there is no place {key} in a list of {len(place)}, counted from 0")
+    return place[int(key)]
 
 
 def _stage(
-    name: str,
-    keys: Mapping[str, Any],
+    one: Written,
     file: RecipeFile,
     before: Mapping[str, StageEntry],
     resolve: bool,
     continue_on: EngineName | None,
 ) -> StageEntry:
-    where = f"stages.{name}"
-    if not _STAGE_NAME.fullmatch(name):
-        raise UserError(f"{where}: a stage's name has letters, digits, - and _ alone")
-    kind = keys.get("stage")
+    if not _STAGE_NAME.fullmatch(one.name):
+        raise UserError(f"{one.where}: a stage's name has letters, digits, - and _ alone")
+    kind = one.keys.get("stage")
     if not isinstance(kind, str) or kind not in STAGES:
-        raise UserError(f"{where}.stage: {kind!r} is no stage{suggestion(str(kind), STAGES)}")
+        raise UserError(f"{one.where}.stage: {kind!r} is no stage{suggestion(str(kind), {*STAGES, GROW})}")
     stage = STAGES[kind]
-    known_inputs = {**stage.inputs, **stage.optional_inputs}
-    inputs, portions = _inputs(where, stage, keys)
-    _check_inputs(where, stage, inputs, before)
-    runtime_keys = {"worker": file.worker} | {key: value for key, value in keys.items() if key in Runtime.model_fields}
-    config_keys = {
-        key: value
-        for key, value in keys.items()
-        if key != "stage" and key not in known_inputs and key not in Runtime.model_fields
-    }
+    inputs, portions = _inputs(one, stage)
+    _check_inputs(one, stage, inputs, before)
+    runtime_keys = {key: value for key, value in one.keys.items() if key in Runtime.model_fields}
+    others = {"stage", *stage.inputs, *stage.optional_inputs, *Runtime.model_fields}
+    if kind == CONTROLLED:
+        others.add(CONTROL)
+    config_keys = {key: value for key, value in one.keys.items() if key not in others}
     for key in portions.keys() & config_keys.keys():
-        raise UserError(f"{where}.{key}: the shares are written where the artifacts are named, not apart from them")
+        what = "names" if key in stage.named.values() else "shares"
+        raise UserError(one.place(f"{key}: the {what} are written where the artifacts are named, not apart from them"))
     config_keys |= portions
     try:
-        runtime = Runtime.model_validate(runtime_keys)
+        runtime = Runtime.model_validate({"worker": file.worker} | runtime_keys)
     except ValidationError as error:
-        raise UserError(f"{where}.{_first_problem(error, Runtime)}") from error
+        raise UserError(one.place(first_problem(error, Runtime))) from error
     if stage.has_engine:
         config_keys.setdefault("engine", file.engine or continue_on or _engine_on(runtime.worker))
     if "precision" in stage.config.model_fields:
@@ -220,11 +216,10 @@ def _stage(
         config = stage.config.model_validate(config_keys)
         config = stage.resolved(config) if stage.resolved and resolve else config
     except ValidationError as error:
-        others = {"stage", *known_inputs, *Runtime.model_fields}
-        problem = _as_written(_first_problem(error, stage.config, others), stage, keys)
-        raise UserError(f"{where}.{problem}") from error
+        problem = _as_written(first_problem(error, stage.config, others), stage, one.keys)
+        raise UserError(one.place(problem)) from error
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{one.where}: {error}") from error
     models = {key: model for key, value in inputs.items() if (model := before[value].model) is not None}
     try:
         if stage.has_engine:
@@ -234,35 +229,39 @@ def _stage(
             check(continue_on or config_keys["engine"], precision, bits)
         model = stage.model_of(config, models) if stage.model_of else None
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    return StageEntry(name=name, stage=kind, inputs=inputs, config=config, runtime=runtime, model=model)
+        raise UserError(f"{one.where}: {error}") from error
+    return StageEntry(name=one.name, stage=kind, inputs=inputs, config=config, runtime=runtime, model=model)
 
 
 def _engine_on(worker: Worker) -> EngineName:
     return default_engine() if worker == "local" else engine_for(worker)
 
 
-def _inputs(where: str, stage: Stage, keys: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """The artifacts that a stage reads, by input, and the portions of inputs that are several, by config field.
+def _inputs(one: Written, stage: Stage) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The artifacts that a stage reads, by input, and what is said of inputs that are several, by config field.
 
     Several are written as a list of stages, or as a mapping from each to its weight or its portion.
     """
     inputs: dict[str, Any] = {}
     portions: dict[str, list[Any]] = {}
     for key in {**stage.inputs, **stage.optional_inputs}:
-        value = keys.get(key)
+        value = one.keys.get(key)
         if value is None:
             continue
-        if key not in stage.many or not isinstance(value, list | dict):
+        if key in stage.named:
+            portions[stage.named[key]] = list(value) if isinstance(value, list) else [value]
+        several = (dict, list) if key in stage.many else (list,) if key in stage.named else ()
+        if not isinstance(value, several):
             inputs[key] = value
             continue
         if not value:
-            raise UserError(f"{where}.{key} names no stage")
+            raise UserError(one.place(f"{key} names no stage"))
         if isinstance(value, list) and len(set(map(str, value))) != len(value):
-            raise UserError(f"{where}.{key} names a stage twice")
+            raise UserError(one.place(f"{key} names a stage twice"))
         inputs |= {f"{key}.{number}": source for number, source in enumerate(value)}
-        shares = value.values() if isinstance(value, dict) else [{}] * len(value)
-        portions[stage.many[key]] = [share if isinstance(share, dict) else {"weight": share} for share in shares]
+        if key in stage.many:
+            shares = value.values() if isinstance(value, dict) else [{}] * len(value)
+            portions[stage.many[key]] = [share if isinstance(share, dict) else {"weight": share} for share in shares]
     return inputs, portions
 
 
@@ -276,88 +275,28 @@ def _as_written(problem: str, stage: Stage, keys: Mapping[str, Any]) -> str:
     return problem
 
 
-def _check_inputs(where: str, stage: Stage, inputs: Mapping[str, Any], before: Mapping[str, StageEntry]) -> None:
+def _check_inputs(one: Written, stage: Stage, inputs: Mapping[str, Any], before: Mapping[str, StageEntry]) -> None:
     for key, kind in {**stage.inputs, **stage.optional_inputs}.items():
         named = [value for name, value in inputs.items() if name.partition(".")[0] == key]
         if not named and key in stage.inputs:
-            raise UserError(f"{where}.{key} is missing: name the stage before it that makes the {kind}")
+            raise UserError(one.place(f"{key} is missing: name the stage before it that makes the {kind}"))
         for source in named:
-            _check_input(f"{where}.{key}", kind, source, before)
+            _check_input(one, key, kind, source, before)
     scored = before[inputs["evaluation"]].inputs["model"] if "evaluation" in inputs else None
     if scored is not None and scored != inputs["model"]:
         raise UserError(
-            f"{where}.evaluation: '{inputs['evaluation']}' is of the model '{scored}', not of '{inputs['model']}'"
+            f"{one.where}.evaluation: '{inputs['evaluation']}' is of the model '{scored}', not of '{inputs['model']}'"
         )
 
 
-def _check_input(where: str, kind: str, source: Any, before: Mapping[str, StageEntry]) -> None:
+def _check_input(one: Written, key: str, kind: str, source: Any, before: Mapping[str, StageEntry]) -> None:
+    where = one.place(key)
     if not isinstance(source, str) or source not in before:
-        stage = where.split(".")[1]
-        raise UserError(f"{where}: there is no stage '{source}' before '{stage}'{suggestion(str(source), before)}")
+        written_in = where.split(".")[1]
+        raise UserError(f"{where}: there is no stage '{source}' before '{written_in}'{suggestion(str(source), before)}")
     made = before[source].definition.output
     if made != kind:
         fitting = [name for name, entry in before.items() if entry.definition.output == kind]
         raise UserError(
             f"{where}: stage '{source}' makes {made}, not {kind}; use {' or '.join(fitting) or 'a stage that does'}"
         )
-
-
-def _first_problem(error: ValidationError, model: type[FrozenModel], others: set[str] | None = None) -> str:
-    """The first of pydantic's complaints as `key.path: what; did you mean …?`."""
-    problem = error.errors()[0]
-    path, place = _walk(model, problem["loc"])
-    where = ".".join(path) or "config"
-    if problem["type"] == "extra_forbidden":
-        known = (set(place.model_fields) if place else set()) | ((others or set()) if len(path) == 1 else set())
-        return f"{where}: there is no such key{suggestion(path[-1], known)}"
-    if problem["type"] == "missing":
-        return f"{where} is missing"
-    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        context = problem["ctx"]
-        tag = str(context["discriminator"]).strip("'")
-        known_tags = [name.strip("' ") for name in context.get("expected_tags", "").split(",")]
-        wrong = context.get("tag")
-        return f"{where}.{tag}: " + (f"there is no {wrong!r}{suggestion(wrong, known_tags)}" if wrong else "is missing")
-    message = problem["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
-    return f"{where}: {message[:1].lower()}{message[1:]}{given}"
-
-
-def _walk(model: type[FrozenModel], location: Sequence[int | str]) -> tuple[list[str], type[FrozenModel] | None]:
-    """The keys that lead to where pydantic found a problem, without the tags of unions, and the config that holds the
-    last of them."""
-    path: list[str] = []
-    place: type[FrozenModel] | None = model
-    choices: list[type[FrozenModel]] = []
-    for part in location:
-        tagged = [choice for choice in choices if len(choices) > 1 and part in _tags(choice)]
-        if tagged:
-            place, choices = tagged[0], []
-            continue
-        path.append(str(part))
-        if isinstance(part, int):
-            continue
-        if len(choices) == 1:
-            place, choices = choices[0], []
-        field = place.model_fields.get(part) if place else None
-        if field is not None:
-            choices = list(_models_in(field.annotation))
-    return path, place
-
-
-def _tags(model: type[FrozenModel]) -> set[Any]:
-    """The literals that tell a config from the others of its union."""
-    return {
-        tag
-        for field in model.model_fields.values()
-        if typing.get_origin(field.annotation) is typing.Literal
-        for tag in typing.get_args(field.annotation)
-    }
-
-
-def _models_in(annotation: Any) -> Iterator[type[FrozenModel]]:
-    """The configs that an annotation speaks of, in unions, tuples and mappings."""
-    if isinstance(annotation, type) and issubclass(annotation, FrozenModel):
-        yield annotation
-    for inner in typing.get_args(annotation):
-        yield from _models_in(inner)

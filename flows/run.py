@@ -18,12 +18,14 @@ from artifacts.lineage import to_text, tree
 from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import StageInterrupted, UserError
-from flows.console import ConsoleView, Scored, blend_table, comparison_table, evaluation_tables, last_of_each
+from flows.console import ConsoleView, Scored, blend_table, evaluation_tables, exact_match_table, last_of_each
+from flows.growth_tables import comparison_table, growth_table
 from flows.pipeline import TAG, RunResult, pipeline_flow, repairing
 from flows.recipe import Recipe
 from flows.server import prefect_server, wait_until_stored
 from flows.showing import LOSS_CURVE
 from models.engine import EngineName
+from tasks.compare import COMPARISON_PICTURE
 from tasks.remote import refuse_password
 from tasks.stage import Kind
 
@@ -129,14 +131,21 @@ def _show_result(recipe: Recipe, records: dict[str, Record], store: Store, publi
     ]
     for evaluation in last_of_each(evaluations):
         console.print(evaluation_tables(evaluation.record))
-    compared = comparison_table(evaluations)
+    compared = exact_match_table(evaluations)
     if compared is not None:
         console.print(compared)
+    grown = growth_table({entry.name: records[entry.name] for entry in recipe.stages})
+    if grown is not None:
+        console.print(grown)
+    for entry in recipe.stages:
+        if entry.definition.output == Kind.REPORT:
+            console.print(comparison_table(records[entry.name]))
     for folder in _folders(recipe, published).values():
         console.print(f"[dim]published[/]   {escape(str(folder.absolute()))}", highlight=False, soft_wrap=True)
     for entry in recipe.stages:
-        picture = store.attachments(records[entry.name].key).get(LOSS_CURVE)
-        if picture is not None:
-            line = f"[dim]loss curve[/]  {escape(entry.name)}: {escape(picture)}"
-            console.print(line, highlight=False, soft_wrap=True)
+        attached = store.attachments(records[entry.name].key)
+        for name, what in ((LOSS_CURVE, "loss curve"), (COMPARISON_PICTURE, "comparison")):
+            if name in attached:
+                line = f"[dim]{what}[/]  {escape(entry.name)}: {escape(attached[name])}"
+                console.print(line, highlight=False, soft_wrap=True)
     console.print(f"\n{escape(to_text(tree(store, records[recipe.stages[-1].name])))}", highlight=False, soft_wrap=True)

@@ -16,11 +16,16 @@ from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RET
 from artifacts.lineage import Node, summary, tree
 from artifacts.record import Record
 from artifacts.store import Store
+from tasks.compare import COMPARISON_PICTURE
 from tasks.encoding.card import DATA_CARD, LENGTHS_PICTURE
 from tasks.events import Event, progress_line
 
 LOSS_CURVE = "loss.png"
-PICTURES = {LOSS_CURVE: ("loss", "Loss curve"), LENGTHS_PICTURE: ("lengths", "Document lengths")}
+PICTURES = {
+    LOSS_CURVE: ("loss", "Loss curve"),
+    LENGTHS_PICTURE: ("lengths", "Document lengths"),
+    COMPARISON_PICTURE: ("comparison", "Loss against training FLOPs"),
+}
 """Pictures among a stage's logs: how their artifacts' keys end, and what they show."""
 _LIVE_SECONDS = 5.0
 _IMPATIENT = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: 5.0}

@@ -54,13 +54,20 @@ def hub_config(config: ModelConfig, bos_id: int, eos_id: int, pad_id: int) -> di
     return common | (_gpt2(config) if native == "gpt2" else _llama(config, native))
 
 
-def hub_weights(config: ModelConfig, weights: Mapping[str, Array]) -> dict[str, Array]:
-    """Canonical weights under the names that the published class has for them."""
+def published_names(config: ModelConfig) -> ModelConfig:
+    """The same model as one whose canonical names are those of the published class."""
     # GPT-2 alone has names of its own, and matrices the other way round.
     if native_class(config) != "gpt2" or config.architecture == "gpt2":
-        return dict(weights)
+        return config
     # A copy is not checked again: the activation, which gpt2 fixes in recipes, is free in its class.
-    published = config.model_copy(update={"architecture": "gpt2"})
+    return config.model_copy(update={"architecture": "gpt2"})
+
+
+def hub_weights(config: ModelConfig, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Canonical weights under the names that the published class has for them."""
+    published = published_names(config)
+    if published == config:
+        return dict(weights)
     pieces = [
         piece
         for known, named in zip(parameters(config), parameters(published), strict=True)

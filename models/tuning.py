@@ -24,6 +24,11 @@ class LoraConfig(FrozenModel):
     )
     """The projections that get adapters, in every layer; those that the architecture has not are passed over."""
 
+    @property
+    def scale(self) -> float:
+        """What B·A counts times."""
+        return self.alpha / self.rank
+
 
 class PreferenceConfig(FrozenModel):
     """Direct preference optimization (Rafailov et al., arXiv 2305.18290)."""

@@ -259,28 +259,37 @@ def gather(pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]) -> di
 
 
 def initial_weights(config: ModelConfig, seed: int) -> dict[str, NDArray[np.float32]]:
-    """Fresh canonical weights, the same for every engine: each parameter has its own stream, keyed by its name.
+    """Fresh canonical weights, the same for every engine: see `initial_parameter`."""
+    pieces = [
+        piece
+        for parameter in parameters(config)
+        for piece in to_canonical(parameter, initial_parameter(config, parameter, seed))
+    ]
+    return assemble(pieces, canonical_shapes(config))  # type: ignore[return-value]  # every array drawn is float32
+
+
+def initial_parameter(config: ModelConfig, parameter: Parameter, seed: int) -> NDArray[np.float32]:
+    """One fresh engine parameter, out of a stream of its own.
 
     Distributions are those of the `transformers` classes: matrices and embeddings N(0, initializer_range), biases
     zero, norms one; GPT-2's residual projections scaled by 1/sqrt(2·num_hidden_layers) (Radford et al., 2019).
     """
+    kind = parameter.name.rpartition(".")[2]
+    if kind == "bias":
+        return np.zeros(parameter.shape, np.float32)
+    if "norm" in parameter.name.rpartition(".")[0].rpartition(".")[2]:
+        return np.ones(parameter.shape, np.float32)
+    deviation = config.initializer_range
+    residual = parameter.name.endswith(("o_proj.weight", "down_proj.weight"))
+    if residual and config.architecture == "gpt2":
+        deviation /= math.sqrt(2 * config.num_hidden_layers)
+    numbers = random_stream(f"{seed}:{parameter.name}").standard_normal(parameter.shape, np.float32)
+    return numbers * np.float32(deviation)
 
-    def draw(parameter: Parameter) -> NDArray[np.float32]:
-        kind = parameter.name.rpartition(".")[2]
-        if kind == "bias":
-            return np.zeros(parameter.shape, np.float32)
-        if "norm" in parameter.name.rpartition(".")[0].rpartition(".")[2]:
-            return np.ones(parameter.shape, np.float32)
-        deviation = config.initializer_range
-        residual = parameter.name.endswith(("o_proj.weight", "down_proj.weight"))
-        if residual and config.architecture == "gpt2":
-            deviation /= math.sqrt(2 * config.num_hidden_layers)
-        stream = int(sha256_bytes(f"{seed}:{parameter.name}".encode())[:32], 16)
-        numbers = np.random.Generator(np.random.Philox(key=stream)).standard_normal(parameter.shape, np.float32)
-        return numbers * np.float32(deviation)
 
-    pieces = [piece for parameter in parameters(config) for piece in to_canonical(parameter, draw(parameter))]
-    return assemble(pieces, canonical_shapes(config))  # type: ignore[return-value]  # every array drawn is float32
+def random_stream(label: str) -> np.random.Generator:
+    """Random numbers that depend on the label alone."""
+    return np.random.Generator(np.random.Philox(key=int(sha256_bytes(label.encode())[:32], 16)))
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:

@@ -97,6 +97,18 @@ def tokenizer_folder(tokens: Sequence[TokensInput]) -> Path:
     return first.folder / "tokenizer"
 
 
+def vocabulary_of(tokens: Sequence[TokensInput], model: Path) -> Vocabulary:
+    """The tokens' vocabulary beside that of the model in a folder. Raises UserError where it is of another tokenizer
+    than that which the model was trained with."""
+    try:
+        return extended_vocabulary(model / "tokenizer", tokenizer_folder(tokens))
+    except UserError as error:
+        raise UserError(
+            f"the tokens '{tokens[0].name}' were made with another tokenizer than the model was trained with "
+            f"({error}): make them with the model's own"
+        ) from error
+
+
 def _check_fit(one: TokensInput, other: TokensInput) -> None:
     """Raises UserError where one model could not be trained on both."""
     both = f"the tokens '{one.name}' and '{other.name}'"
@@ -159,18 +171,6 @@ def _tokens_input(name: str, folder: Path, portion: Portion, key: str, context: 
     special_ids = {"bos": description.bos_id, "eos": description.eos_id, "pad": description.pad_id}
     pairs = description.loss_on == "pairs"
     return TokensInput(name, folder, portion, special_ids, description.template, pairs, splits)
-
-
-def vocabulary_of(tokens: Sequence[TokensInput], model: Path) -> Vocabulary:
-    """The tokens' vocabulary beside that of the model in a folder. Raises UserError where it is of another tokenizer
-    than that which the model was trained with."""
-    try:
-        return extended_vocabulary(model / "tokenizer", tokenizer_folder(tokens))
-    except UserError as error:
-        raise UserError(
-            f"the tokens '{tokens[0].name}' were made with another tokenizer than the model was trained with "
-            f"({error}): make them with the model's own"
-        ) from error
 
 
 def blend_rows(tokens: Sequence[TokensInput], batches: Batches, steps: int) -> list[dict[str, Any]]:

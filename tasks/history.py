@@ -36,6 +36,8 @@ class Trained(FrozenModel):
     """Positions that it went through, padding included."""
     flops: float
     """Training FLOPs, as `models.training.flops` counts them."""
+    fresh_optimizer: bool = False
+    """Whether the optimizer began without moments."""
     measured_on: str | None
     """Identity of the validation rows: losses of two entries may be compared where it is the same; None without any."""
     validation: tuple[Loss, ...]
@@ -51,6 +53,10 @@ class Grown(FrozenModel):
     parameters_before: int
     parameters: int
     """Parameters after it."""
+    source_layers: tuple[int | None, ...] = ()
+    """The old layer that each new layer is a copy of, None for a fresh one; empty where the layers are the old ones."""
+    optimizer_state: str | None = None
+    """What became of the moments, as the stage's config calls it; null where it is not known."""
 
 
 Entry = Annotated[Trained | Grown, Field(discriminator="kind")]

@@ -31,7 +31,7 @@ def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
 
 STAGE = Stage(
     name="pretrain",
-    version=3,
+    version=4,
     config=Config,
     inputs={"tokens": Kind.TOKENS},
     many={"tokens": "blend"},

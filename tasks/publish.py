@@ -17,8 +17,9 @@ from models.chat import Chat, chat_of
 from models.config import ModelConfig
 from models.hub import CODE, hub_config, hub_weights, native_class
 from models.tokenizer import tokenizer_files
+from models.tuning import LoraConfig
 from models.weights import parameter_count, write_arrays
-from tasks.checkpoint import WEIGHTS, ModelFolder, read_model, tokenizer_of
+from tasks.checkpoint import ADAPTER, WEIGHTS, ModelFolder, read_model, tokenizer_of, write_adapters
 from tasks.evaluate import RESULTS, shown_groups
 from tasks.stage import Context, Kind, Metrics, Stage
 
@@ -32,12 +33,15 @@ class Config(FrozenModel):
     """What the model is for, a sentence or two."""
     license: str = "mit"
     """The licence of the weights, as the Hugging Face hub calls it: mit, apache-2.0, odc-by, …"""
+    base_model: str | None = Field(default=None, min_length=1)
+    """Where the model beneath the adapters is to be had, for whoever opens `adapter/`; null for not said."""
 
 
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes config.json, generation_config.json, model.safetensors, the tokenizer, README.md, and the model's own
-    code where no `transformers` class has its composition."""
-    model = read_model(inputs["model"])
+    code where no `transformers` class has its composition. Adapters are in the weights, and apart in `adapter/`."""
+    unmerged = read_model(inputs["model"], merge=False)
+    model, adapters = unmerged.merged(), unmerged.adapters
     tokenizer = tokenizer_of(inputs["model"], model.config)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     chat = chat_of(inputs["model"] / "tokenizer")
@@ -45,11 +49,13 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     _write_json(context.output / "config.json", description)
     _write_json(context.output / "generation_config.json", {**ids, "do_sample": False})
     write_arrays(context.output / WEIGHTS, hub_weights(model.config, model.weights), {"format": "pt"})
+    if adapters is not None:
+        write_adapters(context.output / ADAPTER, model.config, adapters, config.base_model)
     code = () if native_class(model.config) else CODE
     for path in (*code, *tokenizer_files(inputs["model"] / "tokenizer")):
         shutil.copyfile(path, context.output / path.name)
     results = json.loads((inputs["evaluation"] / RESULTS).read_bytes()) if "evaluation" in inputs else None
-    card = _card(config, model, chat, results, context.lineage)
+    card = _card(config, unmerged, chat, results, context.lineage)
     (context.output / "README.md").write_text(card, encoding="utf-8")
     parameters = parameter_count(model.config)
     metrics: Metrics = {"summary": f"{_kind(model.config)}, {parameters:,} parameters", "parameters": parameters}
@@ -80,9 +86,20 @@ def _card(config: Config, model: ModelFolder, chat: Chat | None, results: dict[s
     room = min(256, max(1, shape.max_position_embeddings // 2))
     calls = _writing(prompt) if chat is None else _asking(prompt or "Hello!", room)
     sections.append(_usage(calls, own_code=native_class(shape) is None))
+    if model.adapters is not None:
+        sections.append(_adapters(model.adapters.config, config.base_model))
     if lineage:
         sections.append(f"## Made from\n\n{lineage}\n\nThe digests are those of the artifacts' contents.")
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _adapters(lora: LoraConfig, base_model: str | None) -> str:
+    beneath = "the model that they were trained on" if base_model is None else f"`{base_model}`"
+    return (
+        f"## Adapters\n\nTuned with LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}. The "
+        f"weights here have the adapters in them. `{ADAPTER}/` holds them apart, as `peft` opens them, for {beneath}: "
+        f"on the weights here they would count twice."
+    )
 
 
 def _kind(config: ModelConfig) -> str:

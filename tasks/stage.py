@@ -29,6 +29,7 @@ class Kind(StrEnum):
     MODEL = "model"
     EVALUATION = "evaluation"
     PUBLISHED = "published"
+    REPORT = "report"
 
 
 class Runtime(FrozenModel):
@@ -105,6 +106,9 @@ class Stage:
     many: Mapping[str, str] = field(default_factory=dict)
     """Inputs that may be several artifacts, and the config field with a portion for each of them. Several reach the
     stage as `<input>.0`, `<input>.1`, … and one as `<input>`: see `gathered`."""
+    named: Mapping[str, str] = field(default_factory=dict)
+    """Inputs that may be several artifacts in the same way, and the config field that gets the names of the stages
+    that made them: for an output that speaks of them, and so has to have them in its key."""
     lazy: Mapping[str, str] = field(default_factory=dict)
     """Inputs whose files with an ending are fetched and verified one by one, when the stage asks for them."""
     resolved: Callable[[Any], Any] | None = None

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.files import canonical_json, sha256_bytes, sha256_file
 from models.config import ModelConfig
 from models.engine import EngineName, Precision, training_engine
+from models.lora import adapter_count, adapter_shapes, initial_adapters
 from models.optimizer import OptimizerConfig
 from models.tokenizer import TOKENIZER_FILE, Tokenizer
 from models.training.batches import Batches, Source
@@ -23,8 +24,9 @@ from models.training.metrics import Metrics as TrainingLogs
 from models.tuning import WHOLE, Tuning
 from models.weights import Array, parameter_count
 from tasks.blend import DESCRIPTION, TokensInput, blend_rows, tokenizer_folder, tokens_inputs
-from tasks.checkpoint import ModelFolder, check_vocabulary, whole, write_model
-from tasks.history import History, Loss, Trained
+from tasks.checkpoint import Adapters, ModelFolder, check_vocabulary, whole, write_model
+from tasks.growth_record import growth_phrase, growths
+from tasks.history import Grown, History, Loss, Trained
 from tasks.stage import Context, Metrics
 from tasks.tokens import copy_tokenizer
 
@@ -76,7 +78,8 @@ def run_training(
 ) -> Metrics:
     """Trains and writes a model artifact with optimizer state and tokenizer; gives what the record says of it.
 
-    `history`: what the model has been through before. `tuning`: how the engine trains.
+    `history`: what the model has been through before. `tuning`: how the engine trains; with adapters, fresh ones are
+    trained, and the weights of the artifact are those of `start`.
 
     In several processes each does all of this, and process 0 alone writes.
 
@@ -95,6 +98,8 @@ def run_training(
         engine = training_engine(
             config.engine, model, config.training.optimizer, config.precision, context.runtime.layout, tuning
         )
+        if tuning.lora is not None:
+            start = start._replace(adapters=initial_adapters(model, tuning.lora, config.training.seed))
         result = train(
             engine,
             model,
@@ -110,17 +115,27 @@ def run_training(
             continue_on=context.runtime.continue_on,
         )
         blend = blend_rows(tokens, data.batches, result.state.step)
+    exported = whole(engine.export("weights"), model)
+    adapters = None
+    if tuning.lora is not None:
+        names = adapter_shapes(model, tuning.lora).keys() & exported.keys()
+        adapters = Adapters(tuning.lora, {name: exported.pop(name) for name in names})
     trained = ModelFolder(
         config=model,
-        weights=whole(engine.export("weights"), model),
+        weights=exported,
         optimizer=whole(engine.export("optimizer"), model),
         trained_with=config.training.optimizer,
-        history=(*history, _entry(model, result, data)),
+        history=(*history, _entry(model, result, start, data)),
+        adapters=adapters,
     )
     if engine.process == 0:
         write_model(context.output, trained)
         copy_tokenizer(tokenizer_folder(tokens), context.output)
     metrics = _metrics(model, result, engine.device, data)
+    if history and isinstance(history[-1], Grown):
+        _add_growth(metrics, trained.history)
+    if tuning.lora is not None:
+        metrics["trained_parameters"] = adapter_count(model, tuning.lora)
     return {**metrics, "blend": blend, "peak_memory_bytes": engine.peak_memory()}
 
 
@@ -196,12 +211,13 @@ def _identity(config: TrainingConfig, tokens: Sequence[TokensInput]) -> str:
     return sha256_bytes(canonical_json([rows, sources]))
 
 
-def _entry(model: ModelConfig, result: TrainingResult, data: _Data) -> Trained:
+def _entry(model: ModelConfig, result: TrainingResult, start: Start, data: _Data) -> Trained:
     return Trained(
         parameters=parameter_count(model),
         steps=result.state.step,
         tokens=result.tokens,
         flops=result.flops,
+        fresh_optimizer=start.optimizer is None,
         measured_on=data.measured_on,
         validation=tuple(Loss(step=one.step, loss=one.loss) for one in result.state.validations),
     )
@@ -246,6 +262,14 @@ def _metrics(model: ModelConfig, result: TrainingResult, device: str, data: _Dat
         "device": device,
         "notes": [*others, *data.notes],
     }
+
+
+def _add_growth(metrics: dict[str, Any], history: History) -> None:
+    """Adds what the last growth did to what the record says of the training after it."""
+    for growth in growths(history)[-1:]:
+        metrics["growth"] = json.loads(growth.model_dump_json())
+        metrics["summary"] += f", {growth_phrase(growth)}"
+        metrics["notes"] += [] if growth.note is None else [growth.note]
 
 
 def _summary(model: ModelConfig, result: TrainingResult) -> str:

@@ -12,12 +12,15 @@ import optax
 
 from models.config import ModelConfig
 from models.engine import StepResult
+from models.jax_engine import lora as adapters
 from models.jax_engine.head import part_count, weighted_loss
 from models.jax_engine.mixture import balance_loss
 from models.jax_engine.model import Computing, Rows, Transformer
 from models.jax_engine.optimizer import Arrays, OptimizerState, clipped, fresh, prefixed, updated
 from models.jax_engine.parameters import stacked_shape, stacks
+from models.lora import LORA_A, LORA_B
 from models.optimizer import OptimizerConfig
+from models.tuning import Tuning
 
 
 class Micro(NamedTuple):
@@ -46,8 +49,8 @@ class Totals(NamedTuple):
 class Steps:
     """The compiled functions of one model, optimizer and mesh."""
 
-    def __init__(self, config: ModelConfig, optimizer: OptimizerConfig, computing: Computing) -> None:
-        self._config, self._optimizer = config, optimizer
+    def __init__(self, config: ModelConfig, optimizer: OptimizerConfig, computing: Computing, tuning: Tuning) -> None:
+        self._config, self._optimizer, self._lora = config, optimizer, tuning.lora
         self._model, self._sharding = Transformer(config, computing), computing.sharding
         # Shardings stand in the places of the arrays that they are of.
         lying: dict[str, Any] = {
@@ -55,45 +58,73 @@ class Steps:
             for name, parameters in stacks(config).items()
         }
         whole: Any = self._sharding.of()
-        state = OptimizerState(prefixed(optimizer, lying), whole)
-        self.fresh = jax.jit(lambda parameters: fresh(optimizer, parameters), out_shardings=state)
-        """Parameters to the optimizer's state before the first update."""
+        self.adapted: tuple[str, ...] = ()
+        """The parameters that have adapters."""
+        trained = lying
+        if tuning.lora is not None:
+            self.adapted = tuple(adapters.adapted(config, tuning.lora))
+            trained = {kind + name: whole for name in self.adapted for kind in (LORA_A, LORA_B)}
+        state = OptimizerState(prefixed(optimizer, trained), whole)
+        self.fresh = jax.jit(lambda trained: fresh(optimizer, trained), out_shardings=state)
+        """What is trained to the optimizer's state before the first update."""
         self.step = computing.compiled(
-            self._stepped, donate_argnums=(0, 1), out_shardings=(lying, state, StepResult(whole, whole, whole))
+            self._stepped, donate_argnums=(0, 1), out_shardings=(trained, state, StepResult(whole, whole, whole))
         )
-        """(parameters, state, micro-batches, scale of rates, dropout key) to parameters, state and result."""
-        self.gradients = computing.compiled(self._gradients, out_shardings=(lying, whole))
-        """(parameters, micro-batches, dropout key) to gradients and loss."""
+        """(trained, state, frozen, micro-batches, scale of rates, dropout key) to trained, state and result.
+
+        What is trained are the parameters, and nothing is frozen; or the adapters, and the parameters are."""
+        self.gradients = computing.compiled(self._gradients, out_shardings=(trained, whole))
+        """(trained, frozen, micro-batches, dropout key) to gradients and loss."""
         self.loss = computing.compiled(self._summed_loss, out_shardings=whole)
         """(parameters, one micro-batch) to its summed loss without dropout."""
+        self.effective = jax.jit(self._effective, out_shardings={name: lying[name] for name in self.adapted})
+        """(base matrices, adapters) to the parameters that the model computes with."""
 
     @property
     def _balanced(self) -> bool:
         return self._config.mlp == "mixture" and self._config.router_aux_loss_coef > 0
 
     def _stepped(
-        self, parameters: Arrays, state: OptimizerState, micro: Micro, scale: jax.Array, words: jax.Array
+        self, trained: Arrays, state: OptimizerState, frozen: Arrays, micro: Micro, scale: jax.Array, words: jax.Array
     ) -> tuple[Arrays, OptimizerState, StepResult]:
-        gradients, loss = self._gradients(parameters, micro, words)
+        gradients, loss = self._gradients(trained, frozen, micro, words)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        after = updated(self._optimizer, parameters, state, clipped(self._optimizer, gradients, norm), scale)
-        parameters, state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, (parameters, state))
-        return parameters, state, StepResult(loss, norm, 1 - finite.astype(jnp.float32))
+        after = updated(self._optimizer, trained, state, clipped(self._optimizer, gradients, norm), scale)
+        trained, state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, (trained, state))
+        return trained, state, StepResult(loss, norm, 1 - finite.astype(jnp.float32))
 
-    def _gradients(self, parameters: Arrays, micro: Micro, words: jax.Array) -> tuple[Arrays, jax.Array]:
+    def _gradients(self, trained: Arrays, frozen: Arrays, micro: Micro, words: jax.Array) -> tuple[Arrays, jax.Array]:
         """The gradients of the mean loss, and that loss without the balance of experts."""
+        if self._lora is None:
+            return self._parameter_gradients(trained, frozen, micro, words)
+        moved = {name: frozen[name] for name in self.adapted}
+        others = {name: array for name, array in frozen.items() if name not in moved}
+        found, loss = self._parameter_gradients(moved, others, micro, words)
+        return adapters.gradients(self._lora, trained, found), loss
+
+    def _effective(self, base: Arrays, trained: Arrays) -> Arrays:
+        return {} if self._lora is None else adapters.effective(self._lora, base, trained)
+
+    def _parameter_gradients(
+        self, moved: Arrays, others: Arrays, micro: Micro, words: jax.Array
+    ) -> tuple[Arrays, jax.Array]:
+        """Those by some of the parameters."""
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), words[0]), words[1])
-        totals = self._totals(parameters, micro, key)
-        of_one = jax.grad(self._objective, has_aux=True)
+        totals = self._totals({**others, **moved}, micro, key)
+
+        def objective(moved: Arrays, one: Micro) -> tuple[jax.Array, jax.Array]:
+            return self._objective({**others, **moved}, one, totals, key)
+
+        of_one = jax.grad(objective, has_aux=True)
         if micro.tokens.shape[0] == 1:
-            found: tuple[Arrays, jax.Array] = of_one(parameters, _only(micro), totals, key)
+            found: tuple[Arrays, jax.Array] = of_one(moved, _only(micro))
             return found
 
         def added(carry: tuple[Arrays, jax.Array], one: Micro) -> tuple[tuple[Arrays, jax.Array], None]:
-            return jax.tree.map(jnp.add, carry, of_one(parameters, one, totals, key)), None
+            return jax.tree.map(jnp.add, carry, of_one(moved, one)), None
 
-        nothing = (jax.tree.map(jnp.zeros_like, parameters), jnp.zeros(()))
+        nothing = (jax.tree.map(jnp.zeros_like, moved), jnp.zeros(()))
         return jax.lax.scan(added, nothing, micro)[0]
 
     def _objective(self, parameters: Arrays, one: Micro, totals: Totals, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -141,9 +172,9 @@ class Steps:
 
 
 @functools.lru_cache(maxsize=16)
-def steps(config: ModelConfig, optimizer: OptimizerConfig, computing: Computing) -> Steps:
+def steps(config: ModelConfig, optimizer: OptimizerConfig, computing: Computing, tuning: Tuning) -> Steps:
     """The compiled functions, which engines of the same kind share."""
-    return Steps(config, optimizer, computing)
+    return Steps(config, optimizer, computing, tuning)
 
 
 def _only(micro: Micro) -> Micro:

@@ -3,16 +3,17 @@
 Everything that a step does is one compiled function, which takes over the memory of the state that it is given.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from models import weights
+from models import lora, weights
 from models.config import ModelConfig
 from models.engine import Batch, EngineName, State, StepResult, counted_targets
 from models.jax_engine import distributed
+from models.jax_engine import lora as adapters
 from models.jax_engine.batching import bucket, check_batch, largest, length_bucket, multiple, stacked
 from models.jax_engine.inference import JaxInference
 from models.jax_engine.model import Computing
@@ -36,11 +37,14 @@ class JaxTraining:
         self._config, self._optimizer, self._tuning = config, optimizer, tuning
         self._sharding = computing.sharding
         self._computing = computing
-        self._compiled = steps(config, optimizer, computing)
+        self._compiled = steps(config, optimizer, computing, tuning)
         self._stacks = stacks(config)
         self.device = distributed.described(self._sharding.mesh)
         self.process = jax.process_index()
         self._held = Holder()
+        self._base: dict[str, jax.Array] = {}
+        """The frozen matrices beneath adapters."""
+        self._adapters: dict[str, jax.Array] = {}
         self._state: OptimizerState | None = None
         self._loss_rows: dict[tuple[int, bool], int] = {}
         """The most rows that `loss` was given, by their length and whether they have documents."""
@@ -56,10 +60,25 @@ class JaxTraining:
         assert self._state is not None  # weights are restored first
         micro = self._micro(micro_batches)
         result: StepResult
-        self._held.parameters, self._state, result = self._compiled.step(
-            self._held.parameters, self._state, micro, np.float32(learning_rate_scale), _words(dropout_key)
+        trained, frozen = self._trained()
+        trained, self._state, result = self._compiled.step(
+            trained, self._state, frozen, micro, np.float32(learning_rate_scale), _words(dropout_key)
         )
+        self._take(trained)
         return result
+
+    def _trained(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """What the optimizer moves, and what it does not."""
+        return (self._held.parameters, {}) if self._tuning.lora is None else (self._adapters, self._held.parameters)
+
+    def _take(self, trained: dict[str, jax.Array]) -> None:
+        """Goes on with what the optimizer has moved."""
+        if self._tuning.lora is None:
+            self._held.parameters = trained
+            return
+        self._adapters = trained
+        # By one compiled function, after a step as after a restore: another one might round otherwise.
+        self._held.parameters = {**self._held.parameters, **self._compiled.effective(self._base, trained)}
 
     def loss(self, batch: Batch) -> tuple[float, int]:
         check_batch(batch, self._config, batch.loss_mask_BT)
@@ -73,34 +92,59 @@ class JaxTraining:
 
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
         # In the step's own shape: what dropout drops depends on it, and so does every last bit.
-        found, _ = self._compiled.gradients(self._held.parameters, self._micro(micro_batches), _words(dropout_key))
-        for name, parameters in self._stacks.items():
-            yield from unstacked(name, parameters, self._sharding.on_host(found[name]))
+        found, _ = self._compiled.gradients(*self._trained(), self._micro(micro_batches), _words(dropout_key))
+        yield from self._unstacked(found)
 
     def export(self, state: State) -> Iterator[Piece]:
         assert self._state is not None  # weights are restored first
         if state == "weights":
             for name, parameters in self._stacks.items():
-                yield from unstacked(name, parameters, self._sharding.on_host(self._held.parameters[name]))
+                array = self._base.get(name, self._held.parameters[name])
+                yield from unstacked(name, parameters, self._sharding.on_host(array))
+            if self._tuning.lora is not None:
+                yield from self._unstacked(self._adapters)
             return
         for moment, arrays in self._state.moments.items():
-            for name in arrays:
-                yield from unstacked(name, self._stacks[name], self._sharding.on_host(arrays[name]), f"{moment}:")
+            yield from self._unstacked(arrays, f"{moment}:")
         yield Piece(UPDATES, (), np.array(int(self._state.updates), np.int64))
+
+    def _unstacked(self, trained: Mapping[str, jax.Array], prefix: str = "") -> Iterator[Piece]:
+        """What is trained, or gradients or moments of it."""
+        if self._tuning.lora is None:
+            for name, array in trained.items():
+                yield from unstacked(name, self._stacks[name], self._sharding.on_host(array), prefix)
+        elif trained:
+            yield from adapters.unstacked(self._config, self._tuning.lora, self._sharding, trained, prefix)
 
     def restore(self, state: State, arrays: Iterable[Piece]) -> None:
         if state == "weights":
-            self._held.parameters = load(self._config, self._sharding, arrays)
-            self._state = self._compiled.fresh(self._held.parameters)
+            self._restore_weights(arrays)
+            self._state = self._compiled.fresh(self._trained()[0])
             return
         assert self._state is not None  # weights are restored first
-        found = weights.gather(arrays, weights.optimizer_shapes(self._config, self._optimizer))
+        found = weights.gather(arrays, lora.optimizer_shapes(self._config, self._optimizer, self._tuning.lora))
         moments = {
-            moment: {name: placed(self._sharding, name, self._stacks[name], found, f"{moment}:") for name in of_moment}
-            for moment, of_moment in self._state.moments.items()
+            moment: self._placed(of_moment, found, f"{moment}:") for moment, of_moment in self._state.moments.items()
         }
         updates = self._sharding.put(np.array(found[UPDATES], np.int32), self._sharding.of())
         self._state = OptimizerState(moments, updates)
+
+    def _placed(self, names: Collection[str], found: Mapping[str, weights.Array], prefix: str) -> dict[str, jax.Array]:
+        """Moments of what is trained."""
+        if self._tuning.lora is None:
+            return {name: placed(self._sharding, name, self._stacks[name], found, prefix) for name in names}
+        return adapters.placed(self._config, self._tuning.lora, self._sharding, found, prefix) if names else {}
+
+    def _restore_weights(self, arrays: Iterable[Piece]) -> None:
+        if self._tuning.lora is None:
+            self._held.parameters = load(self._config, self._sharding, arrays)
+            return
+        found = weights.gather(arrays, lora.weights_shapes(self._config, self._tuning.lora))
+        canonical = weights.canonical_shapes(self._config)
+        whole = {name: array for name, array in found.items() if name in canonical}
+        self._held.parameters = load(self._config, self._sharding, weights.whole_pieces(whole))
+        self._base = {name: self._held.parameters[name] for name in self._compiled.adapted}
+        self._take(adapters.placed(self._config, self._tuning.lora, self._sharding, found))
 
     def inference(self) -> JaxInference:
         return JaxInference(self._config, self._computing, self._held)

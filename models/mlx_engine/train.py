@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from models import weights
+from models import lora, weights
 from models.config import ModelConfig
 from models.engine import Batch, EngineName, Layout, Precision, State, StepResult, counted_targets
 from models.mlx_engine.attention import row_places
@@ -19,6 +19,7 @@ from models.mlx_engine.device import on_cpu
 from models.mlx_engine.head import parts_of, summed_loss, target_log_probabilities
 from models.mlx_engine.inference import MlxInference, described, peak_memory
 from models.mlx_engine.lanes import Arrays, Lanes, Part
+from models.mlx_engine.lora import adapter_gradients, effective
 from models.mlx_engine.loss_scale import LossScale, fresh_scale, next_scale
 from models.mlx_engine.mixture import balance_loss, total
 from models.mlx_engine.model import (
@@ -71,6 +72,14 @@ class MlxTraining:
         self.process = processes.rank
         self.device = described() if processes.count == 1 else f"{processes.count} × {described()}"
         self._model = Transformer(config, compute_dtype(precision), layout.rematerialize)
+        self._base: Parameters = {}
+        """The frozen matrices beneath adapters."""
+        self._adapters: Parameters = {}
+        if tuning.lora is not None:
+            adapted = [parameter.name for parameter in lora.adapted_parameters(config, tuning.lora)]
+            self._base = {name: parameters_of(self._model)[name] for name in adapted}
+            shapes = lora.adapter_shapes(config, tuning.lora)
+            self._adapters = {name: mx.zeros(shape) for name, shape in shapes.items()}
         self._moments, self._updates, self._scale = self._fresh()
         self._loss_rows: dict[tuple[int, bool], int] = {}
         self.traced = 0
@@ -103,14 +112,28 @@ class MlxTraining:
             *(mx.array(rate * learning_rate_scale) for rate in (config.learning_rate, config.muon_learning_rate))
         )
         state = (self._moments, self._updates, self._scale)
-        new, (self._moments, self._updates, self._scale), norm, skipped = self._with_parameters(
-            self._update, state, gradients, loss, rates
+        new, (self._moments, self._updates, self._scale), norm, skipped = self._update(
+            self._trained(), state, gradients, loss, rates
         )
-        replace_parameters(self._model, new)
+        self._take(new)
         # Where nothing else names the old arrays, MLX writes the new ones over them.
         del state, gradients
         mx.async_eval(new, self._moments, self._updates, self._scale, loss, norm, skipped)
         return StepResult(loss, norm, skipped)
+
+    def _trained(self) -> Parameters:
+        """What the optimizer moves."""
+        return parameters_of(self._model) if self._tuning.lora is None else self._adapters
+
+    def _take(self, trained: Parameters) -> None:
+        """Goes on with what the optimizer has moved."""
+        if self._tuning.lora is None:
+            replace_parameters(self._model, trained)
+            return
+        self._adapters = trained
+        formed = effective(self._tuning.lora, self._base, trained)
+        mx.async_eval(formed)
+        replace_parameters(self._model, formed)
 
     def loss(self, batch: Batch) -> tuple[float, int]:
         shape = (batch.tokens_BT.shape[1], batch.documents_BT is not None)
@@ -123,38 +146,48 @@ class MlxTraining:
 
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
         _, gradients = self._backward(micro_batches, dropout_key)
-        for parameter in weights.parameters(self._config):
-            gradient = gradients[parameter.name] / self._scale.scale
-            yield from weights.to_canonical(parameter, np.array(gradient))
+        yield from self._pieces({name: gradient / self._scale.scale for name, gradient in gradients.items()})
 
     def export(self, state: State) -> Iterator[Piece]:
-        parameters = parameters_of(self._model)
+        if state == "weights":
+            yield from self._canonical(parameters_of(self._model) | self._base)
+            if self._tuning.lora is not None:
+                yield from self._pieces(self._adapters)
+            return
+        for moment, arrays in self._moments.items():
+            yield from self._pieces(arrays, f"{moment}:")
+        yield Piece(UPDATES, (), np.array(self._updates).astype(np.int64))
+        if self._is_fp16:
+            yield Piece(LOSS_SCALE, (), np.array(self._scale.scale))
+            yield Piece(LOSS_SCALE_UPDATES, (), np.array(self._scale.steady).astype(np.int64))
+
+    def _pieces(self, trained: Parameters, prefix: str = "") -> Iterator[Piece]:
+        """What is trained, or gradients or moments of it."""
+        if self._tuning.lora is None:
+            return self._canonical(trained, prefix)
+        return (Piece(prefix + name, (), np.array(array)) for name, array in trained.items())
+
+    def _canonical(self, parameters: Parameters, prefix: str = "") -> Iterator[Piece]:
         for parameter in weights.parameters(self._config):
-            if state == "weights":
-                yield from weights.to_canonical(parameter, np.array(parameters[parameter.name]))
-                continue
-            for moment, arrays in self._moments.items():
-                if parameter.name in arrays:
-                    yield from weights.to_canonical(parameter, np.array(arrays[parameter.name]), f"{moment}:")
-        if state == "optimizer":
-            yield Piece(UPDATES, (), np.array(self._updates).astype(np.int64))
-            if self._is_fp16:
-                yield Piece(LOSS_SCALE, (), np.array(self._scale.scale))
-                yield Piece(LOSS_SCALE_UPDATES, (), np.array(self._scale.steady).astype(np.int64))
+            if parameter.name in parameters:
+                yield from weights.to_canonical(parameter, np.array(parameters[parameter.name]), prefix)
 
     def restore(self, state: State, arrays: Iterable[Piece]) -> None:
         if state == "weights":
-            load_weights(self._model, arrays)
+            self._restore_weights(arrays)
             self._moments, self._updates, self._scale = self._fresh()
             return
         pieces = list(arrays)
         scaled = self._is_fp16 and {piece.name for piece in pieces} >= OPTIONAL
-        shapes = weights.optimizer_shapes(self._config, self._optimizer_config) | (
+        shapes = lora.optimizer_shapes(self._config, self._optimizer_config, self._tuning.lora) | (
             dict.fromkeys(OPTIONAL, ()) if scaled else {}
         )
         found = weights.gather(pieces, shapes)
-        for parameter in weights.parameters(self._config):
-            for moment, moments in self._moments.items():
+        for moment, moments in self._moments.items():
+            if self._tuning.lora is not None:
+                moments.update({name: mx.array(found[f"{moment}:{name}"]) for name in moments})
+                continue
+            for parameter in weights.parameters(self._config):
                 if parameter.name in moments:
                     array = weights.from_canonical(parameter, found.__getitem__, f"{moment}:")
                     moments[parameter.name] = mx.array(array)
@@ -164,12 +197,23 @@ class MlxTraining:
                 mx.array(float(found[LOSS_SCALE])), mx.array(int(found[LOSS_SCALE_UPDATES]), mx.int32)
             )
 
+    def _restore_weights(self, arrays: Iterable[Piece]) -> None:
+        if self._tuning.lora is None:
+            load_weights(self._model, arrays)
+            return
+        found = weights.gather(arrays, lora.weights_shapes(self._config, self._tuning.lora))
+        canonical = weights.canonical_shapes(self._config)
+        load_weights(self._model, (Piece(name, (), found[name]) for name in canonical))
+        parameters = parameters_of(self._model)
+        self._base = {name: parameters[name] for name in self._base}
+        self._take({name: mx.array(found[name]) for name in self._adapters})
+
     def inference(self) -> MlxInference:
         return MlxInference(self._model)
 
     def _fresh(self) -> OptimizerState:
         """The optimizer as it is before its first update."""
-        moments = fresh_moments(self._optimizer_config, parameters_of(self._model))
+        moments = fresh_moments(self._optimizer_config, self._trained())
         return moments, mx.array(0, mx.int32), fresh_scale(self._is_fp16)
 
     def _traced(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,6 +268,8 @@ class MlxTraining:
             mx.async_eval(loss, gradients)
             more, further = self._gradients(arrays, numbers)
             loss, gradients = loss + more, {name: array + further[name] for name, array in gradients.items()}
+        if self._tuning.lora is not None:
+            gradients = adapter_gradients(self._tuning.lora, self._adapters, gradients)
         names = list(gradients)
         loss, *summed = self._processes.sum([loss, *gradients.values()])
         return loss, dict(zip(names, summed, strict=True))
@@ -245,8 +291,10 @@ class MlxTraining:
     def _gradients_function(self, parameters: Parameters, arrays: Arrays, numbers: Arrays) -> Part:
         """What these rows add to the mean loss, and to the scaled gradients."""
 
-        def objective(parameters: Parameters) -> tuple[mx.array, mx.array, list[mx.array]]:
-            read = self._read(parameters, arrays)
+        moved = parameters if self._tuning.lora is None else {name: parameters[name] for name in self._base}
+
+        def objective(moved: Parameters) -> tuple[mx.array, mx.array, list[mx.array]]:
+            read = self._read({**parameters, **moved}, arrays)
             x_MD, head_VD = read.x_BTD.reshape(-1, read.x_BTD.shape[-1]), self._model.head_VD
             loss = summed_loss(x_MD, head_VD, arrays["targets"].reshape(-1), arrays["counted"].reshape(-1))
             loss = whole = loss * numbers["share"]
@@ -259,7 +307,7 @@ class MlxTraining:
             between = [] if self._compiled else read.between
             return (whole * numbers["scale"] if self._is_fp16 else whole), loss, between
 
-        (_, loss, between), gradients = mx.value_and_grad(objective)(parameters)
+        (_, loss, between), gradients = mx.value_and_grad(objective)(moved)
         return Part(loss, gradients, between)
 
     def _counts_function(self, parameters: Parameters, arrays: Arrays) -> mx.array:

@@ -46,7 +46,8 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, head_VD: Tensor, targets_M: Tensor, scale: float) -> Tensor:
         cast_VD = head_VD.to(x_MD.dtype)
-        dx_MD, dhead_VD = torch.empty_like(x_MD), torch.zeros_like(head_VD)
+        dx_MD = torch.empty_like(x_MD)
+        dhead_VD = torch.zeros_like(head_VD) if ctx.needs_input_grad[1] else None
         total, nothing = torch.zeros((), device=x_MD.device), x_MD.new_zeros(())
         for part in _parts(x_MD, head_VD):
             x_CD, targets_C1 = x_MD[part], targets_M[part].unsqueeze(1)
@@ -59,6 +60,8 @@ class _SummedLoss(torch.autograd.Function):
             dlogits_CV = dlogits_CV.to(x_MD.dtype)
             # Scaled in the products' fp32 sums, before bf16 rounds them.
             dx_MD[part] = torch.addmm(nothing, dlogits_CV, cast_VD, beta=0, alpha=scale)
+            if dhead_VD is None:
+                continue
             if x_MD.dtype == torch.float32:
                 dhead_VD.addmm_(dlogits_CV.T, x_CD, alpha=scale)
             else:
@@ -68,9 +71,9 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         dx_MD, dhead_VD = ctx.saved_tensors
-        return dx_MD * gradient.to(dx_MD.dtype), dhead_VD * gradient, None, None
+        return dx_MD * gradient.to(dx_MD.dtype), None if dhead_VD is None else dhead_VD * gradient, None, None
 
 
 def _parts(x_MD: Tensor, head_VD: Tensor) -> Iterator[slice]:

@@ -90,8 +90,9 @@ class Parallel:
         if self._sharded is None:
             return
         for name, original in self._originals.items():
-            assert original.grad is not None
-            self.parameters[name].grad = _local(original.grad)
+            if original.requires_grad:
+                assert original.grad is not None
+                self.parameters[name].grad = _local(original.grad)
 
     def warm_up(self, part: Packed) -> None:
         """Before the first step: one pass there and back through `part`, whose gradients are forgotten.

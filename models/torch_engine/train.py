@@ -3,7 +3,7 @@
 E experts.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from models import weights
+from models import lora, weights
 from models.config import ModelConfig
 from models.engine import Batch, EngineName, Layout, Precision, State, StepResult, counted_targets
 from models.optimizer import UPDATES, OptimizerConfig
@@ -19,6 +19,7 @@ from models.torch_engine.device import compute_dtype, default_device, described,
 from models.torch_engine.head import summed_loss
 from models.torch_engine.inference import TorchInference
 from models.torch_engine.lanes import Lanes
+from models.torch_engine.lora import Adapters, freeze
 from models.torch_engine.mixture import balance_loss
 from models.torch_engine.model import Transformer
 from models.torch_engine.optimizer import Optimizer
@@ -54,11 +55,18 @@ class TorchTraining:
             raise UserError("layout.rematerialize repeats no dropout on Apple's GPU; set one of them to null or 0")
         with torch.device(self._place):
             self._model = Transformer(config, self._compute, layout.rematerialize)
+        if tuning.lora is not None:
+            freeze(self._model, config, tuning.lora)
         self._lanes = Lanes.where_they_help(self._model) if self._world.size == 1 else None
         self._parallel = Parallel(self._model, self._world)
         self._parameters = self._parallel.parameters
         self._shapes = {parameter.name: parameter.shape for parameter in weights.parameters(config)}
-        self._optimizer = Optimizer(optimizer, self._parameters, self._shapes, self._world)
+        self._adapters: Adapters | None = None
+        if tuning.lora is None:
+            self._optimizer = Optimizer(optimizer, self._parameters, self._shapes, self._world)
+        else:
+            self._adapters = Adapters(config, tuning.lora, self._parameters, self._world)
+            self._optimizer = Optimizer(optimizer, self._adapters.arrays)
         self._whole_model: Transformer | None = None
 
     def agreed(self, word: int) -> int:
@@ -72,6 +80,8 @@ class TorchTraining:
         self._whole_model = None
         loss = self._backward(micro_batches, dropout_key)
         norm, skipped = self._optimizer.step(learning_rate_scale, loss)
+        if self._adapters is not None:
+            self._adapters.form()
         return StepResult(loss, norm, skipped)
 
     @torch.no_grad()
@@ -83,6 +93,11 @@ class TorchTraining:
 
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
         self._backward(micro_batches, dropout_key)
+        if self._adapters is not None:
+            for name, adapter in self._adapters.arrays.items():
+                assert adapter.grad is not None
+                yield Piece(name, (), host_copy(adapter.grad))
+            return
         for parameter in weights.parameters(self._config):
             gradient = self._parameters[parameter.name].grad
             assert gradient is not None
@@ -90,20 +105,31 @@ class TorchTraining:
 
     def export(self, state: State) -> Iterator[Piece]:
         """As the contract says; only process 0 gives anything."""
-        for parameter in weights.parameters(self._config):
-            if state == "weights":
-                yield from self._exported(parameter, self._parameters[parameter.name], "")
-                continue
-            for moment, tensors in self._optimizer.moments.items():
-                if parameter.name in tensors:
-                    yield from self._exported(parameter, tensors[parameter.name], f"{moment}:")
-        if state == "optimizer" and not self.process:
+        if state == "weights":
+            yield from self._exported(
+                self._parameters if self._adapters is None else self._parameters | self._adapters.base
+            )
+            if self._adapters is not None:
+                yield from self._exported_adapters(self._adapters.arrays)
+            return
+        for moment, tensors in self._optimizer.moments.items():
+            if self._adapters is None:
+                yield from self._exported(tensors, f"{moment}:")
+            else:
+                yield from self._exported_adapters(tensors, f"{moment}:")
+        if not self.process:
             yield Piece(UPDATES, (), np.array(self._optimizer.updates, np.int64))
 
-    def _exported(self, parameter: weights.Parameter, part: Tensor, prefix: str) -> Iterator[Piece]:
-        tensor = self._whole(parameter.name, part)
+    def _exported(self, parts: Mapping[str, Tensor], prefix: str = "") -> Iterator[Piece]:
+        for parameter in weights.parameters(self._config):
+            if parameter.name in parts:
+                tensor = self._whole(parameter.name, parts[parameter.name])
+                if not self.process:
+                    yield from weights.to_canonical(parameter, host_copy(tensor), prefix)
+
+    def _exported_adapters(self, adapters: Mapping[str, Tensor], prefix: str = "") -> Iterator[Piece]:
         if not self.process:
-            yield from weights.to_canonical(parameter, host_copy(tensor), prefix)
+            yield from (Piece(prefix + name, (), host_copy(tensor)) for name, tensor in adapters.items())
 
     def _whole(self, name: str, part: Tensor) -> Tensor:
         """A parameter, moment or gradient whole, from what every process holds of it."""
@@ -113,20 +139,30 @@ class TorchTraining:
     def restore(self, state: State, arrays: Iterable[Piece]) -> None:
         self._whole_model = None
         if state == "weights":
-            found = weights.gather(arrays, weights.canonical_shapes(self._config))
-            for parameter in weights.parameters(self._config):
-                array = weights.from_canonical(parameter, found.__getitem__)
-                self._parameters[parameter.name].copy_(self._world.part(torch.from_numpy(array)))
+            self._restore_weights(weights.gather(arrays, lora.weights_shapes(self._config, self._tuning.lora)))
             self._optimizer.reset()
             self._warm_up()
             return
-        found = weights.gather(arrays, weights.optimizer_shapes(self._config, self._optimizer_config))
-        for parameter in weights.parameters(self._config):
-            for moment, tensors in self._optimizer.moments.items():
-                if parameter.name in tensors:
-                    array = weights.from_canonical(parameter, found.__getitem__, f"{moment}:")
-                    tensors[parameter.name].copy_(self._world.part(torch.from_numpy(array)))
+        found = weights.gather(arrays, lora.optimizer_shapes(self._config, self._optimizer_config, self._tuning.lora))
+        for moment, tensors in self._optimizer.moments.items():
+            if self._adapters is None:
+                self._fill(tensors, found, f"{moment}:")
+                continue
+            for name, tensor in tensors.items():
+                tensor.copy_(torch.from_numpy(found[f"{moment}:{name}"]))
         self._optimizer.updates = int(found[UPDATES])
+
+    def _restore_weights(self, found: Mapping[str, weights.Array]) -> None:
+        self._fill(self._parameters, found)
+        if self._adapters is not None:
+            self._adapters.restore({name: torch.from_numpy(found[name]) for name in self._adapters.arrays})
+
+    def _fill(self, parts: Mapping[str, Tensor], found: Mapping[str, weights.Array], prefix: str = "") -> None:
+        """Parameters or their moments from canonical arrays."""
+        for parameter in weights.parameters(self._config):
+            if parameter.name in parts:
+                array = weights.from_canonical(parameter, found.__getitem__, prefix)
+                parts[parameter.name].copy_(self._world.part(torch.from_numpy(array)))
 
     @torch.enable_grad()
     def _warm_up(self) -> None:
@@ -190,6 +226,8 @@ class TorchTraining:
             # What was computed again on the way back has left its routing, and a graph with it.
             mixture.routing = None
         self._parallel.collect()
+        if self._adapters is not None:
+            self._adapters.take_gradients()
         return self._world.summed(total)
 
     def _lane_loss(self, lane: Transformer, batch: Batch, scale: float) -> Tensor:

@@ -7,7 +7,7 @@ the step, and times decide only when something is written.
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from common.errors import UserError
@@ -26,7 +26,7 @@ from models.training.schedule import learning_rate_scale
 from models.training.signals import StopSignals
 from models.training.state import RunState, ValidationRecord
 from models.training.validation import Validator
-from models.weights import Array, assemble, canonical_shapes, whole_pieces
+from models.weights import Array, Piece, assemble, canonical_shapes, whole_pieces
 
 LOG_STEPS = 10
 LOG_SECONDS = 1.0
@@ -59,6 +59,8 @@ class Start(NamedTuple):
     validated: bool = False
     """Whether the weights are validated before the first step, where the config asks for validation: those of a model
     that comes from elsewhere are worth knowing, those of a fresh one are not."""
+    adapters: Mapping[str, Array] | None = None
+    """For an engine that trains adapters: the weights then stay as they are, and checkpoints are without them."""
 
 
 class _Pending(NamedTuple):
@@ -156,6 +158,7 @@ class _Loop:
         self.step_tokens = config.batch_size * config.sequence_length
         self.token_flops = training_flops_per_token(model, config.sequence_length)
         self.peak = peak_flops_per_second(engine.device)
+        self.frozen: Mapping[str, Array] = {}
         self.state = RunState()
         self.validates_start = False
         self.resumed_from: int | None = None
@@ -168,10 +171,11 @@ class _Loop:
         name = self.engine.name
         self.validates_start = start.validated
         found = self._found(name, continue_on)
+        self.frozen = start.weights if start.adapters is not None else {}
         if found is None:
-            self._restore(start.weights, start.optimizer)
+            self._restore({**start.weights, **(start.adapters or {})}, start.optimizer)
         else:
-            self._restore(found.weights, found.optimizer)
+            self._restore({**self.frozen, **found.weights}, found.optimizer)
             self.state = RunState.model_validate(found.state)
             self.saved = (self.state.step, self.state.validated)
             others = named([engine for engine in found.engines if engine != name])
@@ -336,7 +340,7 @@ class _Loop:
                 step=state.step,
                 engines=state.engines,
                 fingerprint=self.fingerprint,
-                weights=assemble(self.engine.export("weights"), self.shapes),
+                weights=assemble(self._moving(), self.shapes),
                 optimizer=assemble(self.engine.export("optimizer"), self.shapes),
                 state=state.to_json(),
                 score=state.score,
@@ -345,6 +349,10 @@ class _Loop:
                 self.checkpoints.save(checkpoint)
         self.saved = (self.state.step, self.state.validated)
         self.clock.saved()
+
+    def _moving(self) -> Iterator[Piece]:
+        """The weights but for those that stay as they were at the start, which is there again when a run goes on."""
+        return (piece for piece in self.engine.export("weights") if piece.name not in self.frozen)
 
     def _interrupt(self) -> None:
         self._save()

@@ -9,8 +9,9 @@ import pytest
 
 from artifacts.record import Record
 from artifacts.store import Store
+from flows.entry import StageEntry
 from flows.plan import Step, plan, stage_ref, work_for
-from flows.recipe import StageEntry, load_recipe
+from flows.recipe import load_recipe
 from tasks.produce import produce
 from tasks.registry import STAGES
 from tests.flows.conftest import RECIPE, after

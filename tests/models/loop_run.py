@@ -18,10 +18,12 @@ from fsspec.implementations.local import LocalFileSystem
 from models import weights
 from models.config import ModelConfig
 from models.engine import Batch, EngineName, InferenceEngine, Layout, State, StepResult, TrainingEngine, training_engine
+from models.lora import initial_adapters
 from models.training.checkpoint import Checkpoints
 from models.training.config import CheckpointConfig, TrainingConfig
 from models.training.events import Event, Note
 from models.training.loop import Interrupted, Start, train
+from models.tuning import LoraConfig, Tuning
 from models.weights import Piece
 from tests.models.agreement import ADAMW, MUON, exported
 from tests.models.several import explained, number, run_all
@@ -134,9 +136,12 @@ def go(
     checkpoints: str,
     stop: int | None = None,
     layout: Layout = Layout(),  # noqa: B008 - it is frozen
+    lora: LoraConfig | None = None,
 ) -> Found:
     """Trains from the newest checkpoint to the end, or until so many steps are done and a checkpoint is written."""
-    watched = Watched(training_engine(engine, model(variant), config.optimizer, "float32", layout))
+    tuning = Tuning(lora=lora)
+    watched = Watched(training_engine(engine, model(variant), config.optimizer, "float32", layout, tuning))
+    adapters = None if lora is None else initial_adapters(model(variant), lora, 0)
     events: list[Event] = []
     validations: list[float] = []
     try:
@@ -147,7 +152,7 @@ def go(
             bigrams.batches_for(config, folder / "validation", shuffled=False, document_masking=True),
             config,
             Checkpoints(LocalFileSystem(), str(folder / checkpoints), CheckpointConfig()),
-            Start(weights.initial_weights(model(variant), 0)),
+            Start(weights.initial_weights(model(variant), 0), adapters=adapters),
             report=events.append,
             should_stop=lambda: stop is not None and len(watched.results) >= stop,
             continue_on=True,

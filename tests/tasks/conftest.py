@@ -13,6 +13,27 @@ from tasks.stage import Context, Metrics, Runtime
 RunStage = Callable[..., tuple[Path, Metrics]]
 
 
+def context_in(
+    place: Path, name: str, inputs: Mapping[str, Path] | None = None, labels: Mapping[str, str] | None = None
+) -> Context:
+    """What a stage is run with, all below a folder; its checkpoints stay there for a second run."""
+    context = Context(
+        name=name,
+        output=place / "output",
+        logs=place / "logs",
+        scratch=(fsspec.filesystem("file"), str(place / "scratch")),
+        local_scratch=place / "scratch",
+        runtime=Runtime(),
+        report=lambda event: None,
+        lineage="- documents `0123456789ab`",
+        labels=labels or {},
+        fetch=lambda input_name, file_name: (inputs or {})[input_name] / file_name,
+    )
+    context.output.mkdir(parents=True)
+    context.logs.mkdir()
+    return context
+
+
 @pytest.fixture
 def run_stage(tmp_path: Path) -> RunStage:
     """Runs a stage by its name on a config and input folders; gives its output folder and metrics."""
@@ -22,21 +43,7 @@ def run_stage(tmp_path: Path) -> RunStage:
         name: str, config: Mapping[str, Any], labels: Mapping[str, str] | None = None, **inputs: Path
     ) -> tuple[Path, Metrics]:
         stage = stage_named(name)
-        place = tmp_path / f"{next(runs)}-{name}"
-        context = Context(
-            name=name,
-            output=place / "output",
-            logs=place / "logs",
-            scratch=(fsspec.filesystem("file"), str(place / "scratch")),
-            local_scratch=place / "scratch",
-            runtime=Runtime(),
-            report=lambda event: None,
-            lineage="- documents `0123456789ab`",
-            labels=labels or {},
-            fetch=lambda input_name, file_name: inputs[input_name] / file_name,
-        )
-        context.output.mkdir(parents=True)
-        context.logs.mkdir()
+        context = context_in(tmp_path / f"{next(runs)}-{name}", name, inputs, labels)
         return context.output, stage.run(stage.config.model_validate(config), inputs, context)
 
     return run

@@ -16,11 +16,16 @@ _TRAINED = st.builds(
     steps=st.integers(0, 1 << 40),
     tokens=st.integers(0, 1 << 60),
     flops=st.floats(0, 1e30),
+    fresh_optimizer=st.booleans(),
     measured_on=st.none() | st.text("0123456789abcdef", min_size=64, max_size=64),
     validation=st.lists(_LOSSES, max_size=5).map(tuple),
 )
 _GROWN = st.builds(
-    Grown, operator=st.text(), parameters_before=st.integers(1, 1 << 40), parameters=st.integers(1, 1 << 40)
+    Grown,
+    operator=st.text(),
+    parameters_before=st.integers(1, 1 << 40),
+    parameters=st.integers(1, 1 << 40),
+    optimizer_state=st.none() | st.sampled_from(["copy", "reset"]),
 )
 
 

@@ -65,6 +65,20 @@ def test_other_models_do_so_too(model: str, changes: dict[str, Any], tmp_path: P
     assert_close(run(job("adamw", model, layout=layout, **more), tmp_path, devices=8), alone, "adamw")
 
 
+@pytest.mark.slow
+def test_adapters_do_so_too(tmp_path: Path) -> None:
+    """Every device has them whole, over weights that are divided."""
+    lora = {"rank": 3, "alpha": 6}
+    alone = run(job("adamw", save=str(tmp_path / "alone"), lora=lora), tmp_path)
+    layout = LAYOUTS["data 2 × fsdp 2 × tensor 2"]
+    divided = run(job("adamw", layout=layout, save=str(tmp_path / "divided"), lora=lora), tmp_path, devices=8)
+    assert_close(divided, alone, "adamw")
+    one, other = (weights.read_arrays(tmp_path / name / "weights.safetensors") for name in ("alone", "divided"))
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        np.testing.assert_allclose(array.astype(float), other[name].astype(float), atol=1e-4, err_msg=name)
+
+
 @pytest.mark.agreement
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"fsdp": 2}, {"data": 2}, {"data": 2, "tensor": 2}], ids=str)

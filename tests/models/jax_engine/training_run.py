@@ -20,6 +20,8 @@ import numpy as np
 from models import weights
 from models.engine import Batch, Layout, TrainingEngine, training_engine
 from models.optimizer import OptimizerConfig
+from models.tuning import LoraConfig, Tuning
+from tests.models.test_lora import random_adapters
 from tests.models.tiny import batch, cut, pieces, tiny
 
 ROOT = Path(__file__).parents[3]
@@ -45,8 +47,10 @@ def trained(job: dict[str, Any]) -> dict[str, Any]:
     """Does a job in this process."""
     config = tiny(job["model"], **SIZE, **job.get("changes", {}))
     layout = Layout.model_validate(job["layout"])
-    engine = training_engine("jax", config, OPTIMIZERS[job["optimizer"]], "float32", layout)
-    engine.restore("weights", pieces(dict(weights.initial_weights(config, 3))))
+    lora = LoraConfig.model_validate(job["lora"]) if "lora" in job else None
+    engine = training_engine("jax", config, OPTIMIZERS[job["optimizer"]], "float32", layout, Tuning(lora=lora))
+    adapters = {} if lora is None else random_adapters(config, lora)
+    engine.restore("weights", pieces({**weights.initial_weights(config, 3), **adapters}))
     found, digest = [], hashlib.sha256()
     for step in range(STEPS):
         parts = batches(step, job.get("documents", False))

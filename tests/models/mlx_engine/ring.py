@@ -11,15 +11,20 @@ import numpy as np
 
 from models import weights
 from models.engine import Batch, Layout, TrainingEngine, training_engine
+from models.lora import adapter_shapes
 from models.optimizer import OptimizerConfig
+from models.tuning import LoraConfig, Tuning
 from tests.models import several
 from tests.models.several import Found
+from tests.models.test_lora import random_adapters
 from tests.models.tiny import batch, cut, pieces, tiny
 
 OPTIMIZERS = {
     "adamw": OptimizerConfig(learning_rate=3e-4),
     "muon": OptimizerConfig(name="muon", learning_rate=3e-4, muon_learning_rate=5e-3),
 }
+LORA = LoraConfig(rank=3, alpha=6)
+"""Trained where the optimizer is called `lora`, which is AdamW."""
 STEPS = 20
 # They do not divide among two processes, and one of the micro-batches is a single row.
 ROWS = 7
@@ -35,16 +40,22 @@ def train(name: str) -> Found:
     """`COMPOSITION:OPTIMIZER:DROPOUT[:STATE:FROM]`: the steps that are left of twenty; losses and what is left."""
     composition, optimizer, dropout, *start = name.split(":")
     config = tiny(composition, dropout=float(dropout))
-    engine: TrainingEngine = training_engine("mlx", config, OPTIMIZERS[optimizer], "float32", Layout())
+    lora = LORA if optimizer == "lora" else None
+    engine: TrainingEngine = training_engine(
+        "mlx", config, OPTIMIZERS["adamw" if lora else optimizer], "float32", Layout(), Tuning(lora=lora)
+    )
     canonical, first = weights.canonical_shapes(config), 0
     if start:
         state, first = dict(np.load(start[0])), int(start[1])
         engine.restore("weights", pieces({key: array for key, array in state.items() if key in canonical}))
         engine.restore("optimizer", pieces({key: array for key, array in state.items() if key not in canonical}))
     else:
-        engine.restore("weights", pieces(dict(weights.initial_weights(config, 1))))
+        adapters = {} if lora is None else random_adapters(config, lora)
+        engine.restore("weights", pieces({**weights.initial_weights(config, 1), **adapters}))
     steps = [engine.step(micro_batches(step), 1.0, step) for step in range(first, STEPS)]
-    gradients = weights.gather(engine.gradients(micro_batches(1), 1), canonical)
+    gradients = weights.gather(
+        engine.gradients(micro_batches(1), 1), canonical if lora is None else adapter_shapes(config, lora)
+    )
     found = {
         "losses": [float(step.loss) for step in steps],
         "norms": [float(step.gradient_norm) for step in steps],

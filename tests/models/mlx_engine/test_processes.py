@@ -15,7 +15,7 @@ from tests.models.mlx_engine import ring
 from tests.models.several import Found
 
 WORKS = [f"{name}:{optimizer}:0" for name in COMPOSITIONS for optimizer in ("adamw", "muon")]
-WORKS += ["gpt2:adamw:0.2", "mixtral:muon:0.2"]
+WORKS += ["gpt2:adamw:0.2", "mixtral:muon:0.2", "gpt2:lora:0.2"]
 HALF = 10
 
 

@@ -12,8 +12,10 @@ from models import weights
 from models.config import ModelConfig
 from models.engine import Batch, EngineName, Layout, Precision, State, TrainingEngine, is_installed, training_engine
 from models.optimizer import OPTIONAL, OptimizerConfig
+from models.tuning import LoraConfig, Tuning
 from tests.models.test_engine_documents import LENGTHS, packed
 from tests.models.test_engines import assert_same, exported, gradients
+from tests.models.test_lora import random_adapters
 from tests.models.tiny import Arrays, batch, cut, pieces, tiny
 
 pytest.importorskip("models.mlx_engine")
@@ -24,6 +26,7 @@ from models.mlx_engine.processes import Processes
 from models.mlx_engine.train import MlxTraining
 
 ADAMW = OptimizerConfig(learning_rate=0.01)
+LORA = LoraConfig(rank=3, alpha=6)
 STATES: tuple[State, ...] = ("weights", "optimizer")
 MUON = OptimizerConfig(name="muon", learning_rate=0.01, muon_learning_rate=0.02)
 
@@ -41,10 +44,12 @@ def trainer(
     *,
     compiled: bool | None = None,
     rematerialize: bool = False,
+    lora: LoraConfig | None = None,
 ) -> MlxTraining:
     layout = Layout(rematerialize=rematerialize)
-    engine = MlxTraining(config, optimizer, precision, layout, Processes(None), compiled)
-    engine.restore("weights", pieces(dict(weights.initial_weights(config, 1))))
+    engine = MlxTraining(config, optimizer, precision, layout, Processes(None), compiled, Tuning(lora=lora))
+    adapters = {} if lora is None else random_adapters(config, lora)
+    engine.restore("weights", pieces({**weights.initial_weights(config, 1), **adapters}))
     return engine
 
 
@@ -60,6 +65,31 @@ def test_compiled_functions_do_what_others_do() -> None:
     assert losses(compiled, range(4)) == pytest.approx(losses(plain, range(4)), rel=1e-5)
     assert_same(exported(compiled), exported(plain), atol=1e-4, rtol=1e-3)
     assert compiled.loss(packed(LENGTHS["short"])) == pytest.approx(plain.loss(packed(LENGTHS["short"])), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_kernels")
+def test_compiled_adapters_do_what_others_do() -> None:
+    config, steps = tiny("llama", num_hidden_layers=1), range(0, 6, 2)
+    compiled, plain = (trainer(config, lora=LORA, compiled=compiled) for compiled in (True, False))
+    assert losses(compiled, steps) == pytest.approx(losses(plain, steps), rel=1e-5)
+    assert_same(exported(compiled), exported(plain), atol=1e-4, rtol=1e-3)
+
+
+def test_rematerialised_adapters_are_the_same() -> None:
+    again, plain = (trainer(tiny("gpt2", dropout=0.1), rematerialize=again, lora=LORA) for again in (True, False))
+    assert losses(again, range(4)) == pytest.approx(losses(plain, range(4)), rel=1e-5)
+
+
+def test_adapters_in_fp16_have_its_loss_scale() -> None:
+    half, plain = (trainer(tiny("gpt2"), precision=precision, lora=LORA) for precision in ("float16", "float32"))
+    assert losses(half, range(4)) == pytest.approx(losses(plain, range(4)), rel=1e-2)
+    half._scale = half._scale._replace(scale=mx.array(2.0**40))
+    before = exported(half)
+    assert float(half.step([batch()], 1.0, 9).skipped) == 1
+    after = exported(half)
+    assert float(after["loss_scale"]) == 2.0**39
+    assert_same(*({name: one[name] for name in one.keys() - OPTIONAL} for one in (before, after)))
 
 
 @pytest.mark.slow

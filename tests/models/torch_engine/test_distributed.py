@@ -31,6 +31,9 @@ TWO += [
     "skip:fsdp2",
     "dropout:mixtral:muon:data",
     "dropout:gpt2:adamw:fsdp2",
+    "lora:llama:adamw:data",
+    "lora:gpt2:adamw:fsdp2",
+    "lora:mixtral:adamw:remade-fsdp2",
 ]
 FOUR = [f"train:{name}:muon:{way}" for name in ("llama", "mixtral") for way in ("data", "fsdp2", "fsdp4")]
 FOUR += [f"train:{name}:adamw:{way}" for name in ("gpt2", "custom") for way in ("data", "fsdp2", "fsdp4")]
@@ -41,6 +44,8 @@ FOUR += [
     "skip:fsdp4",
     "dropout:gpt2:adamw:data",
     "dropout:mixtral:muon:fsdp2",
+    "lora:llama:adamw:fsdp2",
+    "lora:gpt2:adamw:fsdp4",
 ]
 
 
@@ -77,8 +82,8 @@ def assert_gradients_agree(one: Arrays, other: Arrays) -> None:
         assert difference <= 1e-4 * max(float(np.linalg.norm(one[name])), 1e-3 * whole), name
 
 
-CASES = [(2, name) for name in TWO if name.startswith(("train", "dropout"))] + [
-    (4, name) for name in FOUR if name.startswith(("train", "dropout"))
+CASES = [(2, name) for name in TWO if name.startswith(("train", "dropout", "lora"))] + [
+    (4, name) for name in FOUR if name.startswith(("train", "dropout", "lora"))
 ]
 
 

@@ -16,6 +16,7 @@ from models import weights
 from models.config import ModelConfig
 from models.engine import Batch, Layout, StepResult, training_engine
 from models.generation import generate
+from models.lora import adapter_shapes
 from models.optimizer import OptimizerConfig
 from models.sampling import SamplingConfig
 from models.torch_engine.train import TorchTraining
@@ -23,7 +24,9 @@ from models.training.checkpoint import Checkpoints
 from models.training.config import CheckpointConfig, TrainingConfig
 from models.training.events import Event, Note
 from models.training.loop import Interrupted, Start, train
+from models.tuning import LoraConfig, Tuning
 from tests.models import several
+from tests.models.test_lora import random_adapters
 from tests.models.tiny import VOCABULARY, Arrays, batch, cut, pieces, tiny
 from tests.models.training import bigrams
 
@@ -39,15 +42,19 @@ LAYOUTS = {
     "remade": Layout(rematerialize=True),
     "remade-fsdp2": Layout(fsdp=2, rematerialize=True),
 }
+LORA = LoraConfig(rank=3, alpha=6, targets=("q_proj", "v_proj", "o_proj"))
 STEPS = 20
 # Over four processes: rows that do not divide, and micro-batches of which some get none.
 ROWS = 7
 
 
-def engine_for(config: ModelConfig, optimizer: OptimizerConfig, layout: str) -> TorchTraining:
-    engine = training_engine("torch", config, optimizer, "float32", LAYOUTS[layout])
+def engine_for(
+    config: ModelConfig, optimizer: OptimizerConfig, layout: str, lora: LoraConfig | None = None
+) -> TorchTraining:
+    engine = training_engine("torch", config, optimizer, "float32", LAYOUTS[layout], Tuning(lora=lora))
     assert isinstance(engine, TorchTraining)
-    engine.restore("weights", pieces(dict(weights.initial_weights(config, 1))))
+    adapters = {} if lora is None else random_adapters(config, lora)
+    engine.restore("weights", pieces({**weights.initial_weights(config, 1), **adapters}))
     return engine
 
 
@@ -62,15 +69,16 @@ def exported(engine: TorchTraining, config: ModelConfig) -> Arrays:
 
 
 def training(name: str) -> tuple[Found, Arrays]:
-    """`train:COMPOSITION:OPTIMIZER:LAYOUT`, or `dropout:` with it: steps, with losses and what is left of them."""
+    """`train:COMPOSITION:OPTIMIZER:LAYOUT`: steps, with losses and what is left of them. `dropout:` is with it, and
+    `lora:` of adapters."""
     kind, composition, optimizer, layout = name.split(":")
     config = tiny(composition, dropout=0.3 if kind == "dropout" else 0.0)
-    engine = engine_for(config, OPTIMIZERS[optimizer], layout)
+    lora = LORA if kind == "lora" else None
+    engine = engine_for(config, OPTIMIZERS[optimizer], layout, lora)
+    shapes = weights.canonical_shapes(config) if lora is None else adapter_shapes(config, lora)
     gradients = {
         f"gradient {piece}": array
-        for piece, array in weights.gather(
-            engine.gradients(micro_batches(1), 0), weights.canonical_shapes(config)
-        ).items()
+        for piece, array in weights.gather(engine.gradients(micro_batches(1), 0), shapes).items()
     }
     steps = [engine.step(micro_batches(step), 1.0, step) for step in range(STEPS)]
     prompts = np.random.default_rng(0).integers(0, VOCABULARY, (3, 5)).tolist()
@@ -193,6 +201,7 @@ WORKS: dict[str, Callable[[str], tuple[Found, Arrays]]] = {
     "train": training,
     "restore": restoring,
     "dropout": training,
+    "lora": training,
     "skip": skipping,
     "loop": looping,
 }

@@ -19,9 +19,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from models.config import ModelConfig
 from models.engine import TrainingEngine, training_engine
+from models.lora import initial_adapters
 from models.training.checkpoint import Checkpoints
 from models.training.config import CheckpointConfig, TrainingConfig
 from models.training.loop import Start, train
+from models.tuning import LoraConfig, Tuning
 from models.weights import initial_weights
 from tests.models.training import bigrams
 
@@ -60,12 +62,14 @@ def run(folder: Path, engine_name: str, every_seconds: float, arm: Callable[[], 
     model, start = bigrams.MODEL, bigrams.start()._replace(validated=True)
     engine: TrainingEngine = bigrams.BigramEngine(CONFIG.optimizer, poisoned=frozenset({7, 8, 23}))
     config = CONFIG
-    if engine_name == "torch":
+    if engine_name != "bigrams":
         # Two early stops in one test would be one too many: this one goes to its last step.
         config = TrainingConfig.model_validate({**CONFIG.model_dump(), "steps": 23, "early_stopping": None})
         model = TORCH_MODEL
-        start = Start(initial_weights(model, 0), validated=True)
-        engine = training_engine("torch", model, config.optimizer, "float32")
+        lora = LoraConfig(rank=2) if engine_name == "torch-lora" else None
+        adapters = None if lora is None else initial_adapters(model, lora, 0)
+        start = Start(initial_weights(model, 0), adapters=adapters, validated=True)
+        engine = training_engine("torch", model, config.optimizer, "float32", tuning=Tuning(lora=lora))
     arm()
     result = train(
         engine,
