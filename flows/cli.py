@@ -288,13 +288,18 @@ def evaluate(
     ref: RefArgument,
     store: StoreOption = None,
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="The split of its documents.")] = "test",
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens after which an answer is cut off: 16, or 256 of a chat.", show_default=False),
+    ] = None,
     engine: EngineOption = None,
 ) -> None:
     """Scores a model on the documents that it was made from; a score that is in the store is not made again."""
     from flows.console import evaluation_tables
     from flows.inference import evaluate_ref
 
-    console.print(evaluation_tables(evaluate_ref(Store.open(store), ref, split, engine)))
+    for record in evaluate_ref(Store.open(store), ref, split, engine, max_new_tokens):
+        console.print(evaluation_tables(record))
 
 
 @app.command(epilog="Example: cairn gc --grace-days 2")

@@ -26,7 +26,7 @@ class ConsoleView(AbstractContextManager["ConsoleView"]):
         self.console = console
         self._log = LogView(self._line)
         self._progress = Progress(
-            TextColumn("  {task.fields[stage]:<12}"),
+            TextColumn("  {task.fields[stage]:<18}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[detail]}"),
             console=console,
@@ -68,11 +68,11 @@ class ConsoleView(AbstractContextManager["ConsoleView"]):
         if stage in self._bars:
             self._progress.remove_task(self._bars.pop(stage))
         mark, took = ("[dim]=[/]", "reused") if reused else ("[green]✓[/]", f"{seconds:.1f} s")
-        line = f"{mark} {escape(stage):<12} [dim]{took:>8}[/]  {escape(record.summary)}"
+        line = f"{mark} {escape(stage):<18} [dim]{took:>7}[/]  {escape(record.summary)}"
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def _line(self, stage: str, line: str) -> None:
-        self.console.print(f"  [dim]{escape(stage):<12} {escape(line)}[/]", highlight=False, soft_wrap=True)
+        self.console.print(f"  [dim]{escape(stage):<18} {escape(line)}[/]", highlight=False, soft_wrap=True)
 
 
 def plan_table(steps: list[Step]) -> Table:
@@ -181,7 +181,9 @@ def _exact_match(metrics: dict[str, Any]) -> Group:
     if "too_long" in metrics:
         scores.caption = f"{metrics['too_long']:,} prompts are longer than the model's positions, and count as wrong"
         scores.caption_justify = "left"
-    samples = Table(title="Sample predictions", title_justify="left", header_style="dim")
+    # A question and its answer take several lines.
+    lines = "template" in metrics
+    samples = Table(title="Sample predictions", title_justify="left", header_style="dim", show_lines=lines)
     for column in ("prompt", "prediction", "target"):
         samples.add_column(column, overflow="fold")
     samples.add_column("", no_wrap=True)

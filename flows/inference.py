@@ -17,30 +17,31 @@ from tasks.registry import STAGES
 from tasks.stage import Kind
 from tasks.work import Work
 
+CHAT_TOKENS = 256
+"""Tokens that an answer of a chat model may have in an evaluation that names no number."""
+
 
 def model_behind(store: Store, record: Record) -> Record:
     """The model that a record is, or was made from. Raises UserError where there is none."""
     kind = STAGES[record.stage].output if record.stage in STAGES else None
     if kind == Kind.MODEL:
         return record
-    found = _input(store, record, Kind.MODEL)
-    if found is None:
+    found = _nearest(store, record, Kind.MODEL)
+    if not found:
         raise UserError(f"'{record.name}' ({record.stage}) is no model and was made from none")
-    return found
+    return found[0]
 
 
-def _input(store: Store, record: Record, kind: Kind) -> Record | None:
-    """The nearest artifact of a kind among what a record was made from."""
+def _nearest(store: Store, record: Record, kind: Kind) -> list[Record]:
+    """The artifacts of a kind that a record was made from in the fewest steps, each once."""
     nearest = [store.read_record(reference.key) for reference in record.inputs.values()]
     while nearest:
-        further: list[Record | None] = []
-        for made in nearest:
-            if made is not None and made.stage in STAGES:
-                if STAGES[made.stage].output == kind:
-                    return made
-                further += [store.read_record(reference.key) for reference in made.inputs.values()]
-        nearest = further
-    return None
+        known = [made for made in nearest if made is not None and made.stage in STAGES]
+        found = {made.key: made for made in known if STAGES[made.stage].output == kind}
+        if found:
+            return list(found.values())
+        nearest = [store.read_record(reference.key) for made in known for reference in made.inputs.values()]
+    return []
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -115,28 +116,43 @@ def continue_prompts(
     return [tokenizer.decode_after(ids, answer) for ids, answer in zip(encoded, answers, strict=True)]
 
 
-def evaluate_ref(store: Store, ref: str, split: str, engine_name: EngineName | None = None) -> Record:
-    """The record of a model's score on the documents that it was made from, by the engine that suits the machine unless
-    one is named."""
+def evaluate_ref(
+    store: Store, ref: str, split: str, engine_name: EngineName | None = None, max_new_tokens: int | None = None
+) -> list[Record]:
+    """The records of a model's scores on the documents that it was made from, by the engine that suits the machine
+    unless one is named.
+
+    `max_new_tokens`: tokens after which an answer is cut off; None for as many as suit a sum, or a chat.
+    """
+    from models.chat import chat_of
+
     model = model_behind(store, store.resolve(ref))
-    documents = _input(store, model, Kind.DOCUMENTS)
-    if documents is None:
+    sources = _nearest(store, model, Kind.DOCUMENTS)
+    if not sources:
         raise UserError(f"the documents that '{ref}' was made from are not in the store")
     engine = engine_name or default_engine()
     check_engine(engine)
-    config = STAGES["evaluate"].config.model_validate({"split": split, "engine": engine})
-    work = Work(
-        name="evaluation",
-        stage="evaluate",
-        config=config.model_dump(mode="json"),
-        inputs={
-            "model": InputReference(digest=model.output, key=model.key),
-            "documents": InputReference(digest=documents.output, key=documents.key),
-        },
-        store=store.url,
-    )
-    found = store.find(work.key)
-    if found is not None:
-        return found
+    if max_new_tokens is None and chat_of(store.fetch(model) / "tokenizer") is not None:
+        max_new_tokens = CHAT_TOKENS
+    limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    config = STAGES["evaluate"].config.model_validate({"split": split, "engine": engine, **limit})
+    works = [
+        Work(
+            name="evaluation",
+            stage="evaluate",
+            config=config.model_dump(mode="json"),
+            inputs={
+                "model": InputReference(digest=model.output, key=model.key),
+                "documents": InputReference(digest=documents.output, key=documents.key),
+            },
+            store=store.url,
+        )
+        for documents in sources
+    ]
+    found = [store.find(work.key) for work in works]
+    if all(found):
+        return [record for record in found if record is not None]
     with engine_process() as process:
-        return process.do(work, lambda event: None).record
+        return [
+            record or process.do(work, lambda event: None).record for work, record in zip(works, found, strict=True)
+        ]

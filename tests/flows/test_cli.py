@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from artifacts.store import Store
 from flows import cli, inference
@@ -134,7 +135,7 @@ def test_recipes(command: Command) -> None:
     ran = command("recipes")
     assert ran.code == 0
     assert all(name in ran.out for name in known_recipes())
-    assert "tokens → answers → base → stacked → refined → tuned → expressions-before → questions-before" in ran.out
+    assert "expressions → questions → tokenizer → tokens → answers → base" in ran.out
 
 
 def test_the_plan(command: Command, own_store: Path) -> None:
@@ -248,7 +249,8 @@ def test_prompts_are_continued(command: Command, own_store: Path, tmp_path: Path
     # A published model and one that is still to be published are the same model.
     output = tmp_path / "texts.txt"
     written = command(
-        "generate", MODEL, "--prompts-file", str(prompts), "--output", str(output), "--max-new-tokens", "3"
+        *("generate", f"{MODEL}@expressions-before", "--prompts-file", str(prompts)),
+        *("--output", str(output), "--max-new-tokens", "3"),
     )
     assert written == (0, f"2 texts in {output}\n", "")
     assert output.read_text().splitlines() == [after for _, _, after in texts]
@@ -260,12 +262,53 @@ def test_prompts_are_continued(command: Command, own_store: Path, tmp_path: Path
     assert by_engine == [command("generate", MODEL, "--prompt", "1+1=")] * 2
 
 
+def test_questions_are_answered(command: Command, made: Made, own_store: Path, tmp_path: Path) -> None:
+    questions = ["What is 1 + 1?", "Anna has 2 apples and gets 7 more. How many apples does Anna have now?"]
+    asked = [part for question in questions for part in ("--prompt", question)]
+    shown = command("generate", MODEL, "--chat", *asked, "--max-new-tokens", "24")
+    assert shown.code == 0
+    # What the published folder answers in transformers.
+    tokenizer: Any = AutoTokenizer.from_pretrained(made.folder / "published" / "arithmetic-tiny")
+    model: Any = AutoModelForCausalLM.from_pretrained(made.folder / "published" / "arithmetic-tiny")
+    answers = []
+    for question in questions:
+        chat = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        written = model.generate(**inputs, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(written, skip_special_tokens=True).strip())
+    assert shown.out == "".join(f"{question}\n{answer}\n" for question, answer in zip(questions, answers, strict=True))
+    output = tmp_path / "answers.jsonl"
+    written = command("generate", MODEL, "--chat", *asked, "--output", str(output), "--max-new-tokens", "24")
+    assert written == (0, f"2 texts in {output}\n", "")
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert rows == [{"prompt": one, "text": answer} for one, answer in zip(questions, answers, strict=True)]
+
+
+def test_a_base_model_has_no_template(command: Command, own_store: Path) -> None:
+    ran = command("generate", f"{MODEL}@refined", "--chat", "--prompt", "What is 1 + 1?")
+    assert ran.code == 1
+    assert_one_line(ran.error, f"'{MODEL}@refined' is no chat model: its tokenizer has no chat template", "--chat")
+
+
+def test_texts_are_written_so_that_each_is_told_from_the_next(tmp_path: Path) -> None:
+    prompts, texts = ["“a”\n", "b"], ["one\ntwo\r\n\u2028", ""]
+    inference.write_texts(tmp_path / "texts.txt", prompts, texts)
+    assert (tmp_path / "texts.txt").read_bytes().decode() == "one\\ntwo\\r\\n\u2028\n\n"
+    inference.write_texts(tmp_path / "texts.jsonl", prompts, texts)
+    rows = [
+        json.loads(line) for line in (tmp_path / "texts.jsonl").read_bytes().decode().removesuffix("\n").split("\n")
+    ]
+    assert rows == [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "nothing to continue: give --prompt or --prompts-file"),
-        (("--prompt", "1+x="), "does not know the character 'x'"),
-        (("--prompt", "1" * 40), "has 41 tokens; the model takes 16"),
+        (("--prompt", "1+\udcff="), "is no Unicode: '\\udcff' is half of a surrogate pair"),
+        (("--prompt", "1" * 99), "has 100 tokens; the model takes 96"),
+        (("--chat", "--prompt", "1" * 99), "tokens; the model takes 96"),
+        (("--chat", "--prompt", " "), "message 1, of the user, is empty"),
         (("--prompts-file", "missing.txt"), "missing.txt cannot be read"),
         (("--prompt", "1+1=", "--output", "missing/texts.txt"), "missing/texts.txt cannot be written"),
     ],
@@ -299,18 +342,19 @@ def test_a_score_is_made_by_the_engine_that_is_named(command: Command, own_store
 def test_a_score_is_made_once(command: Command, own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = command("evaluate", MODEL)
     assert first.code == 0, first
-    metrics: Any = Store.open().resolve(f"{MODEL}@evaluation").metrics
-    assert f"{metrics['exact_match']:.2%} ± {metrics['standard_error']:.2%}" in first.out
-    assert all(sample["prompt"] in first.out for sample in metrics["samples"])
+    for stage in ("expressions-after", "questions-after"):
+        metrics: Any = Store.open().resolve(f"{MODEL}@{stage}").metrics
+        assert f"{metrics['exact_match']:.2%} ± {metrics['standard_error']:.2%}" in first.out
+        assert all(sample["prompt"] in first.out for sample in metrics["samples"])
     records = sorted(path.name for path in (own_store / "records").glob("*.json"))
-    assert len(records) == 9
+    assert len(records) == 16
 
     def no_process() -> None:
         raise AssertionError("it is made again")
 
     monkeypatch.setattr(inference, "engine_process", no_process)
     # By whichever name: it is the same model.
-    assert command("evaluate", MODEL) == command("evaluate", f"{MODEL}@refined") == first
+    assert command("evaluate", MODEL) == command("evaluate", f"{MODEL}@tuned") == first
     assert sorted(path.name for path in (own_store / "records").glob("*.json")) == records
 
 

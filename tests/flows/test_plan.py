@@ -117,7 +117,7 @@ def test_a_changed_input_is_named(own_store: Path) -> None:
     make(own_store, steps["expressions"].entry, "expressions")
     steps = planned(own_store, change)
     assert verdicts(steps) == expected(["tokenizer"], after("expressions"))
-    assert steps["tokenizer"].reason == "input 'documents' changed"
+    assert steps["tokenizer"].reason == "input 'documents.0' changed"
 
 
 def test_the_same_output_made_otherwise_changes_nothing_downstream(own_store: Path) -> None:
@@ -134,10 +134,11 @@ def test_the_same_output_made_otherwise_changes_nothing_downstream(own_store: Pa
 
 
 def test_a_raised_version_is_named(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STAGES, "stack", dataclasses.replace(STAGES["stack"], version=2))
+    version = STAGES["stack"].version + 1
+    monkeypatch.setitem(STAGES, "stack", dataclasses.replace(STAGES["stack"], version=version))
     steps = planned(own_store)
     assert verdicts(steps) == expected(["stacked"], after("stacked"))
-    assert steps["stacked"].reason == "the stage is now stack version 2"
+    assert steps["stacked"].reason == f"the stage is now stack version {version}"
 
 
 @pytest.mark.parametrize("harm", ["missing", "cut off", "the record is damaged", "the record is gone"])

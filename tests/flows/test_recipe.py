@@ -129,13 +129,13 @@ def test_a_stage_without_an_engine_has_that_of_its_worker(monkeypatch: pytest.Mo
 def test_whole_weights_are_no_part_of_what_a_key_is_made_of() -> None:
     # Or evaluations that were done before there were bits would all be done again.
     for engine, bits in (("torch", None), ("mlx", 4)):
-        settings = ["stages.expressions-before.engine=" + engine] + (
-            [f"stages.expressions-before.bits={bits}"] if bits else []
-        )
+        changes = {"engine": engine, **({"bits": bits} if bits else {})}
+        settings = [f"stages.questions-after.{key}={value}" for key, value in changes.items()]
         if engine == "mlx" and not is_installed("mlx"):
             continue
         config = load_recipe("arithmetic-tiny", ["engine=torch", *settings]).stages[-2].config.model_dump(mode="json")
         assert ("bits" in config) == (bits is not None)
+        assert "template" not in config
 
 
 def test_an_unknown_recipe_gets_the_nearest_name() -> None:
