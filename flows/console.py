@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
@@ -178,9 +178,6 @@ def _exact_match(metrics: dict[str, Any]) -> Group:
         scores.add_row(str(group["length"]), f"{group['n']:,}", f"{group['exact_match']:.2%}")
     scores.add_section()
     scores.add_row("all", f"{metrics['n']:,}", f"[bold]{metrics['exact_match']:.2%}[/] ± {_error(metrics)}")
-    if "too_long" in metrics:
-        scores.caption = f"{metrics['too_long']:,} prompts are longer than the model's positions, and count as wrong"
-        scores.caption_justify = "left"
     # A question and its answer take several lines.
     lines = "template" in metrics
     samples = Table(title="Sample predictions", title_justify="left", header_style="dim", show_lines=lines)
@@ -190,7 +187,12 @@ def _exact_match(metrics: dict[str, Any]) -> Group:
     for sample in metrics["samples"]:
         mark = "[green]✓[/]" if sample["correct"] else "[red]✗[/]"
         samples.add_row(Text(sample["prompt"]), Text(sample["prediction"]), Text(sample["target"]), mark)
-    return Group(scores, *([_marks(metrics["marks"])] if "marks" in metrics else []), samples)
+    parts: list[RenderableType] = [scores]
+    if "too_long" in metrics:
+        parts.append(f"{metrics['too_long']:,} prompts are longer than the model's positions, and count as wrong")
+    if "marks" in metrics:
+        parts.append(_marks(metrics["marks"]))
+    return Group(*parts, samples)
 
 
 def _error(metrics: Mapping[str, Any]) -> str:

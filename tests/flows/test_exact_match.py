@@ -1,0 +1,109 @@
+"""Scores as they are shown at the end of a run: side by side, and the last one on each of the documents whole."""
+
+import io
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from artifacts.identity import FileEntry, content_digest
+from artifacts.record import Record
+from flows.console import Scored, evaluation_tables, exact_match_table, last_of_each
+
+
+def record(stage: str, **metrics: Any) -> Record:
+    files = {"results.json": FileEntry(size=1, sha256="0" * 64)}
+    now = datetime.now(UTC)
+    return Record(
+        key="0" * 64,
+        stage=stage,
+        version=1,
+        name=stage,
+        config={},
+        inputs={},
+        output=content_digest(files),
+        files=files,
+        metrics=metrics,
+        hardware={},
+        packages={},
+        started=now,
+        ended=now,
+    )
+
+
+def score(model: str, documents: str, exact_match: float = 0.5, **metrics: Any) -> Scored:
+    metrics = {
+        "split": "test",
+        "n": 10_000,
+        "exact_match": exact_match,
+        "standard_error": 0.005,
+        "by_answer_length": [{"length": 3, "n": 10_000, "exact_match": exact_match}],
+        "samples": [],
+        **metrics,
+    }
+    return Scored(model, documents, record("evaluate", **metrics))
+
+
+def shown(table: Any, width: int = 80) -> list[str]:
+    text = io.StringIO()
+    Console(file=text, width=width).print(table)
+    return text.getvalue().splitlines()
+
+
+BEFORE = [score("refined", "expressions", 0.9996), score("refined", "questions", 0.0)]
+AFTER = [score("tuned", "expressions", 0.9977), score("tuned", "questions", 0.975)]
+
+
+def test_models_stand_side_by_side_on_the_same_documents() -> None:
+    lines = shown(exact_match_table([*BEFORE, *AFTER]))
+    assert lines[0].strip() == "Exact match, model by model"
+    rows = [line.split() for line in lines if "%" in line]
+    assert rows == [
+        ["expressions", "refined", "10,000", "99.96%", "±", "0.50%"],
+        ["tuned", "10,000", "99.77%", "±", "0.50%"],
+        ["questions", "refined", "10,000", "0.00%", "±", "0.50%"],
+        ["tuned", "10,000", "97.50%", "±", "0.50%"],
+    ]
+
+
+def test_long_names_are_folded_and_not_cut() -> None:
+    long = "a-stage-with-a-name-that-is-rather-longer-than-most-others-are"
+    lines = shown(exact_match_table([score(long, long), score("tuned", long)]))
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    "evaluations",
+    [
+        [],
+        BEFORE,
+        [score("tuned", "questions"), score("tuned", "questions", split="validation")],
+    ],
+)
+def test_there_is_nothing_to_compare(evaluations: list[Scored]) -> None:
+    assert exact_match_table(evaluations) is None
+    assert last_of_each(evaluations) == evaluations
+
+
+def test_only_the_last_score_on_the_same_documents_is_shown_whole() -> None:
+    other = score("tuned", "questions", split="validation")
+    perplexity = [Scored(model, "expressions", record("perplexity", split="test")) for model in ("refined", "tuned")]
+    assert last_of_each([*BEFORE, perplexity[0], *AFTER, other, perplexity[1]]) == [*AFTER, other, perplexity[1]]
+    # Perplexities are no exact matches.
+    assert exact_match_table(perplexity) is None
+
+
+def test_marks_and_long_prompts_are_told() -> None:
+    marks = {"n": 1319, "well_formed": 0.8125, "right": 0.75, "final_number": 0.0625}
+    many = [{"length": length, "n": 1, "exact_match": 0.125} for length in range(30)]
+    one = score("tuned", "gsm8k", marks=marks, too_long=1234, by_answer_length=many, template="plain")
+    lines = shown(evaluation_tables(one.record))
+    assert max(map(len, lines)) <= 80
+    (row,) = (line for line in lines if "1,319" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["1,319", "81.25%", "75.00%", "6.25%"]
+    text = "\n".join(lines)
+    assert "1,234 prompts are longer than the model's positions" in text
+    # Answers of thirty lengths are shown as a whole alone.
+    assert "12.50%" not in text
