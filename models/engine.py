@@ -122,13 +122,18 @@ class TrainingEngine(Protocol):
         ...
 
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
-        """Unclipped gradients of what `step` would minimise, as canonical pieces; nothing is updated."""
+        """Unclipped gradients of what `step` would minimise, as canonical pieces; nothing is updated.
+
+        With adapters they are those of the adapters, whole and by their names.
+        """
         ...
 
     def export(self, state: State) -> Iterator[Piece]:
         """Copies of the named arrays: weights by canonical name, moments as `exp_avg:<name>`, and `updates`.
 
-        An engine that scales its loss exports the scale with the moments (`models.optimizer.LOSS_SCALE`).
+        An engine that scales its loss exports the scale with the moments (`models.optimizer.LOSS_SCALE`). With
+        adapters, weights are those beneath them, as they were restored, and the adapters, whole and named as
+        `models.lora` says; moments are of the adapters alone.
         """
         ...
 
@@ -136,7 +141,8 @@ class TrainingEngine(Protocol):
         """Takes over arrays as exported, whole or in pieces; ValueError names what is missing, odd or misshapen.
 
         A loss scale is passed over by an engine that has none, and begins afresh where one has and the state does not.
-        Weights come first: restoring them leaves the optimizer as fresh as before its first update.
+        Weights come first, with the adapters where there are any: restoring them leaves the optimizer as fresh as
+        before its first update.
         """
         ...
 
