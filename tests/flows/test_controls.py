@@ -53,7 +53,9 @@ def recipe(tmp_path: Path) -> Path:
 def rewrite(path: Path, changes: Mapping[str, Any], without: tuple[str, ...] = ()) -> Path:
     content = yaml.safe_load(path.read_text())
     found = content["stages"]
-    last = {name: found.pop(name) for name in ("evaluation", "published")}
+    names = list(found)
+    last = {name: found.pop(name) for name in names[names.index("refined") + 1 :]}
+    last = {name: keys for name, keys in last.items() if name not in changes}
     for name in without:
         del found[name]
     content["stages"] = {**found, **changes, **last}
@@ -78,7 +80,7 @@ def rounds(path: Path, **changes: Any) -> Path:
 def test_a_control_and_a_comparison_follow_their_refinement() -> None:
     assert list(stages("arithmetic-tiny")) == list(stages("arithmetic-tiny", f"{CONTROL}=null"))
     found = stages("arithmetic-tiny", f"{CONTROL}=scratch")
-    assert list(found)[3:8] == ["base", "stacked", "refined", "refined-scratch", "refined-growth"]
+    assert list(found)[5:10] == ["base", "stacked", "refined", "refined-scratch", "refined-growth"]
     assert [found[name].stage for name in ("refined-scratch", "refined-growth")] == ["pretrain", "compare"]
     assert found["refined-growth"].inputs == {"models.0": "refined", "models.1": "refined-scratch"}
     assert found["refined-growth"].config.model_dump()["names"] == ("refined", "refined-scratch")
@@ -99,13 +101,13 @@ def test_a_control_trains_the_same_model_for_the_same_flops(steps: int, multiple
 
 def test_a_control_may_be_compared_elsewhere() -> None:
     found = stages("arithmetic-tiny", f"{CONTROL}={{compared: false}}")
-    assert list(found)[5:8] == ["refined", "refined-scratch", "evaluation"]
+    assert list(found)[7:10] == ["refined", "refined-scratch", "tuned"]
 
 
 def test_several_multiples_have_a_control_each() -> None:
     found = stages("arithmetic-tiny", f"{CONTROL}={{flops: [1, 1.54, 2]}}")
     names = ["refined-scratch", "refined-scratch-1-54x", "refined-scratch-2x"]
-    assert list(found)[6:10] == [*names, "refined-growth"]
+    assert list(found)[8:12] == [*names, "refined-growth"]
     assert list(found["refined-growth"].inputs.values()) == ["refined", *names]
     assert training(found[names[2]]).steps == pytest.approx(2 * training(found[names[0]]).steps, abs=1)
 
@@ -201,19 +203,19 @@ def test_a_name_that_is_taken_is_refused(recipe: Path) -> None:
 def test_rounds_are_a_stack_and_a_refinement_each(recipe: Path) -> None:
     found = stages(rounds(recipe))
     names = ["base", "refined-1-stacked", "refined-1-refined", "refined-2-stacked", "refined"]
-    assert list(found)[3:8] == names
+    assert list(found)[5:10] == names
     assert [found[name].stage for name in names] == ["pretrain", "stack", "refine", "stack", "refine"]
     assert [found[name].inputs["model"] for name in names[1:]] == names[:-1]
-    assert [entry.model.num_hidden_layers for entry in found.values() if entry.model] == [1, 2, 2, 4, 4]
+    assert [entry.model.num_hidden_layers for entry in found.values() if entry.model] == [1, 2, 2, 4, 4, 4]
     assert [training(found[name]).seed for name in (names[2], names[4])] == [0, 3]
     assert found["refined-2-stacked"].config.model_dump()["method"] == "interleave"
     # What comes after names the last of them.
-    assert found["evaluation"].inputs["model"] == "refined"
+    assert found["tuned"].inputs["model"] == "refined"
 
 
 def test_the_control_of_rounds_counts_all_of_them(recipe: Path) -> None:
     found = stages(rounds(recipe, control={"flops": [1, 2]}))
-    assert list(found)[7:11] == ["refined", "refined-scratch", "refined-scratch-2x", "refined-growth"]
+    assert list(found)[9:13] == ["refined", "refined-scratch", "refined-scratch-2x", "refined-growth"]
     trained = [found[name] for name in ("base", "refined-1-refined", "refined")]
     control = found["refined-scratch"]
     assert abs(flops(control) - flops(*trained)) <= step_flops(control) / 2

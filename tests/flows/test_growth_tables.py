@@ -123,17 +123,17 @@ def test_what_is_no_control_has_no_verdict() -> None:
 def test_a_recipe_with_rounds_and_a_control_runs_and_is_reused(cairn: Cairn, tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "flows" / "recipes" / "arithmetic-tiny.yaml").read_text()
     before, _, after = text.partition("  stacked:")
-    refined = after.partition("  refined:")[2].partition("  evaluation:")
+    refined = after.partition("  refined:")[2].partition("  tuned:")
     rounds = "  refined:\n    stage: grow\n    model: base\n    control: {flops: [1, 1.5]}\n    rounds: [{}, {}]\n"
     shared = refined[0].replace("    stage: refine\n    model: stacked\n", "").lstrip("\n")
     path = tmp_path / "rounds.yaml"
-    path.write_text(f"{before}{rounds}{shared}  evaluation:{refined[2]}")
+    path.write_text(f"{before}{rounds}{shared}  tuned:{refined[2]}")
     places = {"CAIRN_STORE": str(tmp_path / "store"), "CAIRN_CACHE": str(tmp_path / "cache"), "COLUMNS": "80"}
     code, output = cairn("run", str(path), **places)
     assert code == 0, output
     assert "What growth did" in output
     assert output.count("comparison.png") == 1
-    tables = output[output.index("What growth did") : output.index("published  ")]
+    tables = output.partition("What growth did")[2].partition("published  ")[0]
     assert max(len(line) for line in tables.splitlines()) <= 80
     store = Store.open(str(tmp_path / "store"))
     steps = plan(load_recipe(str(path)), store)

@@ -121,7 +121,13 @@ def test_the_record_and_the_history_say_where_each_layer_comes_from(run_stage: R
     counts = (parameter_count(config), parameter_count(grown.config))
     assert metrics["summary"] == (f"zero: num_hidden_layers 4 → 6, {counts[0]:,} → {counts[1]:,} parameters")
     assert metrics["notes"] == []
-    entry = Grown(operator="zero", parameters_before=counts[0], parameters=counts[1], source_layers=(0, 1, 1, 2, 3, 3))
+    entry = Grown(
+        operator="zero × 1.5",
+        parameters_before=counts[0],
+        parameters=counts[1],
+        source_layers=(0, 1, 1, 2, 3, 3),
+        optimizer_state="reset",
+    )
     assert grown.history == (trained(config, 100), entry)
     _, fresh = run_stage("stack", {"method": "random", "num_hidden_layers": 6}, model=base)
     assert fresh["source_layers"] == [0, 1, None, 2, 3, None]
@@ -134,7 +140,9 @@ def test_what_a_wider_model_and_a_mixture_are_called(run_stage: RunStage, tmp_pa
         "width: hidden_size 16 → 32, intermediate_size 24 → 48, num_attention_heads 4 → 8, num_key_value_heads 2 → 4, "
     )
     assert wider["source_layers"] == []
-    assert read_model(folder).history[-1].kind == "grown"
+    (entry,) = read_model(folder).history
+    assert isinstance(entry, Grown)
+    assert entry.operator == "width × 2"
     folder, mixture = run_stage("stack", METHODS["upcycle"], model=base)
     assert mixture["summary"].startswith("upcycle: num_local_experts 4, num_experts_per_tok 2, ")
     assert read_model(folder).config.architecture == "mixtral"
