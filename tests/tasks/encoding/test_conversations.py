@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,9 +19,12 @@ from transformers import AutoTokenizer
 from artifacts.identity import describe_files
 from common.errors import UserError
 from models.chat import END, START, Message, chat_of, write_chat
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, tokenizer_files
 from tasks.corpus.conversations import parsed
 from tasks.encoding.conversations import encode_conversations
+from tasks.encoding.ray_pool import _encode
+from tasks.encoding.reply import Reply
+from tasks.encoding.units import Encoders, Job, Unit, encode_unit
 from tasks.stage import Runtime
 from tasks.tokens import Config
 from tests.tasks.conftest import RunStage
@@ -229,12 +233,15 @@ def test_what_is_cut_is_a_shorter_conversation(letters: Path, contents: list[str
 
 
 @pytest.mark.parametrize("template", ["plain", "chatml"])
-def test_processes_and_what_was_finished_change_nothing(run: Run, tmp_path: Path, template: str) -> None:
+def test_where_it_is_encoded_changes_nothing(
+    run: Run, tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.tokens.WORTH_A_PROCESS_BYTES", 1 << 14)
     tokenizer = byte_level(tmp_path / "tokenizer")
     said = [text for text in texts(1200, words=30) if text.strip()]
     listed = [conversation(*said[n : n + 2 + n % 2 * 4]) for n in range(0, 1190, 3)]
     documents = conversations(tmp_path / "documents", listed, shard_rows=50)
-    config = {"template": template, "loss_on": "assistant", "max_tokens": 300}
+    config = {"template": template, "loss_on": "assistant", "max_tokens": 200}
     alone, metrics = run(documents, tokenizer, config, runtime=Runtime(processes=1))
     counts = metrics["splits"]["train"]
     assert counts["cut_conversations"] > 10
@@ -243,6 +250,15 @@ def test_processes_and_what_was_finished_change_nothing(run: Run, tmp_path: Path
     several, again = run(documents, tokenizer, config, runtime=Runtime(processes=2))
     assert describe_files(several) == describe_files(alone)
     assert again["splits"] == metrics["splits"]
+    # What a machine of a Ray cluster is given is enough to do the same.
+    unit = Unit(split="train", number=0, name="train-00000.parquet", documents=50, bytes=1)
+    described_job = {**config, "library": "tokenizers", "bos_id": None, "eos_id": 2, "shard_tokens": 1 << 25}
+    job = Job(vocab_size=len(Tokenizer(alone / "tokenizer")), **described_job)
+    files = tuple((path.name, path.read_bytes()) for path in tokenizer_files(alone / "tokenizer"))
+    reply, _ = _encode(unit, job, files, np.fromfile(documents / unit.name, np.uint8))
+    encoders = Encoders.load(job, alone / "tokenizer", parallel=True)
+    here = encode_unit(unit, str(documents / unit.name), job, encoders, tmp_path)
+    assert Reply.model_validate_json(reply).encoded == here
 
 
 def test_units_that_are_finished_keep_their_counts(run: Run, letters: Path, tmp_path: Path) -> None:
