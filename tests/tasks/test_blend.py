@@ -10,6 +10,7 @@ import pytest
 
 from common.errors import UserError
 from common.files import canonical_json
+from models.chat import chat_of
 from models.training.shards import write_shard
 from tests.tasks.conftest import RunStage
 from tests.tasks.training_stages import TOKENIZER, pretraining
@@ -192,3 +193,66 @@ def test_documents_are_kept_apart_where_it_is_asked_for(run_stage: RunStage, tok
     # A fifth of the targets of the stream is a random one of 15 tokens.
     assert apart < 0.1
     assert mixed > 0.15 * np.log(15)
+
+
+PLAIN = {"template": "plain", "loss_on": "assistant"}
+CHATML = {"template": "chatml", "loss_on": "assistant"}
+PAIRS = {"template": "plain", "loss_on": "pairs"}
+MARKERS = ["<|im_start|>", "<|im_end|>"]
+
+
+def talks(run_stage: RunStage, place: Path, tokenizer: Path, config: dict[str, Any]) -> Path:
+    """Tokens of conversations, or of preferences."""
+    rows = [{"prompt": f"q{n}", "chosen": "yes", "rejected": "no"} for n in range(80)]
+    format = "preferences" if config["loss_on"] == "pairs" else "gsm8k"
+    if format == "gsm8k":
+        rows = [{"question": row["prompt"], "answer": row["chosen"]} for row in rows]
+    path = place / f"{format}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"kind": "files", "path": str(path)}
+    documents, _ = run_stage("documents", {"source": source, "conversations": format, "split": "train"})
+    return run_stage("tokens", config, documents=documents, tokenizer=tokenizer)[0]
+
+
+@pytest.mark.parametrize(("config", "special"), [(PLAIN, []), (CHATML, MARKERS)])
+def test_texts_and_conversations_make_a_model_with_a_template(
+    run_stage: RunStage, tmp_path: Path, config: dict[str, Any], special: list[str]
+) -> None:
+    base, _ = run_stage("tokenizer", {"vocabulary": {"kind": "bytes", "special_tokens": special}})
+    texts = tokens(run_stage, base, 99)
+    conversations = talks(run_stage, tmp_path, base, config)
+    run = pretraining({}, {})
+    run["model"] = {**run["model"], "vocab_size": 261}
+    folder, _ = run_stage("pretrain", run, LABELS, **{"tokens.0": texts, "tokens.1": conversations})
+    chat = chat_of(folder / "tokenizer")
+    assert chat is not None
+    assert chat.template == config["template"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            None,
+            CHATML,
+            r"different tokenizers: give both stages the same one, which has <\|im_start\|> and <\|im_end\|>",
+        ),
+        (PLAIN, PAIRS, "'small' and 'large' cannot be blended: only one of them has preferences"),
+        (PLAIN, {**PLAIN, "bos": True}, r"'small' and 'large' have different bos tokens \(None and 1\)"),
+    ],
+)
+def test_conversations_that_do_not_fit_are_not_mixed(
+    run_stage: RunStage, tmp_path: Path, first: dict[str, Any] | None, second: dict[str, Any], message: str
+) -> None:
+    base, _ = run_stage("tokenizer", {"vocabulary": {"kind": "bytes"}})
+    one = tokens(run_stage, base, 99) if first is None else talks(run_stage, tmp_path, base, first)
+    both = {"tokens.0": one, "tokens.1": talks(run_stage, tmp_path, base, second)}
+    with pytest.raises(UserError, match=message):
+        run_stage("pretrain", pretraining({}, {}), LABELS, **both)
+
+
+def test_two_templates_are_not_mixed(run_stage: RunStage, tmp_path: Path) -> None:
+    base, _ = run_stage("tokenizer", {"vocabulary": {"kind": "bytes", "special_tokens": MARKERS}})
+    both = {f"tokens.{n}": talks(run_stage, tmp_path, base, config) for n, config in enumerate([PLAIN, CHATML])}
+    with pytest.raises(UserError, match=r"have different templates \(plain and chatml\): choose one"):
+        run_stage("pretrain", pretraining({}, {}), LABELS, **both)

@@ -29,8 +29,10 @@ ODD_TEXTS = [
 ]
 
 
-def write_documents(folder: Path, splits: Mapping[str, Sequence[Mapping[str, str]]], shard_rows: int) -> Path:
-    """A documents artifact: rows by split, so many to a shard."""
+def write_documents(
+    folder: Path, splits: Mapping[str, Sequence[Mapping[str, str]]], shard_rows: int, **description: Any
+) -> Path:
+    """A documents artifact: rows by split, so many to a shard. `description`: more that its documents.json says."""
     folder.mkdir(parents=True)
     described: dict[str, Any] = {}
     for split, rows in splits.items():
@@ -43,13 +45,14 @@ def write_documents(folder: Path, splits: Mapping[str, Sequence[Mapping[str, str
             shards.append({"name": name, "documents": len(part), "bytes": size})
         described[split] = {"shards": shards} | totals(shards)
     everything = totals(described.values())
-    description = {
+    described_whole = {
         "source": {"name": "tests/corpus", "revision": "abc"},
         "read": {"documents": everything["documents"] + 3, "bytes": everything["bytes"] + 30},
         "splits": described,
         "dropped": [{"rule": "length", "parameters": {"minimum": 5}, "documents": 3, "bytes": 30}],
+        **description,
     }
-    (folder / "documents.json").write_bytes(canonical_json(description))
+    (folder / "documents.json").write_bytes(canonical_json(described_whole))
     return folder
 
 
@@ -77,6 +80,17 @@ def texts(count: int, seed: int = 0, words: int = 60) -> list[str]:
 def rows(documents: Iterable[str]) -> list[dict[str, str]]:
     """Documents as rows of one column."""
     return [{"text": text} for text in documents]
+
+
+def bytes_alone(folder: Path) -> Path:
+    """A token for each byte: 259 with the special ones."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {token: number for number, token in enumerate([*SPECIAL, *letters])}
+    backend = Backend(models.BPE(tokens, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL)
+    return written(folder, backend)
 
 
 def byte_level(folder: Path, size: int = 600, without: Sequence[str] = ()) -> Path:
