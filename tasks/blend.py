@@ -41,6 +41,7 @@ class _Description(_Described):
     pad_id: int
     bos_id: int | None
     eos_id: int | None
+    loss_on: str | None = None
     splits: dict[str, _Split]
 
 
@@ -56,6 +57,8 @@ class TokensInput:
     """How much is drawn of it."""
     special_ids: Mapping[str, int | None]
     """What stands before and after its documents, and what fills up a batch."""
+    loss_on: str | None
+    """Which of its tokens are trained on; None in tokens that do not say."""
     splits: Mapping[str, Source]
     """Its splits as sources."""
 
@@ -128,7 +131,7 @@ def _tokens_input(name: str, folder: Path, portion: Portion, key: str, context: 
         for split, counts in description.splits.items()
     }
     special_ids = {"bos": description.bos_id, "eos": description.eos_id, "pad": description.pad_id}
-    return TokensInput(name, folder, portion, special_ids, splits)
+    return TokensInput(name, folder, portion, special_ids, description.loss_on, splits)
 
 
 def blend_rows(tokens: Sequence[TokensInput], batches: Batches, steps: int) -> list[dict[str, Any]]:

@@ -1,12 +1,12 @@
 """Every stage by its name."""
 
 from common.errors import UserError, suggestion
-from tasks import documents, evaluate, perplexity, pretrain, publish, refine, stack, tokenizer, tokens
+from tasks import documents, dpo, evaluate, perplexity, pretrain, publish, refine, stack, tokenizer, tokens
 from tasks.stage import Stage
 
 STAGES: dict[str, Stage] = {
     module.STAGE.name: module.STAGE
-    for module in (documents, tokenizer, tokens, pretrain, stack, refine, evaluate, perplexity, publish)
+    for module in (documents, tokenizer, tokens, pretrain, stack, refine, dpo, evaluate, perplexity, publish)
 }
 
 

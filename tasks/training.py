@@ -19,6 +19,7 @@ from models.training.config import Portion, TrainingConfig
 from models.training.events import Note, TrainingResult
 from models.training.loop import Start, train
 from models.training.metrics import Metrics as TrainingLogs
+from models.tuning import WHOLE, Tuning
 from models.weights import parameter_count
 from tasks.blend import DESCRIPTION, TokensInput, blend_rows, tokens_inputs
 from tasks.checkpoint import ModelFolder, check_vocabulary, whole, write_model
@@ -57,10 +58,11 @@ def run_training(
     inputs: Mapping[str, Path],
     context: Context,
     history: History = (),
+    tuning: Tuning = WHOLE,
 ) -> Metrics:
     """Trains and writes a model artifact with optimizer state and tokenizer; gives what the record says of it.
 
-    `history`: what the model has been through before.
+    `history`: what the model has been through before. `tuning`: how the engine trains.
 
     In several processes each does all of this, and process 0 alone writes.
 
@@ -70,6 +72,7 @@ def run_training(
     check_positions(config.training, model)
     _forget_peak()
     tokens = tokens_inputs(inputs, config.blend, context)
+    _check_pairs(config.training, tokens, tuning)
     tokenizer = Tokenizer(tokens[0].folder / "tokenizer")
     check_vocabulary(len(tokenizer), model)
     filesystem, folder = context.scratch
@@ -77,7 +80,7 @@ def run_training(
         for note in data.notes:
             context.report(Note(note))
         engine = training_engine(
-            config.engine, model, config.training.optimizer, config.precision, context.runtime.layout
+            config.engine, model, config.training.optimizer, config.precision, context.runtime.layout, tuning
         )
         result = train(
             engine,
@@ -88,7 +91,13 @@ def run_training(
             Checkpoints(filesystem, folder, context.runtime.checkpoints),
             start,
             report=context.report,
-            metrics=TrainingLogs(context.logs, context.name, config.model_dump(mode="json"), data.validated),
+            metrics=TrainingLogs(
+                context.logs,
+                context.name,
+                config.model_dump(mode="json"),
+                data.validated,
+                tuning.preference is not None,
+            ),
             should_stop=context.should_stop,
             decode=tokenizer.decode,
             continue_on=context.runtime.continue_on,
@@ -99,13 +108,31 @@ def run_training(
         weights=whole(engine.export("weights"), model),
         optimizer=whole(engine.export("optimizer"), model),
         trained_with=config.training.optimizer,
-        history=(*history, _entry(model, result, data)),
+        history=(
+            *history,
+            _entry(model, result, data if tuning.preference is None else data._replace(measured_on=None)),
+        ),
     )
     if engine.process == 0:
         write_model(context.output, trained)
         copy_tokenizer(tokens[0].folder / "tokenizer", context.output)
     metrics = _metrics(model, result, engine.device, data)
     return {**metrics, "blend": blend, "peak_memory_bytes": engine.peak_memory()}
+
+
+def _check_pairs(training: TrainingConfig, tokens: Sequence[TokensInput], tuning: Tuning) -> None:
+    """Raises UserError where pairs of documents are not for preference tuning, or preference tuning has none."""
+    prefers = tuning.preference is not None
+    for one in tokens:
+        if prefers and one.loss_on != "pairs":
+            raise UserError(
+                f"the tokens '{one.name}' are no pairs of answers: make them with loss_on: pairs, of documents with "
+                f"conversations: preferences"
+            )
+        if one.loss_on == "pairs" and not prefers:
+            raise UserError(f"the tokens '{one.name}' are pairs of answers, of which the stage dpo alone learns")
+    if training.packing == "pairs" and not prefers:
+        raise UserError("training.packing: pairs is for the stage dpo alone; leave it out")
 
 
 def _forget_peak() -> None:
@@ -241,6 +268,8 @@ def _summary(model: ModelConfig, result: TrainingResult) -> str:
         parts.append(f"validation loss {last.loss:.4f}")
         if last.exact_match is not None:
             parts.append(f"exact match {last.exact_match:.2%}")
+        if last.preferences is not None:
+            parts.append(f"accuracy {last.preferences.accuracy:.2%}, margin {last.preferences.margin:.4f}")
     if result.state.skipped:
         parts.append(f"{result.state.skipped} non-finite steps skipped")
     return ", ".join(parts)

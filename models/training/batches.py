@@ -19,7 +19,7 @@ from models.engine import Batch
 from models.training.blend import Blend, Draw
 from models.training.order import Indices
 from models.training.shards import Shard
-from models.training.sources import OpenSource, Packing, Source, document_spans
+from models.training.sources import OpenSource, Packing, Source, document_spans, rows_together
 
 __all__ = ["Batches", "Drawn", "Packing", "Source", "SourceSummary"]
 
@@ -34,7 +34,7 @@ class SourceSummary:
     rows: int
     """Rows of one epoch."""
     cut_documents: int
-    """Documents that are longer than a row and lose their end (packing "documents")."""
+    """Documents that are longer than a row and lose their end (packing "documents" and "pairs")."""
     dropped_tokens: int
     """Tokens that no row holds: at the ends of shards (packing "stream") or of cut documents."""
 
@@ -64,7 +64,8 @@ class Batches:
 
     With packing "stream" a row is a window of `sequence_length` + 1 tokens of one shard, windows being
     `sequence_length` apart, and what is left at a shard's end is dropped. With "documents" a row is one document,
-    cut at `sequence_length` + 1 tokens and padded with `pad_id` on the right; padding never counts as a target.
+    cut at `sequence_length` + 1 tokens and padded with `pad_id` on the right; padding never counts as a target. With
+    "pairs" it is so too, and two documents that follow one another are rows 2i and 2i + 1 wherever they come.
 
     With `document_masking`, rows of a stream say which document each token is of. The first token of a document is
     then no target: nothing in its own document comes before it, and the model does not see the document before.
@@ -101,7 +102,9 @@ class Batches:
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self._width = sequence_length + 1
-        self._packing = packing
+        self.packing = packing
+        self.together = rows_together(packing)
+        """Rows that stay together."""
         self._pad_id = pad_id
         self._limit = vocab_size if vocab_size is not None else 1 << 31
         self._masked = document_masking and packing == "stream"
@@ -119,12 +122,14 @@ class Batches:
             )
             for source in sources
         ]
-        self._blend = Blend([source.row_weight for source in self._sources], [source.limit for source in self._sources])
+        self._blend = Blend(
+            [source.row_weight for source in self._sources], [source.limit for source in self._sources], self.together
+        )
         self.fingerprint = self._identify(seed, shuffled, shard_group)
         """Changes with everything that decides which rows come when, the tokens themselves apart."""
 
     def _identify(self, seed: int, shuffled: bool, shard_group: int) -> str:
-        layout = [self.sequence_length, self._packing, self._masked, self.batch_size, self._pad_id]
+        layout = [self.sequence_length, self.packing, self._masked, self.batch_size, self._pad_id]
         sources = [[source.key, str(source.row_weight), source.limit] for source in self._sources]
         return sha256_bytes(canonical_json([[seed, shuffled, shard_group], layout, sources]))
 
@@ -167,7 +172,7 @@ class Batches:
     def drawn(self, steps: int) -> list[Drawn]:
         """What the first steps have had of each source, in the order of the sources.
 
-        With packing "documents" and an epoch that is not whole, the documents of that epoch are looked at.
+        With one document to a row and an epoch that is not whole, the documents of that epoch are looked at.
         """
         rows = steps * self.batch_size
         return [
@@ -214,7 +219,7 @@ class Batches:
         return batch
 
     def _read(self, shard: Shard, rows_K: Indices, source: str) -> _Rows:
-        if self._packing == "documents":
+        if self.packing != "stream":
             found = _documents(shard, rows_K, self._width, self._pad_id)
         else:
             found = _windows(shard, rows_K, self._width)

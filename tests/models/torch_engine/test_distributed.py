@@ -13,6 +13,7 @@ from tests.models.training import bigrams
 
 torch = pytest.importorskip("torch")
 
+from models.torch_engine.parallel import cross_entropy  # noqa: E402  # only where torch is
 from models.torch_engine.world import World, divided  # noqa: E402  # only where torch is
 from tests.models.torch_engine import together  # noqa: E402
 
@@ -172,7 +173,7 @@ def test_a_rematerialized_block_remembers_its_input_alone() -> None:
 
         weights = {parameter.untyped_storage().data_ptr() for parameter in engine._model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            engine._parallel.trained(engine._packed(batch(rows=32, length=20, padded=False)), 1.0)
+            engine._parallel.trained(engine._packed(batch(rows=32, length=20, padded=False)), cross_entropy(1.0))
         kept[layout] = sum(size for place, size in sizes.items() if place not in weights)
     assert kept["remade"] < 0.4 * kept["alone"]
 
