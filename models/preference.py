@@ -52,7 +52,7 @@ def pairs_that_count(batch: Batch) -> NDArray[np.bool_]:
             f"{len(batch.tokens_BT)} rows{' of several documents' if batch.documents_BT is not None else ''}: "
             f"pairs of rows with one document each were expected"
         )
-    counted_B: NDArray[np.bool_] = batch.loss_mask_BT.any(1)
+    counted_B: NDArray[np.bool_] = np.logical_or.reduce(batch.loss_mask_BT, axis=1)
     return counted_B[0::2] & counted_B[1::2]
 
 
