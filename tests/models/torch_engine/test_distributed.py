@@ -33,6 +33,8 @@ TWO += [
     "dropout:mixtral:muon:data",
     "dropout:gpt2:adamw:fsdp2",
 ]
+PAIRS = ["pairs:gpt2:0:data", "pairs:mixtral:0:fsdp2", "pairs:llama:0.3:data", "pairs:gpt2:0.3:fsdp2"]
+TWO += PAIRS
 FOUR = [f"train:{name}:muon:{way}" for name in ("llama", "mixtral") for way in ("data", "fsdp2", "fsdp4")]
 FOUR += [f"train:{name}:adamw:{way}" for name in ("gpt2", "custom") for way in ("data", "fsdp2", "fsdp4")]
 FOUR += [
@@ -124,6 +126,15 @@ def test_all_skip_what_is_not_finite_in_one(found: dict[tuple[int, str], Found],
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_are_preferred_as_by_one_process(found: dict[tuple[int, str], Found], name: str) -> None:
+    (told, arrays), (told_alone, arrays_alone) = found[2, name], together.do(name.rpartition(":")[0] + ":alone")
+    for key, values in told_alone.items():
+        np.testing.assert_allclose(told[key], values, atol=1e-4, err_msg=key)
+    assert_gradients_agree(arrays, arrays_alone)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     for name in ("whole", "parts"):
         bigrams.write_chain(tmp_path / name / "train", masked=True)
@@ -200,9 +211,12 @@ def test_layouts_that_fit() -> None:
     assert divided(Layout(data=1, fsdp=4), 4) == (1, 4)
 
 
-@pytest.mark.parametrize(("rows", "size"), [(7, 4), (3, 4), (8, 2), (0, 2)])
-def test_every_row_is_somebodys(rows: int, size: int) -> None:
-    whole = batch(rows=rows)
-    parts = [World(rank, size, 1, None).rows(whole) for rank in range(size)]
+@pytest.mark.parametrize("at_a_time", [1, 2])
+@pytest.mark.parametrize(("groups", "size"), [(7, 4), (3, 4), (8, 2), (0, 2)])
+def test_every_row_is_somebodys(groups: int, size: int, at_a_time: int) -> None:
+    whole = batch(rows=groups * at_a_time)
+    parts = [World(rank, size, 1, None).rows(whole, at_a_time) for rank in range(size)]
     np.testing.assert_array_equal(np.concatenate([part.tokens_BT for part in parts]), whole.tokens_BT)
-    assert max(len(part.tokens_BT) for part in parts) - min(len(part.tokens_BT) for part in parts) <= 1
+    sizes = [len(part.tokens_BT) for part in parts]
+    assert max(sizes) - min(sizes) <= at_a_time
+    assert not any(size % at_a_time for size in sizes)
