@@ -22,6 +22,7 @@ from models.engine import TrainingEngine, training_engine
 from models.training.checkpoint import Checkpoints
 from models.training.config import CheckpointConfig, TrainingConfig
 from models.training.loop import Start, train
+from models.tuning import WHOLE, PreferenceConfig, Tuning
 from models.weights import initial_weights
 from tests.models.training import bigrams
 
@@ -52,20 +53,27 @@ TORCH_MODEL = ModelConfig.model_validate(
 )
 
 
+PREFERENCE = Tuning(preference=PreferenceConfig(beta=0.5))
+PAIRS: dict[str, Any] = {"packing": "pairs", "micro_batch_size": 2, "validation": {"every": 5, "rows": 20}}
+
+
 def run(folder: Path, engine_name: str, every_seconds: float, arm: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """One start: ends with the digest of weights and moments, and the state but for the time that it took.
+
+    `engine_name`: bigrams, torch, or preference for preference tuning with PyTorch.
 
     `arm` is called when everything is imported and made, and training begins.
     """
     model, start = bigrams.MODEL, bigrams.start()
     engine: TrainingEngine = bigrams.BigramEngine(CONFIG.optimizer, poisoned=frozenset({7, 8, 23}))
     config = CONFIG
-    if engine_name == "torch":
+    tuning, changes = (PREFERENCE, PAIRS) if engine_name == "preference" else (WHOLE, {})
+    if engine_name != "bigrams":
         # Two early stops in one test would be one too many: this one goes to its last step.
-        config = TrainingConfig.model_validate({**CONFIG.model_dump(), "steps": 23, "early_stopping": None})
+        config = TrainingConfig.model_validate({**CONFIG.model_dump(), "steps": 23, "early_stopping": None, **changes})
         model = TORCH_MODEL
         start = Start(initial_weights(model, 0))
-        engine = training_engine("torch", model, config.optimizer, "float32")
+        engine = training_engine("torch", model, config.optimizer, "float32", tuning=tuning)
     arm()
     result = train(
         engine,

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -39,9 +41,11 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_never_was(tmp_path: Path) -
     raise AssertionError(f"only {total} kills came before their run had ended")
 
 
-def test_the_torch_engine_too(tmp_path: Path) -> None:
-    expected = outcome(tmp_path / "whole", 0, 0, "torch")
-    found = outcome(tmp_path / "killed", 3, 3, "torch")
+@pytest.mark.parametrize("engine", ["torch", "preference"])
+def test_the_torch_engine_too(engine: str, tmp_path: Path) -> None:
+    """In preference tuning, the reference is still the model that came in."""
+    expected = outcome(tmp_path / "whole", 0, 0, engine)
+    found = outcome(tmp_path / "killed", 3, 3, engine)
     assert found.pop("killed") == 3
     assert expected.pop("killed") == 0
     assert found == expected
