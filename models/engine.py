@@ -23,6 +23,9 @@ Precision = Literal["float32", "bfloat16", "float16"]
 Bits = Literal[4, 8]
 """Bits per weight in inference, where they are few."""
 State = Literal["weights", "optimizer"]
+"""What an engine is given and asked for."""
+Given = Literal["weights", "optimizer", "reference"]
+"""What it is given: in preference tuning the weights of the reference model too, which stay as they are."""
 
 
 class Layout(FrozenModel):
@@ -77,15 +80,22 @@ class StepResult(NamedTuple):
     """What one step found, as 0-d device values: reading one waits for the device, so it is done only to log."""
 
     loss: Any
-    """Mean cross-entropy over the counted targets of the global batch, auxiliary losses apart."""
+    """Mean cross-entropy over the counted targets of the global batch, auxiliary losses apart; in preference tuning,
+    the mean loss of its pairs."""
     gradient_norm: Any
     """Global norm before clipping."""
     skipped: Any
     """1 where the loss or the norm was not finite and nothing was updated, else 0."""
+    figures: Any = None
+    """(3,) in preference tuning: the means of the pairs' figures behind the loss (`models.preference`), under dropout
+    where there is any."""
 
 
 class TrainingEngine(Protocol):
     """A model with an optimizer on some devices. Schedules, data, logging and checkpoints are the loop's.
+
+    In preference tuning (`models.tuning`), rows 2i and 2i + 1 of every batch are a chosen and a rejected answer, and a
+    pair counts where a target of both does (`models.preference`).
 
     Where it runs in several processes, every method is collective: each process calls it in the same order with the
     same arguments (whole batches, of which the engine takes its rows) and gets the same results. What `export` gives
@@ -108,17 +118,24 @@ class TrainingEngine(Protocol):
         ...
 
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
-        """One update from the gradient of the mean loss over all counted targets of all micro-batches.
+        """One update from the gradient of the mean loss over all counted targets (or pairs) of all micro-batches.
 
         `learning_rate_scale` (0 to 1, from the schedule) multiplies the optimizer's peak rates.
         `dropout_key` (below 2^43) and a micro-batch's number decide what dropout drops in it.
 
-        Raises UserError where no target of any micro-batch counts.
+        Raises UserError where no target (or pair) of any micro-batch counts.
         """
         ...
 
     def loss(self, batch: Batch) -> tuple[float, int]:
-        """Summed cross-entropy over the batch's counted targets, and their number; no dropout."""
+        """Summed cross-entropy over the batch's counted targets, and their number; no dropout.
+
+        In preference tuning, the summed loss of the pairs that count, and the number of these.
+        """
+        ...
+
+    def rewards(self, batch: Batch) -> NDArray[np.float32]:
+        """In preference tuning alone: the reward of each row over the reference, (B,); no dropout."""
         ...
 
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
@@ -137,12 +154,13 @@ class TrainingEngine(Protocol):
         """
         ...
 
-    def restore(self, state: State, arrays: Iterable[Piece]) -> None:
+    def restore(self, state: Given, arrays: Iterable[Piece]) -> None:
         """Takes over arrays as exported, whole or in pieces; ValueError names what is missing, odd or misshapen.
 
         A loss scale is passed over by an engine that has none, and begins afresh where one has and the state does not.
         Weights come first, with the adapters where there are any: restoring them leaves the optimizer as fresh as
-        before its first update.
+        before its first update. The reference of preference tuning, canonical weights too, may come at any time before
+        the first batch.
         """
         ...
 

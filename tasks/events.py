@@ -43,8 +43,11 @@ def event_line(event: Event) -> str | None:
         return progress_line(event)
     if event["event"] == "Validation":
         exact = "" if event["exact_match"] is None else f", exact match {event['exact_match']:.2%}"
+        preferences = event.get("preferences")
+        share = "" if preferences is None else f", accuracy {preferences['accuracy']:.2%}"
         each = ", ".join(f"{source} {loss:.4f}" for source, loss in event["by_source"].items())
-        return f"step {event['step']:,}: validation loss {event['loss']:.4f}{f' ({each})' if each else ''}{exact}"
+        loss = f"{event['loss']:.4f}{f' ({each})' if each else ''}"
+        return f"step {event['step']:,}: validation loss {loss}{exact}{share}"
     if event["event"] == "Log":
         return str(event["message"])
     if event["event"] == "Note":

@@ -21,7 +21,7 @@ class Loss(FrozenModel):
     step: int
     """Steps of this training that were done."""
     loss: float
-    """Mean cross-entropy in nats."""
+    """Mean cross-entropy in nats; of preference tuning, the mean loss of pairs."""
 
 
 class Trained(FrozenModel):
@@ -39,7 +39,8 @@ class Trained(FrozenModel):
     fresh_optimizer: bool = False
     """Whether the optimizer began without moments."""
     measured_on: str | None
-    """Identity of the validation rows: losses of two entries may be compared where it is the same; None without any."""
+    """Identity of the validation rows: losses of two entries may be compared where it is the same; None without any,
+    and for preference tuning, whose losses are over a reference of its own."""
     validation: tuple[Loss, ...]
     """The validation losses in order; that of step 0 is the loss of the weights that came in."""
 

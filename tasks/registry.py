@@ -1,12 +1,38 @@
 """Every stage by its name."""
 
 from common.errors import UserError, suggestion
-from tasks import compare, documents, evaluate, perplexity, pretrain, publish, refine, sft, stack, tokenizer, tokens
+from tasks import (
+    compare,
+    documents,
+    dpo,
+    evaluate,
+    perplexity,
+    pretrain,
+    publish,
+    refine,
+    sft,
+    stack,
+    tokenizer,
+    tokens,
+)
 from tasks.stage import Stage
 
 STAGES: dict[str, Stage] = {
     module.STAGE.name: module.STAGE
-    for module in (documents, tokenizer, tokens, pretrain, stack, refine, sft, evaluate, perplexity, publish, compare)
+    for module in (
+        documents,
+        tokenizer,
+        tokens,
+        pretrain,
+        stack,
+        refine,
+        sft,
+        dpo,
+        evaluate,
+        perplexity,
+        publish,
+        compare,
+    )
 }
 
 

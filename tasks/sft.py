@@ -53,9 +53,6 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
             f"the tokens '{tokens[0].name}' are texts: sft learns from conversations; set template in the stage that "
             f"makes them, or train on them with refine"
         )
-    for one in tokens:
-        if one.pairs:
-            raise UserError(f"the tokens '{one.name}' are pairs of answers, of which dpo learns and not sft")
     tuned = prepared(config, inputs["model"], tokens, context)
     tuning = Tuning(lora=config.lora)
     model, metrics = tuned.model, tuned.metrics

@@ -1,4 +1,4 @@
-"""What `pretrain`, `refine` and `sft` share: a model trained on token shards, from fresh weights or an artifact's."""
+"""What the training stages share: a model trained on token shards, from fresh weights or an artifact's."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,6 +89,7 @@ def run_training(
     check_positions(config.training, model)
     _forget_peak()
     tokens = tokens_inputs(inputs, config.blend, context)
+    _check_pairs(config.training, tokens, tuning)
     tokenizer = Tokenizer(tokenizer_folder(tokens))
     check_vocabulary(len(tokenizer), model)
     filesystem, folder = context.scratch
@@ -109,7 +110,13 @@ def run_training(
             Checkpoints(filesystem, folder, context.runtime.checkpoints),
             start,
             report=context.report,
-            metrics=TrainingLogs(context.logs, context.name, config.model_dump(mode="json"), data.validated),
+            metrics=TrainingLogs(
+                context.logs,
+                context.name,
+                config.model_dump(mode="json"),
+                data.validated,
+                tuning.preference is not None,
+            ),
             should_stop=context.should_stop,
             decode=tokenizer.decode,
             continue_on=context.runtime.continue_on,
@@ -125,7 +132,10 @@ def run_training(
         weights=exported,
         optimizer=whole(engine.export("optimizer"), model),
         trained_with=config.training.optimizer,
-        history=(*history, _entry(model, result, start, data)),
+        history=(
+            *history,
+            _entry(model, result, start, data if tuning.preference is None else data._replace(measured_on=None)),
+        ),
         adapters=adapters,
     )
     if engine.process == 0:
@@ -137,6 +147,21 @@ def run_training(
     if tuning.lora is not None:
         metrics["trained_parameters"] = adapter_count(model, tuning.lora)
     return {**metrics, "blend": blend, "peak_memory_bytes": engine.peak_memory()}
+
+
+def _check_pairs(training: TrainingConfig, tokens: Sequence[TokensInput], tuning: Tuning) -> None:
+    """Raises UserError where pairs of documents are not for preference tuning, or preference tuning has none."""
+    prefers = tuning.preference is not None
+    for one in tokens:
+        if prefers and not one.pairs:
+            raise UserError(
+                f"the tokens '{one.name}' are no pairs of answers: make them with loss_on: pairs, of documents with "
+                f"conversations: preferences"
+            )
+        if one.pairs and not prefers:
+            raise UserError(f"the tokens '{one.name}' are pairs of answers, of which the stage dpo alone learns")
+    if training.packing == "pairs" and not prefers:
+        raise UserError("training.packing: pairs is for the stage dpo alone; leave it out")
 
 
 def _forget_peak() -> None:
@@ -281,6 +306,8 @@ def _summary(model: ModelConfig, result: TrainingResult) -> str:
         parts.append(f"validation loss {last.loss:.4f}")
         if last.exact_match is not None:
             parts.append(f"exact match {last.exact_match:.2%}")
+        if last.preferences is not None:
+            parts.append(f"accuracy {last.preferences.accuracy:.2%}, margin {last.preferences.margin:.4f}")
     if result.state.skipped:
         parts.append(f"{result.state.skipped} non-finite steps skipped")
     return ", ".join(parts)

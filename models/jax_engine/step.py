@@ -13,13 +13,15 @@ import optax
 from models.config import ModelConfig
 from models.engine import StepResult
 from models.jax_engine import lora as adapters
-from models.jax_engine.head import part_count, weighted_loss
+from models.jax_engine.head import part_count, target_log_probabilities, weighted_loss
 from models.jax_engine.mixture import balance_loss
 from models.jax_engine.model import Computing, Rows, Transformer
 from models.jax_engine.optimizer import Arrays, OptimizerState, clipped, fresh, prefixed, updated
 from models.jax_engine.parameters import stacked_shape, stacks
+from models.jax_engine.preference import counted_pairs, preferences
 from models.lora import LORA_A, LORA_B
 from models.optimizer import OptimizerConfig
+from models.preference import FIGURES
 from models.tuning import Tuning
 
 
@@ -39,7 +41,7 @@ class Totals(NamedTuple):
     """What each micro-batch has to know of all."""
 
     counted: jax.Array
-    """0-d fp32; counted targets."""
+    """0-d fp32; counted targets, or pairs in preference tuning."""
     positions: jax.Array
     """0-d fp32; real positions in all layers together."""
     counts_E: jax.Array | None
@@ -47,10 +49,14 @@ class Totals(NamedTuple):
 
 
 class Steps:
-    """The compiled functions of one model, optimizer and mesh."""
+    """The compiled functions of one model, optimizer, mesh and tuning.
+
+    Those of training take the parameters of preference tuning's reference last.
+    """
 
     def __init__(self, config: ModelConfig, optimizer: OptimizerConfig, computing: Computing, tuning: Tuning) -> None:
-        self._config, self._optimizer, self._lora = config, optimizer, tuning.lora
+        self._config, self._optimizer = config, optimizer
+        self._lora, self._preference = tuning.lora, tuning.preference
         self._model, self._sharding = Transformer(config, computing), computing.sharding
         # Shardings stand in the places of the arrays that they are of.
         lying: dict[str, Any] = {
@@ -67,16 +73,16 @@ class Steps:
         state = OptimizerState(prefixed(optimizer, trained), whole)
         self.fresh = jax.jit(lambda trained: fresh(optimizer, trained), out_shardings=state)
         """What is trained to the optimizer's state before the first update."""
-        self.step = computing.compiled(
-            self._stepped, donate_argnums=(0, 1), out_shardings=(trained, state, StepResult(whole, whole, whole))
-        )
+        self.step = computing.compiled(self._stepped, donate_argnums=(0, 1), out_shardings=(trained, state, whole))
         """(trained, state, frozen, micro-batches, scale of rates, dropout key) to trained, state and result.
 
         What is trained are the parameters, and nothing is frozen; or the adapters, and the parameters are."""
         self.gradients = computing.compiled(self._gradients, out_shardings=(trained, whole))
-        """(trained, frozen, micro-batches, dropout key) to gradients and loss."""
-        self.loss = computing.compiled(self._summed_loss, out_shardings=whole)
-        """(parameters, one micro-batch) to its summed loss without dropout."""
+        """(trained, frozen, micro-batches, dropout key) to gradients and loss, or figures."""
+        self.row_log_probabilities = computing.compiled(
+            lambda parameters, micro: self._read_rows(parameters, only(micro)), out_shardings=whole
+        )
+        """(parameters, one micro-batch) to the log-probabilities of its rows, (B,), without dropout."""
         self.effective = jax.jit(self._effective, out_shardings={name: lying[name] for name in self.adapted})
         """(base matrices, adapters) to the parameters that the model computes with."""
 
@@ -85,63 +91,81 @@ class Steps:
         return self._config.mlp == "mixture" and self._config.router_aux_loss_coef > 0
 
     def _stepped(
-        self, trained: Arrays, state: OptimizerState, frozen: Arrays, micro: Micro, scale: jax.Array, words: jax.Array
+        self,
+        trained: Arrays,
+        state: OptimizerState,
+        frozen: Arrays,
+        micro: Micro,
+        scale: jax.Array,
+        words: jax.Array,
+        reference: Arrays | None = None,
     ) -> tuple[Arrays, OptimizerState, StepResult]:
-        gradients, loss = self._gradients(trained, frozen, micro, words)
+        gradients, found = self._gradients(trained, frozen, micro, words, reference)
+        loss, figures = (found, None) if self._preference is None else (found[0], found[1:])
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         after = updated(self._optimizer, trained, state, clipped(self._optimizer, gradients, norm), scale)
         trained, state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, (trained, state))
-        return trained, state, StepResult(loss, norm, 1 - finite.astype(jnp.float32))
+        return trained, state, StepResult(loss, norm, 1 - finite.astype(jnp.float32), figures)
 
-    def _gradients(self, trained: Arrays, frozen: Arrays, micro: Micro, words: jax.Array) -> tuple[Arrays, jax.Array]:
-        """The gradients of the mean loss, and that loss without the balance of experts."""
+    def _gradients(
+        self, trained: Arrays, frozen: Arrays, micro: Micro, words: jax.Array, reference: Arrays | None = None
+    ) -> tuple[Arrays, jax.Array]:
+        """The gradients of the mean loss, and that loss without the balance of experts; in preference tuning, the mean
+        figures of the pairs."""
         if self._lora is None:
-            return self._parameter_gradients(trained, frozen, micro, words)
+            return self._parameter_gradients(trained, frozen, micro, words, reference)
         moved = {name: frozen[name] for name in self.adapted}
         others = {name: array for name, array in frozen.items() if name not in moved}
-        found, loss = self._parameter_gradients(moved, others, micro, words)
-        return adapters.gradients(self._lora, trained, found), loss
+        gradients, found = self._parameter_gradients(moved, others, micro, words, reference)
+        return adapters.gradients(self._lora, trained, gradients), found
 
     def _effective(self, base: Arrays, trained: Arrays) -> Arrays:
         return {} if self._lora is None else adapters.effective(self._lora, base, trained)
 
     def _parameter_gradients(
-        self, moved: Arrays, others: Arrays, micro: Micro, words: jax.Array
+        self, moved: Arrays, others: Arrays, micro: Micro, words: jax.Array, reference: Arrays | None
     ) -> tuple[Arrays, jax.Array]:
         """Those by some of the parameters."""
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), words[0]), words[1])
         totals = self._totals({**others, **moved}, micro, key)
 
         def objective(moved: Arrays, one: Micro) -> tuple[jax.Array, jax.Array]:
-            return self._objective({**others, **moved}, one, totals, key)
+            return self._objective({**others, **moved}, one, totals, key, reference)
 
         of_one = jax.grad(objective, has_aux=True)
         if micro.tokens.shape[0] == 1:
-            found: tuple[Arrays, jax.Array] = of_one(moved, _only(micro))
+            found: tuple[Arrays, jax.Array] = of_one(moved, only(micro))
             return found
 
         def added(carry: tuple[Arrays, jax.Array], one: Micro) -> tuple[tuple[Arrays, jax.Array], None]:
             return jax.tree.map(jnp.add, carry, of_one(moved, one)), None
 
-        nothing = (jax.tree.map(jnp.zeros_like, moved), jnp.zeros(()))
+        found_shape = () if self._preference is None else (FIGURES,)
+        nothing = (jax.tree.map(jnp.zeros_like, moved), jnp.zeros(found_shape))
         return jax.lax.scan(added, nothing, micro)[0]
 
-    def _objective(self, parameters: Arrays, one: Micro, totals: Totals, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What one micro-batch adds to what is minimised, and to the loss."""
+    def _objective(
+        self, parameters: Arrays, one: Micro, totals: Totals, key: jax.Array, reference: Arrays | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """What one micro-batch adds to what is minimised, and to the loss or the figures."""
         read = self._model.read(parameters, self._rows(one), jax.random.fold_in(key, one.numbers))
-        loss = self._loss(parameters, read.x_BTD, one, totals.counted)
+        if self._preference is None:
+            loss = found = self._loss(parameters, read.x_BTD, one, totals.counted)
+        else:
+            loss, found = self._preference_loss(parameters, read.x_BTD, one, totals.counted, reference)
         if not self._balanced:
-            return loss, loss
+            return loss, found
         assert read.routing is not None
         counts_E = read.routing.counts_E if totals.counts_E is None else totals.counts_E
         balance = balance_loss(read.routing, counts_E, totals.positions)
-        return loss + self._config.router_aux_loss_coef * balance, loss
+        return loss + self._config.router_aux_loss_coef * balance, found
 
     def _totals(self, parameters: Arrays, micro: Micro, key: jax.Array) -> Totals:
         """The loss of a balance is the product of counts with probabilities, both of the whole batch, so the parts'
         gradients need the counts beforehand: several micro-batches pay one more forward pass for being exact."""
-        counted = micro.counted.sum(dtype=jnp.int32).astype(jnp.float32)
+        of_kind = micro.counted if self._preference is None else counted_pairs(micro.counted)
+        counted = of_kind.sum(dtype=jnp.int32).astype(jnp.float32)
         if not self._balanced:
             return Totals(counted, jnp.ones(()), None)
         real = jax.vmap(_real)(micro.counted, micro.documents)
@@ -159,16 +183,42 @@ class Steps:
     def _rows(self, one: Micro) -> Rows:
         return Rows(one.tokens, one.documents, _real(one.counted, one.documents) if self._balanced else None)
 
-    def _loss(self, parameters: Arrays, x_BTD: jax.Array, one: Micro, divisor: jax.Array | float) -> jax.Array:
+    def _loss(self, parameters: Arrays, x_BTD: jax.Array, one: Micro, divisor: jax.Array) -> jax.Array:
+        weights_BT = one.counted.astype(jnp.float32) / divisor
+        return weighted_loss(x_BTD, self._model.head_VD(parameters), one.targets, weights_BT, self._parts(one))
+
+    def _preference_loss(
+        self, parameters: Arrays, x_BTD: jax.Array, one: Micro, divisor: jax.Array, reference: Arrays | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """What has the gradients of the pairs' losses over a divisor, and the sums of their figures over it.
+
+        The head is gone through twice, for the log-probabilities and then with the weights that follow from them, but
+        the blocks once.
+        """
+        assert self._preference is not None
+        assert reference is not None  # it is restored first
+        head_VD = self._model.head_VD(parameters)
+        policy_B = self._row_log_probabilities(*jax.lax.stop_gradient((x_BTD, head_VD)), one)
+        reference_B = self._read_rows(reference, one)
+        found = preferences(policy_B - reference_B, one.counted, self._preference.beta)
+        weights_BT = one.counted * found.weights_B[:, None] / divisor
+        loss = weighted_loss(x_BTD, head_VD, one.targets, weights_BT, self._parts(one))
+        return loss, found.figures_F / divisor
+
+    def _read_rows(self, parameters: Arrays, one: Micro) -> jax.Array:
+        """The log-probabilities of the rows, without dropout."""
+        x_BTD = self._model.read(parameters, self._rows(one)).x_BTD
+        return self._row_log_probabilities(x_BTD, self._model.head_VD(parameters), one)
+
+    def _row_log_probabilities(self, x_BTD: jax.Array, head_VD: jax.Array, one: Micro) -> jax.Array:
+        logs_BT = target_log_probabilities(x_BTD, head_VD, one.targets, self._parts(one))
+        return jnp.where(one.counted, logs_BT, 0).sum(1)
+
+    def _parts(self, one: Micro) -> int:
+        """Into how many parts the head takes the positions of a row."""
         rows, length = one.tokens.shape
         logits = rows // self._sharding.row_parts * length * self._config.vocab_size
-        parts = part_count(self._model.computing.platform, logits // self._sharding.mesh.shape["tensor"], length)
-        weights_BT = one.counted.astype(jnp.float32) / divisor
-        return weighted_loss(x_BTD, self._model.head_VD(parameters), one.targets, weights_BT, parts)
-
-    def _summed_loss(self, parameters: Arrays, micro: Micro) -> jax.Array:
-        one = _only(micro)
-        return self._loss(parameters, self._model.read(parameters, self._rows(one)).x_BTD, one, 1.0)
+        return part_count(self._model.computing.platform, logits // self._sharding.mesh.shape["tensor"], length)
 
 
 @functools.lru_cache(maxsize=16)
@@ -177,7 +227,7 @@ def steps(config: ModelConfig, optimizer: OptimizerConfig, computing: Computing,
     return Steps(config, optimizer, computing, tuning)
 
 
-def _only(micro: Micro) -> Micro:
+def only(micro: Micro) -> Micro:
     """The one micro-batch that there is."""
     found: Micro = jax.tree.map(lambda array: array[0], micro)
     return found

@@ -3,25 +3,28 @@
 Everything that a step does is one compiled function, which takes over the memory of the state that it is given.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from models import lora, weights
 from models.config import ModelConfig
-from models.engine import Batch, EngineName, State, StepResult, counted_targets
+from models.engine import Batch, EngineName, Given, State, StepResult, counted_targets
 from models.jax_engine import distributed
 from models.jax_engine import lora as adapters
 from models.jax_engine.batching import bucket, check_batch, largest, length_bucket, multiple, stacked
 from models.jax_engine.inference import JaxInference
-from models.jax_engine.model import Computing
+from models.jax_engine.model import Arrays, Computing
 from models.jax_engine.optimizer import OptimizerState
 from models.jax_engine.parameters import stacks, unstacked
 from models.jax_engine.placement import Holder, load, placed
 from models.jax_engine.step import Micro, steps
 from models.optimizer import UPDATES, OptimizerConfig
+from models.preference import counted_pairs, pairs_that_count, summed_figures
 from models.tuning import WHOLE, Tuning
 from models.weights import Piece
 
@@ -46,6 +49,7 @@ class JaxTraining:
         """The frozen matrices beneath adapters."""
         self._adapters: dict[str, jax.Array] = {}
         self._state: OptimizerState | None = None
+        self._reference: Arrays | None = None
         self._loss_rows: dict[tuple[int, bool], int] = {}
         """The most rows that `loss` was given, by their length and whether they have documents."""
 
@@ -62,7 +66,13 @@ class JaxTraining:
         result: StepResult
         trained, frozen = self._trained()
         trained, self._state, result = self._compiled.step(
-            trained, self._state, frozen, micro, np.float32(learning_rate_scale), _words(dropout_key)
+            trained,
+            self._state,
+            frozen,
+            micro,
+            np.float32(learning_rate_scale),
+            _words(dropout_key),
+            self._reference,
         )
         self._take(trained)
         return result
@@ -81,18 +91,37 @@ class JaxTraining:
         self._held.parameters = {**self._held.parameters, **self._compiled.effective(self._base, trained)}
 
     def loss(self, batch: Batch) -> tuple[float, int]:
+        if self._tuning.preference is not None:
+            return float(summed_figures(self.rewards(batch), batch)[0]), int(pairs_that_count(batch).sum())
+        found_B = self._compiled.row_log_probabilities(self._held.parameters, self._evaluated(batch))
+        return -float(np.array(found_B).sum()), int(batch.loss_mask_BT.sum())
+
+    def rewards(self, batch: Batch) -> NDArray[np.float32]:
+        assert self._tuning.preference is not None
+        assert self._reference is not None  # it is restored first
+        pairs_that_count(batch)
+        micro = self._evaluated(batch)
+        policy_B, reference_B = (
+            np.array(self._compiled.row_log_probabilities(parameters, micro))[: len(batch.tokens_BT)]
+            for parameters in (self._held.parameters, self._reference)
+        )
+        rewards_B: NDArray[np.float32] = self._tuning.preference.beta * (policy_B - reference_B)
+        return rewards_B
+
+    def _evaluated(self, batch: Batch) -> Micro:
+        """A batch without gradients as a micro-batch."""
         check_batch(batch, self._config, batch.loss_mask_BT)
         rows, positions = batch.tokens_BT.shape
         length = length_bucket(positions, self._config.max_position_embeddings)
         # A last, smaller batch of a validation is padded to the rows of those before it: nothing is compiled for it.
         shape = (length, batch.documents_BT is None)
         self._loss_rows[shape] = at_least = max(self._loss_rows.get(shape, 0), bucket(rows))
-        micro = self._on_devices([batch], at_least, length)
-        return float(self._compiled.loss(self._held.parameters, micro)), int(batch.loss_mask_BT.sum())
+        return self._on_devices([batch], at_least, length)
 
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
         # In the step's own shape: what dropout drops depends on it, and so does every last bit.
-        found, _ = self._compiled.gradients(*self._trained(), self._micro(micro_batches), _words(dropout_key))
+        micro = self._micro(micro_batches)
+        found, _ = self._compiled.gradients(*self._trained(), micro, _words(dropout_key), self._reference)
         yield from self._unstacked(found)
 
     def export(self, state: State) -> Iterator[Piece]:
@@ -116,7 +145,10 @@ class JaxTraining:
         elif trained:
             yield from adapters.unstacked(self._config, self._tuning.lora, self._sharding, trained, prefix)
 
-    def restore(self, state: State, arrays: Iterable[Piece]) -> None:
+    def restore(self, state: Given, arrays: Iterable[Piece]) -> None:
+        if state == "reference":
+            self._reference = load(self._config, self._sharding, arrays)
+            return
         if state == "weights":
             self._restore_weights(arrays)
             self._state = self._compiled.fresh(self._trained()[0])
@@ -152,11 +184,17 @@ class JaxTraining:
     def _micro(self, micro_batches: Sequence[Batch]) -> Micro:
         for batch in micro_batches:
             check_batch(batch, self._config, batch.loss_mask_BT)
-        counted_targets(micro_batches)
+        if self._tuning.preference is None:
+            counted_targets(micro_batches)
+        else:
+            counted_pairs(micro_batches)
         return self._on_devices(micro_batches, *largest(micro_batches))
 
     def _on_devices(self, micro_batches: Sequence[Batch], rows: int, length: int) -> Micro:
-        host = stacked(micro_batches, multiple(rows, self._sharding.row_parts), length)
+        together = (
+            self._sharding.row_parts if self._tuning.preference is None else math.lcm(2, self._sharding.row_parts)
+        )
+        host = stacked(micro_batches, multiple(rows, together), length)
         lying = self._sharding.of("whole", "rows", "whole")
         tokens, targets, counted = (
             self._sharding.put(array, lying) for array in (host.tokens_ABT, host.targets_ABT, host.counted_ABT)

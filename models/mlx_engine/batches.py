@@ -1,6 +1,6 @@
 """From a batch to the arrays of fixed shapes that compiled functions take.
 
-B rows, T positions, P processes, R = ⌈B / P⌉ rows of this process.
+B rows, T positions, P processes, R = ⌈B / P⌉ rows of this process, or a few more so that some stay together.
 """
 
 from typing import NamedTuple
@@ -49,10 +49,11 @@ def _check_range(what: str, ids: NDArray[np.int32], vocab_size: int) -> None:
         raise ValueError(f"{what} from {ids.min()} to {ids.max()} for a vocabulary of {vocab_size}")
 
 
-def rows_of(batch: Batch, process: int, processes: int, at_least: int = 0) -> Rows:
+def rows_of(batch: Batch, process: int, processes: int, at_least: int = 0, together: int = 1) -> Rows:
     """The rows of one process, filled up with rows that count nothing: with as many as all processes have, and to
-    `at_least` so many."""
-    count, (rows, length) = max(-(-len(batch.tokens_BT) // processes), at_least), batch.tokens_BT.shape
+    `at_least` so many; `together` at a time stay together."""
+    rows, length = batch.tokens_BT.shape
+    count = -(-max(-(-rows // processes), at_least) // together) * together
     start = min(process * count, rows)
     mine = batch.part(slice(start, min(start + count, rows)))
     missing = ((0, count - len(mine.tokens_BT)), (0, 0))

@@ -22,12 +22,14 @@ def target_log_probabilities(logits_CV: mx.array, targets_C: mx.array) -> mx.arr
     return chosen_C - mx.logsumexp(logits_CV, axis=-1)
 
 
-def summed_loss(x_MD: mx.array, head_VD: mx.array, targets_M: mx.array, counted_M: mx.array) -> mx.array:
-    """The sum of the counted targets' cross-entropies, a 0-d fp32 array; for a gradient, which is taken on the way.
+def summed_loss(x_MD: mx.array, head_VD: mx.array, targets_M: mx.array, weights_M: mx.array) -> mx.array:
+    """The sum of the targets' cross-entropies, each times its weight, a 0-d fp32 array; for a gradient, which is taken
+    on the way.
 
-    x_MD: normed hidden states in the dtype of the products; head_VD: the fp32 parameter; counted_M: 1 or 0, fp32.
+    x_MD: normed hidden states in the dtype of the products; head_VD: the fp32 parameter; weights_M: fp32, 0 where a
+    target does not count.
     """
-    found: tuple[mx.array, mx.array, mx.array] = _with_gradients(x_MD, head_VD, targets_M, counted_M)  # type: ignore[assignment]
+    found: tuple[mx.array, mx.array, mx.array] = _with_gradients(x_MD, head_VD, targets_M, weights_M)  # type: ignore[assignment]
     return found[0]
 
 
@@ -39,7 +41,7 @@ def parts_of(positions: int, vocabulary: int) -> list[slice]:
 
 @mx.custom_function
 def _with_gradients(
-    x_MD: mx.array, head_VD: mx.array, targets_M: mx.array, counted_M: mx.array
+    x_MD: mx.array, head_VD: mx.array, targets_M: mx.array, weights_M: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     cast_VD = head_VD.astype(x_MD.dtype)
     total, dhead_VD = mx.zeros(()), mx.zeros(head_VD.shape)
@@ -47,16 +49,16 @@ def _with_gradients(
     for part in parts_of(len(x_MD), len(head_VD)):
         # One part after the other: MLX would go through all of them side by side.
         x_CD, total = mx.depends([x_MD[part], total], [total, dhead_VD, *dx[-1:]])
-        targets_C1, counted_C1 = targets_M[part][:, None], counted_M[part][:, None]
+        targets_C1, weights_C1 = targets_M[part][:, None], weights_M[part][:, None]
         logits_CV = product(x_CD, cast_VD.T).astype(mx.float32)
         largest_C1 = logits_CV.max(-1, keepdims=True)
         powers_CV = exp(logits_CV - largest_C1)
         sums_C1 = powers_CV.sum(-1, keepdims=True)
         losses_C1 = mx.log(sums_C1) + largest_C1 - mx.take_along_axis(logits_CV, targets_C1, axis=-1)
-        total = total + mx.where(counted_C1 > 0, losses_C1, 0).sum()
+        total = total + mx.where(weights_C1 != 0, losses_C1 * weights_C1, 0).sum()
         # The gradient by the logits: the probabilities, less 1 at the target.
-        dlogits_CV = powers_CV * (counted_C1 / sums_C1)
-        hits_C1 = mx.take_along_axis(dlogits_CV, targets_C1, axis=-1) - counted_C1
+        dlogits_CV = powers_CV * (weights_C1 / sums_C1)
+        hits_C1 = mx.take_along_axis(dlogits_CV, targets_C1, axis=-1) - weights_C1
         dlogits_CV = mx.put_along_axis(dlogits_CV, targets_C1, hits_C1, axis=-1).astype(x_MD.dtype)
         dx.append(product(dlogits_CV, cast_VD))
         dhead_VD = dhead_VD + product(dlogits_CV.T, x_CD).astype(mx.float32)

@@ -59,14 +59,15 @@ class Lanes:
         count = min(len(names), max(1, len(self._streams)))
         return [names[lane::count] for lane in range(count)]
 
-    def each(self, function: Callable[[Arrays], Any], arrays: Arrays) -> list[Any]:
-        """What a function gives for each lane's part of the rows, in their order."""
-        rows = len(arrays["tokens"])
-        count = min(len(self._streams), rows)
+    def each(self, function: Callable[[Arrays], Any], arrays: Arrays, together: int = 1) -> list[Any]:
+        """What a function gives for each lane's part of the rows, in their order; so many at a time stay together."""
+        groups = len(arrays["tokens"]) // together
+        count = min(len(self._streams), groups)
         if count < 2:
             return [function(arrays)]
         found = []
-        for number, (start, end) in enumerate(pairwise(rows * lane // count for lane in range(count + 1))):
+        bounds = (groups * lane // count * together for lane in range(count + 1))
+        for number, (start, end) in enumerate(pairwise(bounds)):
             with self.on(number):
                 found.append(function({name: array[start:end] for name, array in arrays.items()}))
         return found

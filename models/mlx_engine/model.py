@@ -143,12 +143,17 @@ def replace_parameters(model: Transformer, parameters: Parameters) -> None:
     model.update(tree_unflatten(list(parameters.items())))
 
 
-def load_weights(model: Transformer, pieces: Iterable[weights.Piece]) -> None:
-    """Fills a model from canonical weights; ValueError names what is missing, unexpected or misshapen."""
-    found = weights.gather(pieces, weights.canonical_shapes(model.config))
+def gathered(config: ModelConfig, pieces: Iterable[weights.Piece]) -> Parameters:
+    """Parameters from canonical weights; ValueError names what is missing, unexpected or misshapen."""
+    found = weights.gather(pieces, weights.canonical_shapes(config))
     arrays = {
         parameter.name: mx.array(weights.from_canonical(parameter, found.__getitem__))
-        for parameter in weights.parameters(model.config)
+        for parameter in weights.parameters(config)
     }
-    replace_parameters(model, arrays)
     mx.eval(list(arrays.values()))
+    return arrays
+
+
+def load_weights(model: Transformer, pieces: Iterable[weights.Piece]) -> None:
+    """Fills a model from canonical weights; ValueError names what is missing, unexpected or misshapen."""
+    replace_parameters(model, gathered(model.config, pieces))

@@ -9,14 +9,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
+from numpy.typing import NDArray
 
 from models import lora, weights
 from models.config import ModelConfig
-from models.engine import Batch, EngineName, Layout, Precision, State, StepResult, counted_targets
+from models.engine import Batch, EngineName, Given, Layout, Precision, State, StepResult, counted_targets
 from models.mlx_engine.attention import row_places
 from models.mlx_engine.batches import check_batch, real_positions, rows_of
 from models.mlx_engine.device import on_cpu
-from models.mlx_engine.head import parts_of, summed_loss, target_log_probabilities
+from models.mlx_engine.head import summed_loss
 from models.mlx_engine.inference import MlxInference, described, peak_memory
 from models.mlx_engine.lanes import Arrays, Lanes, Part
 from models.mlx_engine.lora import adapter_gradients, effective
@@ -27,11 +28,13 @@ from models.mlx_engine.model import (
     Read,
     Transformer,
     compute_dtype,
+    gathered,
     load_weights,
     parameters_of,
     replace_parameters,
 )
 from models.mlx_engine.optimizer import Moments, Rates, fresh_moments, gradient_norm, updated
+from models.mlx_engine.preference import preferences, row_log_probabilities
 from models.mlx_engine.processes import Processes
 from models.optimizer import (
     LOSS_SCALE,
@@ -40,6 +43,7 @@ from models.optimizer import (
     UPDATES,
     OptimizerConfig,
 )
+from models.preference import counted_pairs, pairs_that_count, summed_figures
 from models.tuning import WHOLE, Tuning
 from models.weights import Piece
 
@@ -81,6 +85,9 @@ class MlxTraining:
             shapes = lora.adapter_shapes(config, tuning.lora)
             self._adapters = {name: mx.zeros(shape) for name, shape in shapes.items()}
         self._moments, self._updates, self._scale = self._fresh()
+        self._reference: Parameters | None = None
+        self._together = 2 if tuning.preference else 1
+        """Rows of a batch that stay together."""
         self._loss_rows: dict[tuple[int, bool], int] = {}
         self.traced = 0
         """How often a function was traced for a new shape: what `step` costs but once."""
@@ -95,7 +102,7 @@ class MlxTraining:
         self._lanes = Lanes(1) if alone else Lanes.where_they_help()
         self._gradients_of = compile_(self._traced(self._gradients_function))
         self._counts_of = compile_(self._traced(self._counts_function))
-        self._loss_of = compile_(self._traced(self._loss_function))
+        self._log_probabilities_of = compile_(self._traced(self._log_probabilities_function))
         self._update = compile_(self._traced(self._update_function))
 
     def agreed(self, word: int) -> int:
@@ -106,7 +113,8 @@ class MlxTraining:
 
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         """As the contract says. UserError where no target counts; ValueError for a token beyond the vocabulary."""
-        loss, gradients = self._backward(micro_batches, dropout_key)
+        found, gradients = self._backward(micro_batches, dropout_key)
+        loss, figures = (found, None) if self._tuning.preference is None else (found[0], found[1:])
         config = self._optimizer_config
         rates = Rates(
             *(mx.array(rate * learning_rate_scale) for rate in (config.learning_rate, config.muon_learning_rate))
@@ -119,7 +127,7 @@ class MlxTraining:
         # Where nothing else names the old arrays, MLX writes the new ones over them.
         del state, gradients
         mx.async_eval(new, self._moments, self._updates, self._scale, loss, norm, skipped)
-        return StepResult(loss, norm, skipped)
+        return StepResult(loss, norm, skipped, figures)
 
     def _trained(self) -> Parameters:
         """What the optimizer moves."""
@@ -136,13 +144,28 @@ class MlxTraining:
         replace_parameters(self._model, formed)
 
     def loss(self, batch: Batch) -> tuple[float, int]:
+        if self._tuning.preference is not None:
+            return float(summed_figures(self.rewards(batch), batch)[0]), int(pairs_that_count(batch).sum())
+        (found,) = self._processes.sum([-self._log_probabilities(self._evaluated(batch)).sum()])
+        return float(found), int(batch.loss_mask_BT.sum())
+
+    def rewards(self, batch: Batch) -> NDArray[np.float32]:
+        assert self._tuning.preference is not None
+        pairs_that_count(batch)
+        arrays = self._evaluated(batch)
+        ratios_R = self._log_probabilities(arrays) - self._log_probabilities(arrays, self._of_reference())
+        before = self._processes.rank * len(ratios_R)
+        after = self._processes.count * len(ratios_R) - before - len(ratios_R)
+        (ratios_B,) = self._processes.sum([mx.pad(ratios_R, (before, after))])
+        rewards_B: NDArray[np.float32] = np.array(self._tuning.preference.beta * ratios_B)[: len(batch.tokens_BT)]
+        return rewards_B
+
+    def _evaluated(self, batch: Batch) -> Arrays:
+        """This process's rows of a batch without gradients."""
         shape = (batch.tokens_BT.shape[1], batch.documents_BT is not None)
         # The last rows of a validation are fewer: they are filled up to the shape that is compiled.
         self._loss_rows[shape] = at_least = max(self._loss_rows.get(shape, 0), len(batch.tokens_BT))
-        arrays = self._arrays(batch, -(-at_least // self._processes.count), None)
-        parts = self._lanes.each(lambda rows: self._with_parameters(self._loss_of, rows), arrays)
-        (found,) = self._processes.sum([sum(parts[1:], parts[0])])
-        return float(found), int(batch.loss_mask_BT.sum())
+        return self._arrays(batch, -(-at_least // self._processes.count), None)
 
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
         _, gradients = self._backward(micro_batches, dropout_key)
@@ -172,7 +195,10 @@ class MlxTraining:
             if parameter.name in parameters:
                 yield from weights.to_canonical(parameter, np.array(parameters[parameter.name]), prefix)
 
-    def restore(self, state: State, arrays: Iterable[Piece]) -> None:
+    def restore(self, state: Given, arrays: Iterable[Piece]) -> None:
+        if state == "reference":
+            self._reference = gathered(self._config, arrays)
+            return
         if state == "weights":
             self._restore_weights(arrays)
             self._moments, self._updates, self._scale = self._fresh()
@@ -223,11 +249,11 @@ class MlxTraining:
 
         return counted
 
-    def _with_parameters(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls with the parameters, and gives the module its own back: tracing leaves others in it."""
+    def _with_parameters(self, function: Callable[..., Any], *arguments: Any, others: Parameters | None = None) -> Any:
+        """Calls with the parameters, or others, and gives the module its own back: tracing leaves others in it."""
         parameters = parameters_of(self._model)
         try:
-            return function(parameters, *arguments)
+            return function(parameters if others is None else others, *arguments)
         finally:
             replace_parameters(self._model, parameters)
 
@@ -235,7 +261,7 @@ class MlxTraining:
         """This process's rows of a batch on the device."""
         config, processes = self._config, self._processes
         check_batch(batch, config.vocab_size, config.max_position_embeddings)
-        rows = rows_of(batch, processes.rank, processes.count, at_least)
+        rows = rows_of(batch, processes.rank, processes.count, at_least, self._together)
         arrays = {
             "tokens": mx.array(rows.tokens_RT),
             "targets": mx.array(rows.targets_RT),
@@ -252,8 +278,10 @@ class MlxTraining:
         return arrays
 
     def _backward(self, micro_batches: Sequence[Batch], dropout_key: int) -> tuple[mx.array, Parameters]:
-        """The mean loss without the balance of experts, and the gradients, multiplied by the loss scale."""
-        counted = counted_targets(micro_batches)
+        """The mean loss without the balance of experts, or in preference tuning the mean figures of the pairs; and the
+        gradients, multiplied by the loss scale."""
+        prefers = self._tuning.preference is not None
+        counted = counted_pairs(micro_batches) if prefers else counted_targets(micro_batches)
         parts = [self._arrays(batch, 0, (dropout_key << 20) + number) for number, batch in enumerate(micro_batches)]
         numbers = {"share": mx.array(1 / counted), "scale": self._scale.scale}
         if self._balanced:
@@ -276,8 +304,25 @@ class MlxTraining:
 
     def _gradients(self, arrays: Arrays, numbers: Arrays) -> tuple[mx.array, Parameters]:
         """A micro-batch's part of the mean loss, and of the scaled gradients."""
-        parts = self._lanes.each(lambda rows: self._with_parameters(self._gradients_of, rows, numbers), arrays)
+        if self._tuning.preference is not None:
+            undropped = {name: array for name, array in arrays.items() if name != "keys"}
+            arrays = arrays | {"reference": self._log_probabilities(undropped, self._of_reference())}
+        parts = self._lanes.each(
+            lambda rows: self._with_parameters(self._gradients_of, rows, numbers), arrays, self._together
+        )
         return self._lanes.added(parts)
+
+    def _log_probabilities(self, arrays: Arrays, others: Parameters | None = None) -> mx.array:
+        """The log-probabilities of rows, (R,), by the model or by other parameters."""
+        return mx.concatenate(
+            self._lanes.each(
+                lambda rows: self._with_parameters(self._log_probabilities_of, rows, others=others), arrays
+            )
+        )
+
+    def _of_reference(self) -> Parameters:
+        assert self._reference is not None  # it is restored first
+        return self._reference
 
     @property
     def _balanced(self) -> bool:
@@ -295,35 +340,40 @@ class MlxTraining:
 
         def objective(moved: Parameters) -> tuple[mx.array, mx.array, list[mx.array]]:
             read = self._read({**parameters, **moved}, arrays)
-            x_MD, head_VD = read.x_BTD.reshape(-1, read.x_BTD.shape[-1]), self._model.head_VD
-            loss = summed_loss(x_MD, head_VD, arrays["targets"].reshape(-1), arrays["counted"].reshape(-1))
-            loss = whole = loss * numbers["share"]
+            whole, found = (part * numbers["share"] for part in self._end(read.x_BTD, arrays))
             if self._balanced:
-                found = total(read.routings)
-                counts_E = numbers.get("counts", found.counts_E)
-                balance = balance_loss(found.probabilities_E, counts_E, numbers["positions"])
-                whole = loss + self._config.router_aux_loss_coef * balance
+                routing = total(read.routings)
+                counts_E = numbers.get("counts", routing.counts_E)
+                balance = balance_loss(routing.probabilities_E, counts_E, numbers["positions"])
+                whole = whole + self._config.router_aux_loss_coef * balance
             # What is compiled would give back all that it names.
             between = [] if self._compiled else read.between
-            return (whole * numbers["scale"] if self._is_fp16 else whole), loss, between
+            return (whole * numbers["scale"] if self._is_fp16 else whole), found, between
 
-        (_, loss, between), gradients = mx.value_and_grad(objective)(moved)
-        return Part(loss, gradients, between)
+        (_, found, between), gradients = mx.value_and_grad(objective)(moved)
+        return Part(found, gradients, between)
+
+    def _end(self, x_RTD: mx.array, arrays: Arrays) -> tuple[mx.array, mx.array]:
+        """The summed loss of rows for its gradient, and the same to be told, or the sums of the pairs' figures."""
+        head_VD, targets_RT, counted_RT = self._model.head_VD, arrays["targets"], arrays["counted"]
+        weights_RT, found = counted_RT, None
+        if self._tuning.preference is not None:
+            # The head is gone through twice, but the blocks once: dropout drops the same for both.
+            policy_R = row_log_probabilities(x_RTD, head_VD, targets_RT, counted_RT)
+            preferred = preferences(policy_R - arrays["reference"], counted_RT, self._tuning.preference.beta)
+            weights_RT, found = mx.stop_gradient(counted_RT * preferred.weights_R1), preferred.figures_F
+        x_MD = x_RTD.reshape(-1, x_RTD.shape[-1])
+        loss = summed_loss(x_MD, head_VD, targets_RT.reshape(-1), weights_RT.reshape(-1))
+        return loss, loss if found is None else found
 
     def _counts_function(self, parameters: Parameters, arrays: Arrays) -> mx.array:
         """How often each expert was chosen, in all layers together."""
         return total(self._read(parameters, arrays).routings).counts_E
 
-    def _loss_function(self, parameters: Parameters, arrays: Arrays) -> mx.array:
-        """The summed cross-entropy, without a gradient and without dropout."""
+    def _log_probabilities_function(self, parameters: Parameters, arrays: Arrays) -> mx.array:
+        """The log-probabilities of rows, (R,), without a gradient and without dropout."""
         x_RTD = self._read(parameters, arrays).x_BTD
-        x_MD, found = x_RTD.reshape(-1, x_RTD.shape[-1]), mx.zeros(())
-        targets_M, counted_M = arrays["targets"].reshape(-1), arrays["counted"].reshape(-1)
-        for part in parts_of(len(x_MD), self._config.vocab_size):
-            x_CD, found = mx.depends([x_MD[part], found], [found])
-            logs_C = target_log_probabilities(self._model.logits(x_CD), targets_M[part])
-            found = found - mx.where(counted_M[part] > 0, logs_C, 0).sum()
-        return found
+        return row_log_probabilities(x_RTD, self._model.head_VD, arrays["targets"], arrays["counted"])
 
     def _update_function(
         self,

@@ -29,14 +29,18 @@ def target_log_probabilities(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -
     return found_M
 
 
-def summed_loss(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor, scale: float) -> Tensor:
+def summed_loss(
+    x_MD: Tensor, head_VD: Tensor, targets_M: Tensor, scale: float, weights_M: Tensor | None = None
+) -> Tensor:
     """The sum of the targets' cross-entropies times `scale`, a 0-d fp32 tensor.
 
-    x_MD: normed hidden states in the dtype of the products; head_VD: the fp32 parameter.
+    x_MD: normed hidden states in the dtype of the products; head_VD: the fp32 parameter; weights_M: fp32, how much
+    each target counts; None for 1.
     """
     if not torch.is_grad_enabled():
-        return -target_log_probabilities(x_MD, head_VD, targets_M).sum() * scale
-    loss: Tensor = _SummedLoss.apply(x_MD, head_VD, targets_M, scale)  # type: ignore[no-untyped-call]
+        logs_M = target_log_probabilities(x_MD, head_VD, targets_M)
+        return -(logs_M if weights_M is None else logs_M * weights_M).sum() * scale
+    loss: Tensor = _SummedLoss.apply(x_MD, head_VD, targets_M, scale, weights_M)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -44,7 +48,9 @@ class _SummedLoss(torch.autograd.Function):
     """Takes the gradients on the way forward, while a part's logits are there."""
 
     @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, head_VD: Tensor, targets_M: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x_MD: Tensor, head_VD: Tensor, targets_M: Tensor, scale: float, weights_M: Tensor | None
+    ) -> Tensor:
         cast_VD = head_VD.to(x_MD.dtype)
         dx_MD = torch.empty_like(x_MD)
         dhead_VD = torch.zeros_like(head_VD) if ctx.needs_input_grad[1] else None
@@ -52,11 +58,14 @@ class _SummedLoss(torch.autograd.Function):
         for part in _parts(x_MD, head_VD):
             x_CD, targets_C1 = x_MD[part], targets_M[part].unsqueeze(1)
             logs_CV = torch.log_softmax(x_CD @ cast_VD.T, -1, dtype=torch.float32)
-            total -= logs_CV.gather(1, targets_C1).sum()
+            chosen_C1 = logs_CV.gather(1, targets_C1)
+            total -= (chosen_C1 if weights_M is None else chosen_C1 * weights_M[part].unsqueeze(1)).sum()
             # The gradient by the logits: the probabilities, less 1 at the target.
             dlogits_CV = logs_CV.exp_().scatter_add_(
                 1, targets_C1, torch.full_like(targets_C1, -1, dtype=torch.float32)
             )
+            if weights_M is not None:
+                dlogits_CV *= weights_M[part].unsqueeze(1)
             dlogits_CV = dlogits_CV.to(x_MD.dtype)
             # Scaled in the products' fp32 sums, before bf16 rounds them.
             dx_MD[part] = torch.addmm(nothing, dlogits_CV, cast_VD, beta=0, alpha=scale)
@@ -71,9 +80,9 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         dx_MD, dhead_VD = ctx.saved_tensors
-        return dx_MD * gradient.to(dx_MD.dtype), None if dhead_VD is None else dhead_VD * gradient, None, None
+        return dx_MD * gradient.to(dx_MD.dtype), None if dhead_VD is None else dhead_VD * gradient, None, None, None
 
 
 def _parts(x_MD: Tensor, head_VD: Tensor) -> Iterator[slice]:

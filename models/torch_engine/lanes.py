@@ -18,6 +18,7 @@ from torch import Tensor
 
 from models.engine import Batch
 from models.torch_engine.model import Transformer
+from models.torch_engine.parallel import Ended
 
 LARGEST_MODEL = 16_000_000
 """Parameters from which on each operation keeps several threads busy by itself."""
@@ -47,22 +48,23 @@ class Lanes:
             return None
         return cls(model, threads)
 
-    def backward(self, batch: Batch, loss_of: Callable[[Transformer, Batch], Tensor]) -> Tensor:
-        """Adds the gradients of `loss_of`, a sum over rows, to those of the model; gives the loss."""
+    def backward(self, batch: Batch, end_of: Callable[[Transformer, Batch], Ended], together: int = 1) -> Tensor:
+        """Adds the gradients of what `end_of` some rows comes to, sums over them, to those of the model; gives what
+        was found. `together`: so many rows at a time stay in one lane."""
 
         def run(lane: Transformer, rows_R: slice) -> Tensor:
-            loss = loss_of(lane, batch.part(rows_R))
-            torch.autograd.backward(loss)
-            return loss.detach()
+            ended = end_of(lane, batch.part(rows_R))
+            torch.autograd.backward(ended.loss)
+            return ended.found
 
         count, rows = len(self._models), len(batch.tokens_BT)
-        bounds = [rows * lane // count for lane in range(count + 1)]
+        bounds = [rows // together * lane // count * together for lane in range(count + 1)]
         parts = [slice(*pair) for pair in pairwise(bounds)]
-        losses = list(self._threads.map(run, self._models, parts))
+        found = list(self._threads.map(run, self._models, parts))
         for lane in self._models[1:]:
             # In the order of the lanes, whichever was first: sums of floats depend on it.
             for parameter, shared in zip(lane.parameters(), self._models[0].parameters(), strict=True):
                 if parameter.grad is not None:
                     shared.grad = parameter.grad if shared.grad is None else shared.grad.add_(parameter.grad)
                 parameter.grad = None
-        return torch.stack(losses).sum()
+        return torch.stack(found).sum(0)

@@ -3,9 +3,9 @@
 N packed positions, M read positions, V vocab_size, D hidden_size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -14,22 +14,50 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from models import weights
 from models.torch_engine.head import summed_loss
 from models.torch_engine.model import Transformer
 from models.torch_engine.packing import Packed
 from models.torch_engine.world import World
 
 
-class SummedLoss(nn.Module):
-    """A model and its loss as one forward pass, which is what DDP and FSDP2 know to wrap."""
+class Ended(NamedTuple):
+    """What a forward pass comes to."""
+
+    loss: Tensor
+    """0-d; what is differentiated."""
+    found: Tensor
+    """Without a gradient; sums over rows."""
+
+
+End = Callable[[Tensor, Tensor, Tensor], Ended]
+"""What is made of what the head reads, (M, D), of the head (V, D) and of the counted targets (M,)."""
+
+
+def cross_entropy(scale: float) -> End:
+    """The end whose loss is the sum of the counted targets' cross-entropies times `scale`, a 0-d fp32 tensor."""
+
+    def end(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> Ended:
+        loss = summed_loss(x_MD, head_VD, targets_M, scale)
+        return Ended(loss, loss.detach())
+
+    return end
+
+
+def _unread(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> Ended:
+    return Ended(x_MD.new_zeros(()), x_MD.new_zeros(()))
+
+
+class Whole(nn.Module):
+    """A model and its end as one forward pass, which is what DDP and FSDP2 know to wrap."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, part: Packed, scale: float) -> Tensor:
-        """The sum of the counted targets' cross-entropies times `scale`, a 0-d fp32 tensor."""
-        return summed_loss(self.model.read(part.rows), self.model.head_VD, part.targets_M, scale)
+    def forward(self, part: Packed, end: End) -> Ended:
+        """What the end makes of these rows."""
+        return end(self.model.read(part.rows), self.model.head_VD, part.targets_M)
 
 
 class Parallel:
@@ -38,16 +66,17 @@ class Parallel:
     `parameters` are what this process holds of each: the whole, or with FSDP2 a part along the first dimension.
     """
 
-    def __init__(self, model: Transformer, world: World) -> None:
+    def __init__(self, model: Transformer, world: World, frozen: bool = False) -> None:
+        """`frozen`: whether the model only reads."""
         self.model, self.world = model, world
-        self.evaluated = self.trained = cast(Callable[[Packed, float], Tensor], SummedLoss(model))
+        self.evaluated = self.trained = cast(Callable[[Packed, End], Ended], Whole(model))
         """Forward passes without and with gradients to follow."""
         self._replicated: DistributedDataParallel | None = None
         self._sharded: FSDPModule | None = None
         self._warm = False
         if world.fsdp > 1:
             self.evaluated = self.trained = self._fully_sharded(cast(nn.Module, self.trained))
-        elif world.size > 1:
+        elif world.size > 1 and not frozen:
             self.trained = self._replicated = _replicated(cast(nn.Module, self.trained))
         self._originals = dict(model.named_parameters())
         self.parameters: dict[str, Tensor] = {name: _local(tensor) for name, tensor in self._originals.items()}
@@ -66,12 +95,24 @@ class Parallel:
         self._sharded = cast(FSDPModule, module)
         return module
 
+    def load(self, found: Mapping[str, weights.Array]) -> None:
+        """Takes over canonical weights."""
+        self.fill(self.parameters, found)
+
+    @torch.no_grad()
+    def fill(self, parts: Mapping[str, Tensor], found: Mapping[str, weights.Array], prefix: str = "") -> None:
+        """Fills parameters, or what this process holds of their moments, from canonical arrays of that prefix."""
+        for parameter in weights.parameters(self.model.config):
+            if parameter.name in parts:
+                array = weights.from_canonical(parameter, found.__getitem__, prefix)
+                parts[parameter.name].copy_(self.world.part(torch.from_numpy(array)))
+
     def read(self, part: Packed) -> None:
-        """A forward pass for what modules note of it; without the head, where weights are whole."""
+        """A forward pass for what modules note of it; without the head."""
         if self._sharded is None:
             self.model.read(part.rows)
         else:
-            self.evaluated(part, 1.0)
+            self.evaluated(part, _unread)
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """A context for each micro-batch's pass; with whole weights, gradients are summed in the `last` one alone.
@@ -102,7 +143,7 @@ class Parallel:
         """
         if self._replicated is None or self._warm:
             return
-        torch.autograd.backward(self.trained(part, 1.0))
+        torch.autograd.backward(self.trained(part, cross_entropy(1.0)).loss)
         self.clear()
         self._warm = True
 

@@ -8,15 +8,16 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import UserError
 from models import lora, weights
 from models.config import ModelConfig
-from models.engine import Batch, EngineName, Layout, Precision, State, StepResult, counted_targets
+from models.engine import Batch, EngineName, Given, Layout, Precision, State, StepResult, counted_targets
 from models.optimizer import UPDATES, OptimizerConfig
+from models.preference import FIGURES, counted_pairs, pairs_that_count, summed_figures
 from models.torch_engine.device import compute_dtype, default_device, described, peak_memory, seeded
-from models.torch_engine.head import summed_loss
 from models.torch_engine.inference import TorchInference
 from models.torch_engine.lanes import Lanes
 from models.torch_engine.lora import Adapters, freeze
@@ -24,7 +25,8 @@ from models.torch_engine.mixture import balance_loss
 from models.torch_engine.model import Transformer
 from models.torch_engine.optimizer import Optimizer
 from models.torch_engine.packing import Own, Packed, packed, real_count
-from models.torch_engine.parallel import Parallel
+from models.torch_engine.parallel import End, Ended, Parallel, cross_entropy
+from models.torch_engine.preference import Pairs, Reference, log_probabilities, preference
 from models.torch_engine.world import World
 from models.tuning import WHOLE, Tuning
 from models.weights import Piece
@@ -68,6 +70,9 @@ class TorchTraining:
             self._adapters = Adapters(config, tuning.lora, self._parameters, self._world)
             self._optimizer = Optimizer(optimizer, self._adapters.arrays)
         self._whole_model: Transformer | None = None
+        self._reference: Reference | None = None
+        self._together = 2 if tuning.preference else 1
+        """Rows of a batch that stay together."""
 
     def agreed(self, word: int) -> int:
         return self._world.agreed(word)
@@ -78,18 +83,37 @@ class TorchTraining:
     def step(self, micro_batches: Sequence[Batch], learning_rate_scale: float, dropout_key: int) -> StepResult:
         """As the contract says. UserError where no target counts; ValueError for a token beyond the vocabulary."""
         self._whole_model = None
-        loss = self._backward(micro_batches, dropout_key)
+        found = self._backward(micro_batches, dropout_key)
+        loss, figures = (found, None) if self._tuning.preference is None else (found[0], found[1:])
         norm, skipped = self._optimizer.step(learning_rate_scale, loss)
         if self._adapters is not None:
             self._adapters.form()
-        return StepResult(loss, norm, skipped)
+        return StepResult(loss, norm, skipped, figures)
+
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        if self._tuning.preference is not None:
+            return float(summed_figures(self.rewards(batch), batch)[0]), int(pairs_that_count(batch).sum())
+        total = self._evaluated(self._packed(self._world.rows(batch)), cross_entropy(1.0))
+        return float(self._world.summed(total)), int(batch.loss_mask_BT.sum())
+
+    def rewards(self, batch: Batch) -> NDArray[np.float32]:
+        assert self._tuning.preference is not None
+        assert self._reference is not None  # it is restored first
+        mine = self._world.rows(batch, self._together)
+        part, pairs = self._packed(mine), Pairs.of(mine, self._place)
+        found_B = torch.zeros(len(batch.tokens_BT), device=self._place)
+        own = self._world.own(len(found_B), self._together)
+        policy_B = self._evaluated(part, log_probabilities(pairs))
+        found_B[own] = self._tuning.preference.beta * (policy_B - self._reference.log_probabilities(part, pairs))
+        rewards_B: NDArray[np.float32] = self._world.summed(found_B).cpu().numpy()
+        return rewards_B
 
     @torch.no_grad()
-    def loss(self, batch: Batch) -> tuple[float, int]:
+    def _evaluated(self, part: Packed, end: End) -> Tensor:
         self._model.eval()
-        total = self._parallel.evaluated(self._packed(self._world.rows(batch)), 1.0)
+        found = self._parallel.evaluated(part, end).found
         self._parallel.settle()
-        return float(self._world.summed(total)), int(batch.loss_mask_BT.sum())
+        return found
 
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
         self._backward(micro_batches, dropout_key)
@@ -136,33 +160,28 @@ class TorchTraining:
         return self._world.whole(part, self._shapes[name][0])
 
     @torch.no_grad()
-    def restore(self, state: State, arrays: Iterable[Piece]) -> None:
+    def restore(self, state: Given, arrays: Iterable[Piece]) -> None:
+        if state == "reference":
+            self._reference = Reference(self._config, self._compute, self._world, self._place)
+            self._reference.load(arrays)
+            return
         self._whole_model = None
         if state == "weights":
-            self._restore_weights(weights.gather(arrays, lora.weights_shapes(self._config, self._tuning.lora)))
+            found = weights.gather(arrays, lora.weights_shapes(self._config, self._tuning.lora))
+            self._parallel.load(found)
+            if self._adapters is not None:
+                self._adapters.restore({name: torch.from_numpy(found[name]) for name in self._adapters.arrays})
             self._optimizer.reset()
             self._warm_up()
             return
         found = weights.gather(arrays, lora.optimizer_shapes(self._config, self._optimizer_config, self._tuning.lora))
         for moment, tensors in self._optimizer.moments.items():
             if self._adapters is None:
-                self._fill(tensors, found, f"{moment}:")
+                self._parallel.fill(tensors, found, f"{moment}:")
                 continue
             for name, tensor in tensors.items():
                 tensor.copy_(torch.from_numpy(found[f"{moment}:{name}"]))
         self._optimizer.updates = int(found[UPDATES])
-
-    def _restore_weights(self, found: Mapping[str, weights.Array]) -> None:
-        self._fill(self._parameters, found)
-        if self._adapters is not None:
-            self._adapters.restore({name: torch.from_numpy(found[name]) for name in self._adapters.arrays})
-
-    def _fill(self, parts: Mapping[str, Tensor], found: Mapping[str, weights.Array], prefix: str = "") -> None:
-        """Parameters or their moments from canonical arrays."""
-        for parameter in weights.parameters(self._config):
-            if parameter.name in parts:
-                array = weights.from_canonical(parameter, found.__getitem__, prefix)
-                parts[parameter.name].copy_(self._world.part(torch.from_numpy(array)))
 
     @torch.enable_grad()
     def _warm_up(self) -> None:
@@ -197,25 +216,37 @@ class TorchTraining:
         """This process's rows of a micro-batch. For dropout, they know their places among those of all processes."""
         world = self._world
         if world.size == 1 or not self._config.dropout:
-            return self._packed(world.rows(batch))
-        return self._packed(batch, Own(world.own(len(batch.tokens_BT)), world.rank, world.size))
+            return self._packed(world.rows(batch, self._together))
+        return self._packed(batch, Own(world.own(len(batch.tokens_BT), self._together), world.rank, world.size))
+
+    def _end(self, mine: Batch, scale: float) -> End:
+        """What is minimised on some rows."""
+        if self._tuning.preference is None:
+            return cross_entropy(scale)
+        assert self._reference is not None  # it is restored first
+        pairs = Pairs.of(mine, self._place)
+        reference_B = self._reference.log_probabilities(self._packed(mine), pairs)
+        return preference(pairs, reference_B, self._tuning.preference.beta, scale)
 
     def _backward(self, micro_batches: Sequence[Batch], dropout_key: int) -> Tensor:
-        """Leaves the gradients of the mean loss in `.grad`, and gives that loss without the balance of experts."""
-        counted = counted_targets(micro_batches)
+        """Leaves the gradients of the mean loss in `.grad`, and gives that loss without the balance of experts; in
+        preference tuning, the mean figures of the pairs."""
+        prefers = self._tuning.preference is not None
+        counted = counted_pairs(micro_batches) if prefers else counted_targets(micro_batches)
         self._model.train()
         self._parallel.clear()
         positions = sum(map(real_count, micro_batches)) * self._config.num_hidden_layers if self._balanced else 0
         counts_E = self._assignments(micro_batches, dropout_key) if len(micro_batches) > 1 else None
-        total, scale = torch.zeros((), device=self._place), 1 / counted
+        total, scale = torch.zeros(FIGURES if prefers else (), device=self._place), 1 / counted
         for number, batch in enumerate(micro_batches):
             if self._lanes is not None:
-                total += self._lanes.backward(batch, lambda lane, rows: self._lane_loss(lane, rows, scale))
+                total += self._lanes.backward(batch, lambda lane, rows: self._lane(lane, rows, scale), self._together)
                 continue
+            end = self._end(self._world.rows(batch, self._together), scale)
             with self._parallel.accumulating(last=number == len(micro_batches) - 1):
                 with self._dropout(dropout_key, number):
-                    loss = self._parallel.trained(self._own(batch), scale)
-                total += loss.detach()
+                    loss, found = self._parallel.trained(self._own(batch), end)
+                total += found
                 if self._balanced:
                     routings = [mixture.taken() for mixture in self._model.mixtures()]
                     if counts_E is None:
@@ -230,9 +261,9 @@ class TorchTraining:
             self._adapters.take_gradients()
         return self._world.summed(total)
 
-    def _lane_loss(self, lane: Transformer, batch: Batch, scale: float) -> Tensor:
+    def _lane(self, lane: Transformer, batch: Batch, scale: float) -> Ended:
         part = self._packed(batch)
-        return summed_loss(lane.read(part.rows), lane.head_VD, part.targets_M, scale)
+        return self._end(batch, scale)(lane.read(part.rows), lane.head_VD, part.targets_M)
 
     @property
     def _balanced(self) -> bool:

@@ -85,13 +85,15 @@ class World:
             dist.all_reduce(tensor, group=self._shards)
         return tensor
 
-    def rows(self, batch: Batch) -> Batch:
-        """This process's rows of a batch; as many as the others have, or one more or less, or none."""
-        return batch if self.size == 1 else batch.part(self.own(len(batch.tokens_BT)))
+    def rows(self, batch: Batch, together: int = 1) -> Batch:
+        """This process's rows of a batch, of which so many at a time stay together; as many as the others have, or
+        `together` more or less, or none."""
+        return batch if self.size == 1 else batch.part(self.own(len(batch.tokens_BT), together))
 
-    def own(self, rows: int) -> slice:
+    def own(self, rows: int, together: int = 1) -> slice:
         """Which of a batch's rows those are."""
-        return slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
+        start, end = (rows // together * number // self.size * together for number in (self.rank, self.rank + 1))
+        return slice(start, end)
 
     def part(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """What this process holds of a whole tensor that is divided as FSDP2 divides: S at a time, the last less."""

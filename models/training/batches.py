@@ -21,7 +21,7 @@ from models.training.config import Packing
 from models.training.order import Indices
 from models.training.packing import document_spans, packed_rows
 from models.training.shards import Shard
-from models.training.sources import Located, OpenSource, Source
+from models.training.sources import Located, OpenSource, Source, rows_together
 
 __all__ = ["Batches", "Drawn", "Packing", "Source", "SourceSummary"]
 
@@ -36,7 +36,7 @@ class SourceSummary:
     rows: int
     """Rows of one epoch."""
     cut_documents: int
-    """Documents that are longer than a row and lose their end (packing "documents" and "whole")."""
+    """Documents that are longer than a row and lose their end (with any packing but "stream")."""
     dropped_tokens: int
     """Tokens that no row holds: at the ends of shards (packing "stream") or of cut documents."""
     padding: float
@@ -69,6 +69,7 @@ class Batches:
     With packing "stream" a row is a window of `sequence_length` + 1 tokens of one shard, windows being
     `sequence_length` apart, and what is left at a shard's end is dropped. With "documents" a row is one document,
     cut at `sequence_length` + 1 tokens and padded with `pad_id` on the right; padding never counts as a target. With
+    "pairs" it is so too, and two documents that follow one another are rows 2i and 2i + 1 wherever they come. With
     "whole" a row is as many documents of one shard as fit, cut and padded in the same way (see `packing.packed`).
 
     With `document_masking`, rows of a stream say which document each token is of; rows of whole documents always do.
@@ -109,6 +110,8 @@ class Batches:
         self.batch_size = batch_size
         self._width = sequence_length + 1
         self.packing = packing
+        self.together = rows_together(packing)
+        """Rows that stay together."""
         self._pad_id = pad_id
         self._limit = vocab_size if vocab_size is not None else 1 << 31
         self._masked = packing == "whole" or (document_masking and packing == "stream")
@@ -126,7 +129,9 @@ class Batches:
             )
             for source in sources
         ]
-        self._blend = Blend([source.row_weight for source in self._sources], [source.limit for source in self._sources])
+        self._blend = Blend(
+            [source.row_weight for source in self._sources], [source.limit for source in self._sources], self.together
+        )
         self.fingerprint = self._identify(seed, shuffled, shard_group)
         """Changes with everything that decides which rows come when, the tokens themselves apart."""
 
@@ -229,7 +234,7 @@ class Batches:
         shard, rows_K = located.shard, located.rows
         if located.plan is not None:
             found = _Rows(*packed_rows(shard, located.plan, rows_K, self._width, self._pad_id))
-        elif self.packing == "documents":
+        elif self.packing != "stream":
             found = _documents(shard, rows_K, self._width, self._pad_id)
         else:
             found = _windows(shard, rows_K, self._width)

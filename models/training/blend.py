@@ -32,19 +32,21 @@ class Draw(NamedTuple):
 class Mixture:
     """A cycle in which every source has its exact share of the rows, evenly spread."""
 
-    def __init__(self, weights: Sequence[Fraction]) -> None:
-        """`weights`: positive shares of the rows, of any sum. A cycle longer than 65536 rows is rounded to that."""
+    def __init__(self, weights: Sequence[Fraction], together: int = 1) -> None:
+        """`weights`: positive shares of the rows, of any sum. A cycle longer than 65536 rows is rounded to that.
+        `together`: so many rows of a source follow one another, and count as one in the cycle's length."""
         total = sum(weights)
         scale = math.lcm(*((weight / total).denominator for weight in weights))
         if scale <= _CYCLE_LIMIT:
-            self.counts = [int(weight / total * scale) for weight in weights]
+            slots = [int(weight / total * scale) for weight in weights]
         else:
-            self.counts = _apportion([weight / total for weight in weights], _CYCLE_LIMIT)
+            slots = _apportion([weight / total for weight in weights], _CYCLE_LIMIT)
+        self.counts = [count * together for count in slots]
         self.cycle = sum(self.counts)
         """Rows after which the pattern repeats."""
         source_C = np.repeat(np.arange(len(weights)), self.counts)
         rank_C = np.concatenate([np.arange(count) for count in self.counts])
-        at_C = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts])
+        at_C = np.concatenate([(np.arange(count) + 0.5).repeat(together) / count for count in slots])
         slots_C = np.argsort(at_C, kind="stable")
         self._source_C, self._rank_C = source_C[slots_C], rank_C[slots_C]
 
@@ -90,8 +92,9 @@ class Blend:
     """The sources of all rows of a run: mixed by weight until the first of them reaches its limit, then the others by
     theirs, and so on."""
 
-    def __init__(self, weights: Sequence[Fraction], limits: Sequence[int | None]) -> None:
-        """`weights`: shares of the rows, above 0; `limits`: rows of each at most, above 0, None for any number."""
+    def __init__(self, weights: Sequence[Fraction], limits: Sequence[int | None], together: int = 1) -> None:
+        """`weights`: shares of the rows, above 0; `limits`: rows of each at most, above 0, None for any number.
+        `together`: so many rows at a time are of one source; every limit is a multiple of it."""
         self._phases: list[_Phase] = []
         self.total: int | None = 0
         """Rows that there are; None for any number."""
@@ -100,7 +103,7 @@ class Blend:
         before = [0] * len(weights)
         active = list(range(len(weights)))
         while active:
-            phase = _Phase(self.total, list(before), active, Mixture([weights[source] for source in active]))
+            phase = _Phase(self.total, list(before), active, Mixture([weights[source] for source in active], together))
             self._phases.append(phase)
             bounds = [
                 phase.mixture.rows_until(place, limit - before[source])

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from common.config import FrozenModel
 from models.optimizer import OptimizerConfig
 
-Packing = Literal["stream", "documents", "whole"]
+Packing = Literal["stream", "documents", "pairs", "whole"]
 
 
 class ScheduleConfig(FrozenModel):
@@ -78,8 +78,9 @@ class TrainingConfig(FrozenModel):
     sequence_length: int = Field(gt=0)
     """Positions of a row: each predicts the token after it."""
     packing: Packing = "stream"
-    """Rows cut from the stream of tokens; one document to a row, padded; or whole documents to a row, as many as fit,
-    each a context of its own as with document_masking, padded."""
+    """Rows cut from the stream of tokens; one document to a row, padded; that with a chosen and a rejected document
+    side by side, for preference tuning (pairs); or whole documents to a row, as many as fit, each a context of its own
+    as with document_masking, padded."""
     document_masking: bool = False
     """Whether attention stays inside a document and positions restart with each, in rows cut from the stream. What a
     document begins with is then no target, so generation needs a <bos> or a prompt."""
@@ -100,12 +101,26 @@ class TrainingConfig(FrozenModel):
     def _check(self) -> Self:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        if self.packing == "pairs":
+            self._check_pairs()
         schedule = self.schedule
         if schedule.warmup_steps + (schedule.decay_steps or 0) > self.steps:
             raise ValueError(f"warm-up and decay together exceed the {self.steps} steps")
         if self.early_stopping is not None and self.validation is None:
             raise ValueError("early_stopping needs validation")
         return self
+
+    def _check_pairs(self) -> None:
+        rows = {"batch_size": self.batch_size, "micro_batch_size": self.micro_batch_size}
+        if self.validation is not None:
+            rows["validation.rows"] = self.validation.rows
+            if self.validation.exact_match_rows:
+                raise ValueError(
+                    "pairs have no answer that is to be met exactly; leave validation.exact_match_rows out"
+                )
+        for name, number in rows.items():
+            if number is not None and number % 2:
+                raise ValueError(f"packing 'pairs' takes rows by two: {name} {number} has to be even")
 
 
 class CheckpointConfig(FrozenModel):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from models.preference import PreferenceFigures
 from models.training.state import RunState, ValidationRecord
 
 
@@ -28,6 +29,8 @@ class Progress:
     """Over all starts of the run."""
     skipped: int
     """Steps so far whose loss or gradient was not finite."""
+    preferences: PreferenceFigures | None = None
+    """In preference tuning, means over the same steps as the loss."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Validation:
     samples: tuple[Sample, ...]
     by_source: Mapping[str, float] = field(default_factory=dict)
     """The loss on each source by its name, where there are several."""
+    preferences: PreferenceFigures | None = None
+    """In preference tuning, what else was measured."""
 
 
 @dataclass(frozen=True)

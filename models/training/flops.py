@@ -3,7 +3,8 @@
 Conventions: a multiply-add is two FLOPs. A matrix of (out, in) costs 2·out·in per token forward and twice that
 backward; of a mixture only the chosen experts count. Attention costs 4·T·query_size per layer and token forward over
 T positions, of which causality leaves half. Embedding look-ups, norms and activations are not counted; the head is,
-tied or not. In training, the whole is three times the forward pass: recomputation does not count.
+tied or not. In training, the whole is three times the forward pass, and one more for the reference of preference
+tuning: recomputation does not count.
 """
 
 from models.config import ModelConfig
@@ -31,9 +32,10 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     return 2.0 * matmul_parameters(model) + attention
 
 
-def training_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of forward and backward pass: 6 per active parameter, and 12·T/2·query_size per layer for attention."""
-    return 3 * forward_flops_per_token(model, sequence_length)
+def training_flops_per_token(model: ModelConfig, sequence_length: int, *, reference: bool = False) -> float:
+    """FLOPs of forward and backward pass: 6 per active parameter, and 12·T/2·query_size per layer for attention; a
+    third more with a `reference` that reads the same."""
+    return (4 if reference else 3) * forward_flops_per_token(model, sequence_length)
 
 
 def matmul_parameters(model: ModelConfig) -> int:

@@ -10,10 +10,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from common.errors import UserError
 from common.files import canonical_json, sha256_bytes
 from models.config import ModelConfig
 from models.engine import StepResult, TrainingEngine
+from models.preference import PreferenceFigures
 from models.training.batches import Batches
 from models.training.checkpoint import Checkpoint, Checkpoints, named
 from models.training.clock import Clock
@@ -53,7 +56,7 @@ class Start(NamedTuple):
     """What a run begins with."""
 
     weights: Mapping[str, Array]
-    """Canonical arrays, whole."""
+    """Canonical arrays, whole; the reference of preference tuning too, whatever checkpoint the run goes on from."""
     optimizer: Mapping[str, Array] | None = None
     """An exported optimizer state, whole; None for a fresh one."""
     validated: bool = False
@@ -102,7 +105,8 @@ def train(
 ) -> TrainingResult:
     """Trains from the newest intact checkpoint, or else from `start`, to the last step or an early stop.
 
-    `batches` have to have the config's batch size and sequence length. `report` is told how it goes, `metrics` keeps
+    `batches` have to have the config's batch size and sequence length. With packing "pairs" the engine is one of
+    preference tuning, and `start` its reference. `report` is told how it goes, `metrics` keeps
     it, `decode` makes text of sampled token ids. `should_stop` is asked between any two steps. `continue_on` goes on
     from another engine's checkpoint too. The final weights and moments are those of `engine.export`.
 
@@ -143,6 +147,7 @@ class _Loop:
         decode: Callable[[Sequence[int]], str] | None,
     ) -> None:
         self.engine = engine
+        self.model = model
         self.config = config
         self.batches = batches
         self.checkpoints = checkpoints
@@ -156,7 +161,8 @@ class _Loop:
         self.fingerprint = fingerprint(model, config, batches, validation)
         self.shapes = canonical_shapes(model)
         self.step_tokens = config.batch_size * config.sequence_length
-        self.token_flops = training_flops_per_token(model, config.sequence_length)
+        self.prefers = config.packing == "pairs"
+        self.token_flops = training_flops_per_token(model, config.sequence_length, reference=self.prefers)
         self.peak = peak_flops_per_second(engine.device)
         self.frozen: Mapping[str, Array] = {}
         self.state = RunState()
@@ -184,6 +190,9 @@ class _Loop:
             self.resumed_from = found.step
         engines = (*(found.engines if found else ()), name)
         self.state = self.state.model_copy(update={"engines": tuple(dict.fromkeys(engines))})
+        if self.prefers:
+            reference = {name: start.weights[name] for name in canonical_shapes(self.model)}
+            self.engine.restore("reference", whole_pieces(reference))
         if self.metrics is not None:
             self.metrics.resume(self.state.step, self.state.validated)
         self.clock = Clock(self.state.step, self.state.seconds)
@@ -238,13 +247,14 @@ class _Loop:
         """Reads what the steps since the last reading found, counts the skipped ones, and logs."""
         if not self.pending:
             return
-        losses = []
+        losses, figures = [], []
         skipped, in_row = self.state.skipped, self.state.skipped_in_row
         for pending in self.pending:
             bad = bool(pending.result.skipped)
             skipped, in_row = skipped + bad, in_row + 1 if bad else 0
             if not bad:
                 losses.append(float(pending.result.loss))
+                figures += [] if pending.result.figures is None else [pending.result.figures.tolist()]
             if in_row >= self.config.skipped_steps_limit:
                 self._fail(pending.step + 1, in_row)
         self.state = self.state.model_copy(update={"skipped": skipped, "skipped_in_row": in_row})
@@ -265,6 +275,7 @@ class _Loop:
             eta_seconds=self.clock.eta(self.state.step, self.config.steps),
             elapsed_seconds=self.clock.elapsed(),
             skipped=skipped,
+            preferences=PreferenceFigures.of(np.mean(figures, axis=0).tolist()) if figures else None,
         )
         if self.metrics is not None:
             self.metrics.training(progress)
@@ -293,12 +304,15 @@ class _Loop:
             self._interrupt()
             return
         record = ValidationRecord(
-            step=step, loss=measured.loss, exact_match=measured.exact_match, by_source=measured.by_source
+            step=step,
+            loss=measured.loss,
+            exact_match=measured.exact_match,
+            by_source=measured.by_source,
+            preferences=measured.preferences,
         )
         self.state = self.state.model_copy(update={"validations": (*self.state.validations, record)})
-        event = Validation(
-            step, measured.loss, measured.exact_match, measured.samples, self.validator.by_name(measured.by_source)
-        )
+        by_source = self.validator.by_name(measured.by_source)
+        event = Validation(step, measured.loss, measured.exact_match, measured.samples, by_source, measured.preferences)
         if self.metrics is not None:
             self.metrics.validation(event)
         self.report(event)

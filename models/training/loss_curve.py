@@ -1,4 +1,4 @@
-"""The picture of a run: losses over the steps, with exact match and learning rate."""
+"""The picture of a run: losses over the steps, with exact match or accuracy and learning rate."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ def draw_loss_curve(training: Columns, validation: Columns, title: str = "") -> 
     fractions = losses.twinx()
     _draw_fractions(fractions, training, validation)
     _draw_losses(losses, training, validation)
-    _dress(losses, fractions, title)
+    _dress(losses, fractions, title, "pair" if "accuracy" in training else "token")
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
@@ -70,13 +70,15 @@ def _draw_fractions(axes: Any, training: Columns, validation: Columns) -> None:
     steps, rate = _finite(training, "learning_rate_scale")
     if steps.size:
         axes.plot(steps, rate, color=_RATE, linewidth=0.9, linestyle=(0, (4, 2)), label="learning rate / peak")
-    at, exact = _finite(validation, "exact_match")
-    if at.size:
-        axes.plot(at, exact, color=_EXACT, linewidth=1.2, marker="s", markersize=4, label="exact match")
+    for column in ("exact_match", "accuracy"):
+        at, share = _finite(validation, column)
+        if at.size:
+            label = column.replace("_", " ")
+            axes.plot(at, share, color=_EXACT, linewidth=1.2, marker="s", markersize=4, label=label)
     axes.set_ylim(0, 1.05)
 
 
-def _dress(losses: Any, fractions: Any, title: str) -> None:
+def _dress(losses: Any, fractions: Any, title: str, per: str) -> None:
     lines = [*losses.get_lines(), *fractions.get_lines()]
     named = [line for line in lines if not line.get_label().startswith("_")]
     if named:
@@ -91,7 +93,7 @@ def _dress(losses: Any, fractions: Any, title: str) -> None:
             labelcolor=_TEXT,
         )
     losses.set_xlabel("step", color=_TEXT)
-    losses.set_ylabel("loss per token", color=_TEXT)
+    losses.set_ylabel(f"loss per {per}", color=_TEXT)
     fractions.set_ylabel("fraction", color=_TEXT)
     losses.xaxis.get_major_locator().set_params(integer=True)
     losses.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

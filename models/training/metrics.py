@@ -14,10 +14,12 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
 
 from common.files import write_atomically
+from models.preference import PreferenceFigures
 from models.training.events import Progress, Validation
 from models.training.loss_curve import draw_loss_curve
 
@@ -33,6 +35,7 @@ _TRAINING = (
     "skipped",
 )
 _VALIDATION = ("step", "loss", "exact_match")
+_PREFERENCES = tuple(field.name for field in fields(PreferenceFigures))
 _LOSS_OF = "loss/"
 _DRAW_SECONDS = 60.0
 _FLUSH_SECONDS = 1.0
@@ -47,14 +50,18 @@ class Metrics:
         title: str = "",
         config: Mapping[str, Any] | None = None,
         validated: Sequence[str] = (),
+        prefers: bool = False,
     ) -> None:
         """`title` stands above the loss curve and names the run in Weights & Biases, which is given `config`;
-        `validated`: the names of the sources that have a validation loss of their own."""
+        `validated`: the names of the sources that have a validation loss of their own; `prefers`: whether the run is
+        preference tuning, whose figures have columns."""
         self._folder = folder
         self._title = title
         self._config = dict(config or {})
-        self._training = _CsvFile(folder / "training.csv", _TRAINING)
-        self._validation = _CsvFile(folder / "validation.csv", (*_VALIDATION, *(_LOSS_OF + name for name in validated)))
+        more = _PREFERENCES if prefers else ()
+        self._training = _CsvFile(folder / "training.csv", (*_TRAINING, *more))
+        by_source = (_LOSS_OF + name for name in validated)
+        self._validation = _CsvFile(folder / "validation.csv", (*_VALIDATION, *more, *by_source))
         self._samples = _LinesFile(folder / "samples.jsonl", lambda line: int(json.loads(line)["step"]))
         self._tensorboard: _TensorBoard | None = None
         self._wandb: Any = None
@@ -75,7 +82,7 @@ class Metrics:
 
     def training(self, progress: Progress) -> None:
         """One row of what the last steps found."""
-        values = {name: getattr(progress, name) for name in _TRAINING}
+        values = {name: getattr(progress, name) for name in _TRAINING} | _preferences(progress)
         self._training.append(values)
         self._publish("training", values)
         if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
@@ -84,7 +91,7 @@ class Metrics:
     def validation(self, event: Validation) -> None:
         """One row of a validation, its samples, and the loss curve from time to time."""
         values = {name: getattr(event, name) for name in _VALIDATION}
-        values |= {_LOSS_OF + name: loss for name, loss in event.by_source.items()}
+        values |= _preferences(event) | {_LOSS_OF + name: loss for name, loss in event.by_source.items()}
         self._validation.append(values)
         for sample in event.samples:
             self._samples.append_line(json.dumps({"step": event.step, **vars(sample)}, ensure_ascii=False))
@@ -125,6 +132,10 @@ class Metrics:
             write_atomically(self._folder / "loss.png", curve)
         except FileNotFoundError as error:
             log.warning("the loss curve is not drawn, its numbers are gone: %s", error)
+
+
+def _preferences(event: Progress | Validation) -> dict[str, float]:
+    return {} if event.preferences is None else asdict(event.preferences)
 
 
 class _LinesFile:
@@ -177,7 +188,7 @@ class _CsvFile(_LinesFile):
         self._columns = columns
 
     def append(self, values: Mapping[str, Any]) -> None:
-        self.append_line(",".join("" if values[name] is None else str(values[name]) for name in self._columns))
+        self.append_line(",".join("" if values.get(name) is None else str(values[name]) for name in self._columns))
 
 
 def read_csv(path: Path) -> dict[str, list[float]]:

@@ -24,6 +24,11 @@ from models.training.shards import Shard, ShardCounts, check_document_ends, open
 _SCAN_ROWS = 1 << 18
 
 
+def rows_together(packing: Packing) -> int:
+    """How many rows, one after the other in their shard, stay together wherever they come."""
+    return 2 if packing == "pairs" else 1
+
+
 @dataclass(frozen=True)
 class Source:
     """Token shards that are drawn from together. What is counted here decides every row, and no file is needed for it;
@@ -124,6 +129,7 @@ class OpenSource:
         """
         self.name = source.name
         self.portion = source.portion
+        self.together = rows_together(packing)
         self._width = width
         self._packing = packing
         self._plans: list[Plan] = []
@@ -141,6 +147,7 @@ class OpenSource:
                 self._plans = [packed(self.shards[number].document_ends_D, width) for number in range(len(self.shards))]
                 per_shard = [len(plan.ends_K) for plan in self._plans]
             else:
+                self._check_pairs(source)
                 per_shard = [shard.documents for shard in source.shards]
             self.tokens = held = int(np.minimum(lengths, width) @ counts)
             self.cut_documents = int(counts[lengths > width].sum())
@@ -161,8 +168,16 @@ class OpenSource:
         """Rows at most of a run, None for any number."""
         sizes = [[shard.tokens, shard.documents] for shard in source.shards]
         self.key = sha256_bytes(canonical_json([seed, packing, width, sizes]))
-        self.order = RowOrder(per_shard, self.key, shard_group, shuffled)
+        self.order = RowOrder([rows // self.together for rows in per_shard], self.key, shard_group, shuffled)
         self._shard_group = shard_group
+
+    def _check_pairs(self, source: Source) -> None:
+        for shard in source.shards:
+            if shard.documents % self.together:
+                raise UserError(
+                    f"{source.name} has a shard of {shard.documents:,} documents, {shard.name}, and packing 'pairs' "
+                    f"takes them by two: make the tokens with loss_on: pairs"
+                )
 
     def _limit(self) -> int | None:
         budget, epochs = self.portion.budget, self.portion.epochs
@@ -171,17 +186,19 @@ class OpenSource:
             limits.append(math.floor(budget / self.row_tokens))
         if epochs is not None:
             limits.append(math.floor(Fraction(str(epochs)) * self.rows))
+        limits = [limit // self.together * self.together for limit in limits]
         if 0 in limits:
             raise UserError(
-                f"the budget of {self.name} is less than one row, which has {float(self.row_tokens):,.1f} tokens of "
-                f"its {self.tokens:,}; raise it or leave {self.name} out"
+                f"the budget of {self.name} is less than one {'row' if self.together == 1 else 'pair'}, which has "
+                f"{float(self.row_tokens * self.together):,.1f} tokens of its {self.tokens:,}; raise it or leave "
+                f"{self.name} out"
             )
         return min(limits, default=None)
 
     def look_ahead(self, index: int) -> None:
         """Begins to open the shards that are needed after an index of the source's rows."""
         if len(self.shards) > self._shard_group:
-            self.shards.expect(self.order.following(index))
+            self.shards.expect(self.order.following(index // self.together))
 
     def tokens_of(self, rows: int) -> int:
         """Tokens of the first `rows` rows in their order, padding not counted; opens the shards that they are in,
@@ -203,7 +220,7 @@ class OpenSource:
 
     def located(self, first: int, count: int) -> Iterator[Located]:
         """The shards that hold `count` of the source's rows from `first` on."""
-        shards_N, rows_N = self.order.locate(first, count)
+        shards_N, rows_N = self._ordered(first, count)
         if (shards_N == shards_N[:1]).all():
             if count:
                 yield self._located(int(shards_N[0]), slice(None), rows_N)
@@ -219,3 +236,13 @@ class OpenSource:
 
     def _located(self, number: int, places: Indices | slice, rows_N: Indices) -> Located:
         return Located(self.shards[number], self._plans[number] if self._plans else None, places, rows_N)
+
+    def _ordered(self, first: int, count: int) -> tuple[Indices, Indices]:
+        """The shard and the row in it for `count` of the source's rows from `first` on; pairs are in order as such."""
+        if self.together == 1:
+            return self.order.locate(first, count)
+        begin, end = first // self.together, -(-(first + count) // self.together)
+        shards_N, groups_N = self.order.locate(begin, end - begin)
+        rows_N = (groups_N[:, None] * self.together + np.arange(self.together)).reshape(-1)
+        part = slice(first - begin * self.together, first + count - begin * self.together)
+        return shards_N.repeat(self.together)[part], rows_N[part]

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from common.config import FrozenModel
+from models.preference import PreferenceFigures
 from models.training.config import EarlyStoppingConfig
 
 
@@ -20,6 +21,8 @@ class ValidationRecord(FrozenModel):
     exact_match: float | None = None
     by_source: tuple[float, ...] = ()
     """The loss on each source, in their order, where there are several."""
+    preferences: PreferenceFigures | None = None
+    """In preference tuning, what else was measured."""
 
 
 class RunState(FrozenModel):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from models.engine import Batch, TrainingEngine
 from models.generation import generate
+from models.preference import FIGURES, PreferenceFigures, pairs_that_count, summed_figures
 from models.sampling import SamplingConfig
 from models.training.batches import Batches
 from models.training.config import ValidationConfig
@@ -28,6 +29,8 @@ class Measured(NamedTuple):
     samples: tuple[Sample, ...]
     by_source: tuple[float, ...] = ()
     """The loss on each source, where there are several."""
+    preferences: PreferenceFigures | None = None
+    """What else is measured of pairs."""
 
 
 class _Task(NamedTuple):
@@ -69,14 +72,21 @@ class Validator:
     def measure(self, stopping: Callable[[], bool]) -> Measured | None:
         """Loss over the counted targets, exact match and samples; None where `stopping` came true in between.
 
+        Of pairs, the preference loss and what goes with it; samples go on from the prompts, with the chosen answers.
+
         Exact match compares what the model writes greedily after a row's last token before its counted targets with
         these, up to the first that does not count or to the model's last position: of several turns, the first. Rows in
         which nothing counts are left out, and where rows hold whole documents, each document is as a row.
         """
         losses: dict[int, float] = {}
+        figures: dict[int, NDArray[np.float64]] = {}
         matches: dict[int, float] = {}
         try:
             for source in range(len(self._sources)):
+                if self._batches.packing == "pairs":
+                    figures[source] = self._figures(source, stopping)
+                    losses[source] = float(figures[source][0])
+                    continue
                 losses[source] = self._loss(source, stopping)
                 matches |= self._exact_match(source, stopping)
         except _Stopped:
@@ -86,6 +96,7 @@ class Validator:
             self._average(matches) if matches else None,
             self._samples() if not stopping() else (),
             tuple(losses.values()) if len(losses) > 1 else (),
+            PreferenceFigures.of(self._averages(figures)[1:]) if figures else None,
         )
 
     def by_name(self, losses: Sequence[float]) -> dict[str, float]:
@@ -98,6 +109,18 @@ class Validator:
             loss, targets = self._engine.loss(batch)
             total, counted = total + loss, counted + targets
         return total / counted if counted else float("nan")
+
+    def _figures(self, source: int, stopping: Callable[[], bool]) -> NDArray[np.float64]:
+        """The mean figures of a source's pairs, (F,)."""
+        total, counted = np.zeros(FIGURES), 0
+        for batch in self._parts(source, self._config.rows, stopping):
+            total += summed_figures(self._engine.rewards(batch), batch)
+            counted += int(pairs_that_count(batch).sum())
+        return total / counted if counted else np.full(FIGURES, np.nan)
+
+    def _averages(self, figures: Mapping[int, NDArray[np.float64]]) -> list[float]:
+        of_each = [dict(zip(figures, of_sources, strict=True)) for of_sources in zip(*figures.values(), strict=True)]
+        return [self._average(one) for one in of_each]
 
     def _exact_match(self, source: int, stopping: Callable[[], bool]) -> dict[int, float]:
         """The share of a source's rows that are written exactly; nothing where none is to be written."""
@@ -133,9 +156,11 @@ class Validator:
         )
 
     def _first_tasks(self, source: int) -> Iterator[_Task]:
-        """The tasks of a source's rows, one after another, of as many rows as there are samples at most."""
-        for row in range(min(self._config.samples, self._sources[source].rows)):
-            yield from self._tasks(self._batches.source_rows(source, row, 1))
+        """The tasks of a source's rows, or of the chosen ones of its pairs, one after another, of as many rows as there
+        are samples at most."""
+        together = self._batches.together
+        for number in range(min(self._config.samples, self._sources[source].rows // together)):
+            yield from self._tasks(self._batches.source_rows(source, number * together, 1))
 
     def _tasks(self, batch: Batch) -> list[_Task]:
         if self._batches.packing == "whole":

@@ -14,10 +14,21 @@ from typing import NamedTuple
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
 
 from models import weights
 from models.config import ModelConfig
-from models.engine import Batch, EngineName, InferenceEngine, Layout, State, StepResult, TrainingEngine, training_engine
+from models.engine import (
+    Batch,
+    EngineName,
+    Given,
+    InferenceEngine,
+    Layout,
+    State,
+    StepResult,
+    TrainingEngine,
+    training_engine,
+)
 from models.lora import initial_adapters
 from models.training.checkpoint import Checkpoints
 from models.training.config import CheckpointConfig, TrainingConfig
@@ -86,13 +97,16 @@ class Watched:
     def loss(self, batch: Batch) -> tuple[float, int]:
         return self._engine.loss(batch)
 
+    def rewards(self, batch: Batch) -> NDArray[np.float32]:
+        return self._engine.rewards(batch)
+
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
         return self._engine.gradients(micro_batches, dropout_key)
 
     def export(self, state: State) -> Iterator[Piece]:
         return self._engine.export(state)
 
-    def restore(self, state: State, arrays: Iterable[Piece]) -> None:
+    def restore(self, state: Given, arrays: Iterable[Piece]) -> None:
         self._engine.restore(state, arrays)
 
     def inference(self) -> InferenceEngine:

@@ -204,7 +204,7 @@ def test_refinement_adds_no_tokens(run_stage: RunStage, tokens: Path, tokenizer:
     ("described", "message"),
     [
         ({"template": None, "loss_on": "text"}, r"'tokens' are texts: sft learns from conversations; set template"),
-        ({"loss_on": "pairs"}, "'tokens' are pairs of answers, of which dpo learns"),
+        ({"loss_on": "pairs"}, "'tokens' are pairs of answers, of which the stage dpo alone learns"),
     ],
 )
 def test_other_tokens_than_conversations_are_refused(

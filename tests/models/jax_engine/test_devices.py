@@ -79,6 +79,15 @@ def test_adapters_do_so_too(tmp_path: Path) -> None:
         np.testing.assert_allclose(array.astype(float), other[name].astype(float), atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"data": 8}, LAYOUTS["data 2 × fsdp 2 × tensor 2"]], ids=str)
+def test_pairs_are_preferred_as_on_one_device(layout: dict[str, int], tmp_path: Path) -> None:
+    pairs = job("adamw", "mixtral", pairs=True)
+    alone, several = run(pairs, tmp_path), run(pairs | {"layout": layout}, tmp_path, devices=8)
+    for key, values in alone.items():
+        np.testing.assert_allclose(several[key], values, atol=1e-4, err_msg=key)
+
+
 @pytest.mark.agreement
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"fsdp": 2}, {"data": 2}, {"data": 2, "tensor": 2}], ids=str)

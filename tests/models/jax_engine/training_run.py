@@ -21,6 +21,7 @@ from models import weights
 from models.engine import Batch, Layout, TrainingEngine, training_engine
 from models.optimizer import OptimizerConfig
 from models.tuning import LoraConfig, Tuning
+from tests.models import preferring
 from tests.models.test_lora import random_adapters
 from tests.models.tiny import batch, cut, pieces, tiny
 
@@ -47,6 +48,8 @@ def trained(job: dict[str, Any]) -> dict[str, Any]:
     """Does a job in this process."""
     config = tiny(job["model"], **SIZE, **job.get("changes", {}))
     layout = Layout.model_validate(job["layout"])
+    if job.get("pairs"):
+        return preferred(preferring.preferring("jax", config, layout=layout))
     lora = LoraConfig.model_validate(job["lora"]) if "lora" in job else None
     engine = training_engine("jax", config, OPTIMIZERS[job["optimizer"]], "float32", layout, Tuning(lora=lora))
     adapters = {} if lora is None else random_adapters(config, lora)
@@ -67,6 +70,18 @@ def trained(job: dict[str, Any]) -> dict[str, Any]:
         "device": engine.device,
         "agreed": words,
         "batches": digest.hexdigest(),
+    }
+
+
+def preferred(engine: TrainingEngine) -> dict[str, Any]:
+    """Some steps of preference tuning on pairs that do not divide among the devices."""
+    batches = [[preferring.pairs(3, seed=step), preferring.pairs(1, seed=50 + step)] for step in range(6)]
+    steps = [engine.step(batch, 1.0, step) for step, batch in enumerate(batches)]
+    return {
+        "losses": [float(step.loss) for step in steps],
+        "norms": [float(step.gradient_norm) for step in steps],
+        "figures": [step.figures.tolist() for step in steps],
+        "rewards": engine.rewards(preferring.pairs(3, seed=99)).tolist(),
     }
 
 

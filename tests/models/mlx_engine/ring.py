@@ -14,7 +14,7 @@ from models.engine import Batch, Layout, TrainingEngine, training_engine
 from models.lora import adapter_shapes
 from models.optimizer import OptimizerConfig
 from models.tuning import LoraConfig, Tuning
-from tests.models import several
+from tests.models import preferring, several
 from tests.models.several import Found
 from tests.models.test_lora import random_adapters
 from tests.models.tiny import batch, cut, pieces, tiny
@@ -67,10 +67,31 @@ def train(name: str) -> Found:
     return found, {**arrays, **{f"gradient {key}": array for key, array in gradients.items()}}
 
 
+def prefer(name: str) -> Found:
+    """`pairs:COMPOSITION:DROPOUT`: some steps of preference tuning on pairs that do not divide among two processes."""
+    _, composition, dropout = name.split(":")
+    config = tiny(composition, dropout=float(dropout))
+    engine = preferring.preferring("mlx", config)
+    batches = [[preferring.pairs(3, seed=step), preferring.pairs(1, seed=50 + step)] for step in range(6)]
+    gradients = preferring.gradients(engine, batches[0])
+    steps = [engine.step(batch, 1.0, step) for step, batch in enumerate(batches)]
+    found = {
+        "losses": [float(step.loss) for step in steps],
+        "figures": [step.figures.tolist() for step in steps],
+        "rewards": engine.rewards(preferring.pairs(3, seed=99)).tolist(),
+    }
+    return found, gradients
+
+
+def do(name: str) -> Found:
+    """One work, in this process."""
+    return prefer(name) if name.startswith("pairs:") else train(name)
+
+
 def together(folder: Path, names: Sequence[str]) -> dict[str, Found]:
     """The works in two processes."""
     return several.together("mlx", "tests.models.mlx_engine.ring", folder, 2, names, {})
 
 
 if __name__ == "__main__":
-    several.main(train)
+    several.main(do)

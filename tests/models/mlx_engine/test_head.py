@@ -14,11 +14,13 @@ PARTS = [1, 5, 256]
 VOCABULARY = 11
 
 
-def inputs(positions: int, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-    keys = mx.random.split(mx.random.key(0), 4)
+def inputs(positions: int, dtype: mx.Dtype, weighted: bool = False) -> tuple[mx.array, ...]:
+    keys = mx.random.split(mx.random.key(0), 5)
     x = mx.random.normal((positions, 6), key=keys[0]).astype(dtype)
     targets = mx.random.randint(0, VOCABULARY, (positions,), key=keys[2])
     counted = mx.random.bernoulli(0.7, (positions,), key=keys[3]).astype(mx.float32)
+    if weighted:
+        counted = counted * mx.random.normal((positions,), key=keys[4])
     return x, mx.random.normal((VOCABULARY, 6), key=keys[1]), targets, counted
 
 
@@ -34,11 +36,13 @@ def assert_close(one: mx.array, other: mx.array, atol: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("positions", [1, 23])
-def test_losses_and_gradients_are_those_of_mlx(part: int, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("positions", "weighted"), [(1, False), (23, False), (23, True)])
+def test_losses_and_gradients_are_those_of_mlx(
+    part: int, positions: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(head._LOGITS, "cpu", part * VOCABULARY)
     monkeypatch.setitem(head._LOGITS, "gpu", part * VOCABULARY)
-    x, weight, targets, counted = inputs(positions, mx.float32)
+    x, weight, targets, counted = inputs(positions, mx.float32, weighted)
 
     def gradients(loss: object) -> tuple[mx.array, tuple[mx.array, mx.array]]:
         # Of something that the loss is only a part of.

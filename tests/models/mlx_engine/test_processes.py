@@ -16,6 +16,7 @@ from tests.models.several import Found
 
 WORKS = [f"{name}:{optimizer}:0" for name in COMPOSITIONS for optimizer in ("adamw", "muon")]
 WORKS += ["gpt2:adamw:0.2", "mixtral:muon:0.2", "gpt2:lora:0.2"]
+PAIRS = ["pairs:gpt2:0", "pairs:mixtral:0.3"]
 HALF = 10
 
 
@@ -28,7 +29,7 @@ def alone() -> dict[str, Found]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
     """What two come to, started once."""
-    return ring.together(tmp_path_factory.mktemp("ring") / "two", WORKS)
+    return ring.together(tmp_path_factory.mktemp("ring") / "two", [*WORKS, *PAIRS])
 
 
 def assert_same_training(found: Found, expected: Found, name: str, first: int = 0) -> None:
@@ -56,6 +57,16 @@ def test_losses_are_those_of_one_process(name: str, found: dict[str, Found], alo
     assert found[name][0]["agreed"] == 2**40 + 3
     assert found[name][0]["device"] == "2 × cpu"
     assert alone[name][0]["agreed"] == 3
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_are_preferred_as_by_one_process(name: str, found: dict[str, Found]) -> None:
+    (told, arrays), (told_alone, arrays_alone) = found[name], ring.do(name)
+    for key, values in told_alone.items():
+        np.testing.assert_allclose(told[key], values, atol=1e-4, err_msg=key)
+    scale = max(float(np.linalg.norm(array)) for array in arrays_alone.values())
+    for part, array in arrays_alone.items():
+        assert np.linalg.norm(arrays[part] - array) < 1e-4 * scale, part
 
 
 @pytest.mark.parametrize("name", ["llama:adamw:0", "mixtral:muon:0.2"])

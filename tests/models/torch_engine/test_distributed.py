@@ -13,6 +13,7 @@ from tests.models.training import bigrams
 
 torch = pytest.importorskip("torch")
 
+from models.torch_engine.parallel import cross_entropy  # noqa: E402  # only where torch is
 from models.torch_engine.world import World, divided  # noqa: E402  # only where torch is
 from tests.models.torch_engine import together  # noqa: E402
 
@@ -35,6 +36,8 @@ TWO += [
     "lora:gpt2:adamw:fsdp2",
     "lora:mixtral:adamw:remade-fsdp2",
 ]
+PAIRS = ["pairs:gpt2:0:data", "pairs:mixtral:0:fsdp2", "pairs:llama:0.3:data", "pairs:gpt2:0.3:fsdp2"]
+TWO += PAIRS
 FOUR = [f"train:{name}:muon:{way}" for name in ("llama", "mixtral") for way in ("data", "fsdp2", "fsdp4")]
 FOUR += [f"train:{name}:adamw:{way}" for name in ("gpt2", "custom") for way in ("data", "fsdp2", "fsdp4")]
 FOUR += [
@@ -128,6 +131,15 @@ def test_all_skip_what_is_not_finite_in_one(found: dict[tuple[int, str], Found],
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_are_preferred_as_by_one_process(found: dict[tuple[int, str], Found], name: str) -> None:
+    (told, arrays), (told_alone, arrays_alone) = found[2, name], together.do(name.rpartition(":")[0] + ":alone")
+    for key, values in told_alone.items():
+        np.testing.assert_allclose(told[key], values, atol=1e-4, err_msg=key)
+    assert_gradients_agree(arrays, arrays_alone)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     for name in ("whole", "parts"):
         bigrams.write_chain(tmp_path / name / "train", masked=True)
@@ -177,7 +189,7 @@ def test_a_rematerialized_block_remembers_its_input_alone() -> None:
 
         weights = {parameter.untyped_storage().data_ptr() for parameter in engine._model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            engine._parallel.trained(engine._packed(batch(rows=32, length=20, padded=False)), 1.0)
+            engine._parallel.trained(engine._packed(batch(rows=32, length=20, padded=False)), cross_entropy(1.0))
         kept[layout] = sum(size for place, size in sizes.items() if place not in weights)
     assert kept["remade"] < 0.4 * kept["alone"]
 
@@ -204,9 +216,12 @@ def test_layouts_that_fit() -> None:
     assert divided(Layout(data=1, fsdp=4), 4) == (1, 4)
 
 
-@pytest.mark.parametrize(("rows", "size"), [(7, 4), (3, 4), (8, 2), (0, 2)])
-def test_every_row_is_somebodys(rows: int, size: int) -> None:
-    whole = batch(rows=rows)
-    parts = [World(rank, size, 1, None).rows(whole) for rank in range(size)]
+@pytest.mark.parametrize("at_a_time", [1, 2])
+@pytest.mark.parametrize(("groups", "size"), [(7, 4), (3, 4), (8, 2), (0, 2)])
+def test_every_row_is_somebodys(groups: int, size: int, at_a_time: int) -> None:
+    whole = batch(rows=groups * at_a_time)
+    parts = [World(rank, size, 1, None).rows(whole, at_a_time) for rank in range(size)]
     np.testing.assert_array_equal(np.concatenate([part.tokens_BT for part in parts]), whole.tokens_BT)
-    assert max(len(part.tokens_BT) for part in parts) - min(len(part.tokens_BT) for part in parts) <= 1
+    sizes = [len(part.tokens_BT) for part in parts]
+    assert max(sizes) - min(sizes) <= at_a_time
+    assert not any(size % at_a_time for size in sizes)

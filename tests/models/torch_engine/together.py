@@ -25,7 +25,7 @@ from models.training.config import CheckpointConfig, TrainingConfig
 from models.training.events import Event, Note
 from models.training.loop import Interrupted, Start, train
 from models.tuning import LoraConfig, Tuning
-from tests.models import several
+from tests.models import preferring, several
 from tests.models.test_lora import random_adapters
 from tests.models.tiny import VOCABULARY, Arrays, batch, cut, pieces, tiny
 from tests.models.training import bigrams
@@ -112,7 +112,7 @@ def restoring(name: str) -> tuple[Found, Arrays]:
         first.restore("weights", pieces(start))
         first.restore("optimizer", pieces(moments))
         restored = exported(first, config)
-        results.append([float(value) for value in first.step(micro_batches(1), 1.0, 7)])
+        results.append([float(value) for value in first.step(micro_batches(1), 1.0, 7)[:3]])
         states.append(exported(first, config))
     same = first.process > 0 or (
         all((restored[part] == array).all() for part, array in {**start, **moments}.items())
@@ -134,6 +134,23 @@ def skipping(name: str) -> tuple[Found, Arrays]:
     after = exported(engine, config)
     unchanged = all((before[part] == array).all() for part, array in after.items())
     return {"skipped": float(result.skipped), "unchanged": unchanged}, {}
+
+
+def preferring_pairs(name: str) -> tuple[Found, Arrays]:
+    """`pairs:COMPOSITION:DROPOUT:LAYOUT`: steps of preference tuning on pairs that do not divide among processes."""
+    _, composition, dropout, layout = name.split(":")
+    config = tiny(composition, dropout=float(dropout))
+    engine = preferring.preferring("torch", config, layout=LAYOUTS[layout])
+    batches = [[preferring.pairs(3, seed=step), preferring.pairs(1, seed=50 + step)] for step in range(6)]
+    gradients = weights.gather(engine.gradients(batches[0], 0), weights.canonical_shapes(config))
+    steps = [engine.step(batch, 1.0, step) for step, batch in enumerate(batches)]
+    found = {
+        "losses": [float(step.loss) for step in steps],
+        "figures": [step.figures.tolist() for step in steps],
+        "rewards": engine.rewards(preferring.pairs(3, seed=99)).tolist(),
+        "loss": engine.loss(preferring.pairs(3, seed=99)),
+    }
+    return found, {f"gradient {piece}": array for piece, array in gradients.items()}
 
 
 class Watched(TorchTraining):
@@ -204,6 +221,7 @@ WORKS: dict[str, Callable[[str], tuple[Found, Arrays]]] = {
     "lora": training,
     "skip": skipping,
     "loop": looping,
+    "pairs": preferring_pairs,
 }
 
 

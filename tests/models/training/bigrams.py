@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.config import ModelConfig
-from models.engine import Batch, EngineName, InferenceEngine, State, StepResult
+from models.engine import Batch, EngineName, Given, InferenceEngine, State, StepResult
 from models.optimizer import OptimizerConfig
 from models.training.batches import Batches
 from models.training.config import TrainingConfig
@@ -99,6 +99,9 @@ class BigramEngine:
         chosen = np.take_along_axis(chances, batch.targets_BT[..., None], -1)[..., 0]
         return -float(np.log(chosen)[batch.loss_mask_BT].sum()), int(batch.loss_mask_BT.sum())
 
+    def rewards(self, batch: Batch) -> NDArray[np.float32]:
+        raise NotImplementedError  # it has no preference tuning
+
     def gradients(self, micro_batches: Sequence[Batch], dropout_key: int) -> Iterator[Piece]:
         for name, gradient in self._gradients(micro_batches)[1].items():
             yield Piece(name, (), gradient)
@@ -109,7 +112,7 @@ class BigramEngine:
         if state == "optimizer":
             yield Piece("updates", (), np.array(self._updates, np.int64))
 
-    def restore(self, state: State, arrays: Iterable[Piece]) -> None:
+    def restore(self, state: Given, arrays: Iterable[Piece]) -> None:
         found: dict[str, Floats] = {piece.name: np.array(piece.array) for piece in arrays}
         if state == "optimizer":
             self._updates = int(found.pop("updates"))

@@ -23,7 +23,7 @@ from models.lora import initial_adapters
 from models.training.checkpoint import Checkpoints
 from models.training.config import CheckpointConfig, TrainingConfig
 from models.training.loop import Start, train
-from models.tuning import LoraConfig, Tuning
+from models.tuning import WHOLE, LoraConfig, PreferenceConfig, Tuning
 from models.weights import initial_weights
 from tests.models.training import bigrams
 
@@ -52,24 +52,32 @@ TORCH_MODEL = ModelConfig.model_validate(
         "dropout": 0.1,
     }
 )
+TUNINGS = {
+    "torch-lora": Tuning(lora=LoraConfig(rank=2)),
+    "torch-pairs": Tuning(lora=LoraConfig(rank=2), preference=PreferenceConfig(beta=0.5)),
+}
+PAIRS: dict[str, Any] = {"packing": "pairs", "micro_batch_size": 2, "validation": {"every": 5, "rows": 20}}
 
 
 def run(folder: Path, engine_name: str, every_seconds: float, arm: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """One start: ends with the digest of weights and moments, and the state but for the time that it took.
+
+    `engine_name`: bigrams, torch, or torch with one of the tunings.
 
     `arm` is called when everything is imported and made, and training begins.
     """
     model, start = bigrams.MODEL, bigrams.start()._replace(validated=True)
     engine: TrainingEngine = bigrams.BigramEngine(CONFIG.optimizer, poisoned=frozenset({7, 8, 23}))
     config = CONFIG
+    tuning = TUNINGS.get(engine_name, WHOLE)
     if engine_name != "bigrams":
         # Two early stops in one test would be one too many: this one goes to its last step.
-        config = TrainingConfig.model_validate({**CONFIG.model_dump(), "steps": 23, "early_stopping": None})
+        changes = {} if tuning.preference is None else PAIRS
+        config = TrainingConfig.model_validate({**CONFIG.model_dump(), "steps": 23, "early_stopping": None, **changes})
         model = TORCH_MODEL
-        lora = LoraConfig(rank=2) if engine_name == "torch-lora" else None
-        adapters = None if lora is None else initial_adapters(model, lora, 0)
+        adapters = None if tuning.lora is None else initial_adapters(model, tuning.lora, 0)
         start = Start(initial_weights(model, 0), adapters=adapters, validated=True)
-        engine = training_engine("torch", model, config.optimizer, "float32", tuning=Tuning(lora=lora))
+        engine = training_engine("torch", model, config.optimizer, "float32", tuning=tuning)
     arm()
     result = train(
         engine,

@@ -1,6 +1,7 @@
 """Batches: every row exactly once in an epoch, and the same row whenever and however it is asked for."""
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,82 @@ def test_documents_are_one_to_a_row(counts: list[int], document: int, length: in
         assert found.sources[0].dropped_tokens == dropped
 
 
+@QUICK
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any),
+    document=st.integers(1, 9),
+    length=st.integers(1, 7),
+    seed=st.integers(0, 3),
+    shuffled=st.booleans(),
+)
+def test_pairs_are_two_documents_that_follow_one_another(
+    counts: list[int], document: int, length: int, seed: int, shuffled: bool
+) -> None:
+    """`counts`: pairs of each shard."""
+    with shards(*(2 * count * document for count in counts), document=document, masked=True) as folder:
+        options: dict[str, Any] = {"length": length, "size": 2, "seed": seed, "shuffled": shuffled}
+        found = batches(folder_source(folder), packing="pairs", **options)
+        single = batches(folder_source(folder), packing="documents", **options)
+        total = 2 * sum(counts)
+        assert found.sources[0] == single.sources[0]
+        assert found.sources[0].rows == total
+        stored = batches(folder_source(folder), packing="documents", length=length, shuffled=False).rows(0, total)
+        epochs = [found.rows(epoch * total, total) for epoch in range(2)]
+        for epoch in epochs:
+            first = epoch.tokens_BT[:, 0] // document
+            assert (first[::2] % 2 == 0).all()
+            assert (first[1::2] == first[::2] + 1).all()
+            back = np.argsort(first)
+            for ours, theirs in zip(epoch[:3], stored[:3], strict=True):
+                assert ours is not None
+                assert (ours[back] == theirs).all()
+        assert shuffled or (epochs[0].tokens_BT == stored.tokens_BT).all()
+        assert found.fingerprint != single.fingerprint
+
+
+def test_pairs_come_in_another_order_with_each_epoch_and_seed() -> None:
+    with shards(80, 60, document=2) as folder:
+        orders = [
+            tuple(batches(folder_source(folder), packing="pairs", seed=seed).rows(first, 70).tokens_BT[::2, 0].tolist())
+            for seed, first in ((0, 0), (0, 70), (1, 0))
+        ]
+        assert len(set(orders)) == 3
+
+
+@QUICK
+@given(
+    weight=st.sampled_from([0.3, 1.0, 2.5]),
+    budget=st.sampled_from([None, 33, 120]),
+    epochs=st.sampled_from([None, 0.7, 1.5]),
+    steps=st.integers(0, 40),
+)
+def test_a_blend_of_pairs_tears_none_apart(weight: float, budget: int | None, epochs: float | None, steps: int) -> None:
+    with shards(60, 24, document=3) as first, shards(160, document=4, start=1000) as second:
+        sources = folder_source(first, weight=weight, budget=budget, epochs=epochs), folder_source(second)
+        found = batches(*sources, length=9, size=4, packing="pairs")
+        begins = found.rows(0, steps * 4).tokens_BT[:, 0].astype(int)
+        documents = np.where(begins < 1000, begins // 3, (begins - 1000) // 4 + 1000)
+        assert (documents[::2] % 2 == 0).all()
+        assert (documents[1::2] == documents[::2] + 1).all()
+        for number, drawn in enumerate(found.drawn(steps)):
+            mine = begins[(begins >= 1000) == bool(number)]
+            assert drawn.rows == len(mine)
+            assert drawn.tokens == len(mine) * (3, 4)[number]
+        limits = [math.floor(limit) for limit in (budget and budget / 3, epochs and epochs * 28) if limit is not None]
+        assert found.drawn(steps)[0].rows <= min([*(limit // 2 * 2 for limit in limits), 160])
+
+
+def test_documents_that_are_no_pairs_are_refused() -> None:
+    message = (
+        r"^tokens has a shard of 3 documents, train-00001.safetensors, and packing 'pairs' takes them by two: "
+        r"make the tokens with loss_on: pairs$"
+    )
+    with shards(20, 15) as folder, pytest.raises(UserError, match=message):
+        batches(folder_source(folder), packing="pairs")
+    with shards(20) as folder, pytest.raises(UserError, match=r"less than one pair, which has 10.0 tokens of its 20"):
+        batches(folder_source(folder, budget=9), length=4, packing="pairs")
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     lengths=st.lists(st.lists(st.integers(0, 12), max_size=12), min_size=1, max_size=4),
@@ -114,7 +191,7 @@ def test_masked_rows_say_which_document_each_token_is_of(
 
 @QUICK
 @given(
-    packing=st.sampled_from(["stream", "documents", "whole"]),
+    packing=st.sampled_from(["stream", "documents", "pairs", "whole"]),
     step=st.integers(0, 500),
     cuts=st.sets(st.integers(1, 8), max_size=4),
     weight=st.sampled_from([0.3, 1.0, 2.5]),
@@ -124,7 +201,7 @@ def test_masked_rows_say_which_document_each_token_is_of(
 def test_a_batch_depends_on_nothing_but_its_number(
     packing: Packing, step: int, cuts: set[int], weight: float, budget: int | None, masking: bool
 ) -> None:
-    with shards(50, 70, 3, masked=True) as first, shards(40, 40, start=1000) as second:
+    with shards(50, 70, 10, masked=True) as first, shards(40, 40, start=1000) as second:
         sources = folder_source(first), folder_source(second, weight=weight, budget=budget)
         options: dict[str, Any] = {"packing": packing, "size": 9, "document_masking": masking}
         used = batches(*sources, **options)
@@ -137,7 +214,7 @@ def test_a_batch_depends_on_nothing_but_its_number(
         for ours, theirs, *partial in zip(batch, fresh, *parts, strict=True):
             if ours is None:
                 assert theirs is None
-                assert packing == "documents" or (packing == "stream" and not masking)
+                assert packing in ("documents", "pairs") or (packing == "stream" and not masking)
                 continue
             assert theirs is not None
             assert ours.dtype == theirs.dtype

@@ -122,6 +122,7 @@ def test_flops_are_six_for_each_active_parameter_and_those_of_attention() -> Non
     attention = 12 * 3 * 32 * 64 / 2
     assert training_flops_per_token(untied, 64) == 6 * matrices + attention
     assert forward_flops_per_token(untied, 64) == pytest.approx(training_flops_per_token(untied, 64) / 3)
+    assert training_flops_per_token(untied, 64, reference=True) == 4 * forward_flops_per_token(untied, 64)
     assert matmul_parameters(model(tie_word_embeddings=True)) == matrices
 
 
