@@ -61,6 +61,10 @@ class Browser:
         """Presses a button."""
         self.page.get_by_role("button", name=name, exact=True).last.click()
 
+    def passing_button(self, name: str) -> None:
+        """Presses a button of a message that is there for seconds only: too few to wait until it moves no more."""
+        self.page.get_by_role("button", name=name, exact=True).last.dispatch_event("click")
+
     def tab(self, name: str) -> None:
         """Opens a tab of a page."""
         self.page.get_by_role("listitem").filter(has_text=re.compile(rf"^{name}$")).click()

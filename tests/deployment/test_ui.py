@@ -51,7 +51,7 @@ def test_a_run_from_the_form_to_its_artifacts(ui: Browser) -> None:
     ui.choose(ui.field("refine", ENGINES_GROUP), "torch")
     ui.picture(PICTURES, "form", 1200)
     ui.button("Submit")
-    ui.button("View run")
+    ui.passing_button("View run")
 
     ui.state("Completed", 400)
     expect(ui.page.get_by_text("first look", exact=True).first).to_be_visible()
