@@ -1,156 +1,134 @@
 """Word problems as a source of conversations: questions about two numbers, in many phrasings, with worked answers."""
 
+import functools
+import itertools
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import model_validator
 
-from common.files import canonical_json
-from tasks.corpus.sources import TEXT, Split
+from common.files import canonical_json, sha256_bytes
+from tasks.corpus.sources import SPLITS, TEXT, Split
 from tasks.problems import Operator, Problems, ProblemSource
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 # N problems.
-# What the placeholders of a phrasing stand for: {a} and {b} are the operands in their order, {a_things} is an operand
-# with the things that it counts ("1 apple", "554 apples"), {a_boxes} with boxes, {name} and {other} are two people.
-PHRASINGS: Mapping[Operator, Mapping[Split, tuple[str, ...]]] = {
-    "+": {
-        "train": (
-            "What is {a} + {b}?",
-            "What is {a} plus {b}?",
-            "What's {a} + {b}?",
-            "What is the sum of {a} and {b}?",
-            "What do you get when you add {a} and {b}?",
-            "How much is {a} + {b}?",
-            "How much do {a} and {b} make together?",
-            "{a} + {b} = ?",
-            "Add {a} and {b}.",
-            "Calculate {a} + {b}.",
-            "Compute {a} plus {b}.",
-            "Please work out {a} + {b}.",
-            "Find the sum of {a} and {b}.",
-            "Tell me what {a} and {b} add up to.",
-            "Can you add the numbers {a} and {b} for me?",
-            "{name} has {a_things} and gets {b} more. How many {things} does {name} have now?",
-            "{name} has {a_things} and {other} has {b}. How many {things} do they have together?",
-            "{name} finds {a_things} in the morning and {b} in the afternoon. How many {things} is that?",
-            "{name} counted {a_things} on Monday and {b} on Tuesday. How many {things} did {name} count in all?",
-            "{name} buys {a_things} and then {b_things}. How many {things} does {name} buy in total?",
-            "{name} had {a_things}. Then {other} gave {name} {b} more. How many {things} does {name} have?",
-            "One box holds {a_things} and another one holds {b}. How many {things} do both boxes hold?",
-            "A shop sold {a_things} yesterday and {b_things} today. How many {things} did it sell?",
-            "If {name} puts {a_things} and {b_things} into a bag, how many {things} does it hold?",
-        ),
-        "validation": (
-            "Work out {a} plus {b}.",
-            "What number is the sum {a} + {b}?",
-            "{name} brings {a_things}, and {other} brings {b}. How many {things} have they brought?",
-            "A cart carries {a_things} and a truck {b}. How many {things} do they carry?",
-        ),
-        "test": (
-            "How much is {a} plus {b}?",
-            "What does {a} + {b} come to?",
-            "Give me the total of {a} and {b}.",
-            "Please add up {a} and {b}.",
-            "{name} collects {a_things} and later {b} more. How many {things} has {name} collected?",
-            "A farmer packs {a_things} before noon and {b} after it. How many {things} does the farmer pack?",
-            "{name} needs {a_things} for a party and {b} for a picnic. How many {things} does {name} need?",
-            "There is a shelf with {a_things} and one with {b_things}. How many {things} are on the two shelves?",
-        ),
-    },
-    "-": {
-        "train": (
-            "What is {a} - {b}?",
-            "What is {a} minus {b}?",
-            "What is the difference between {a} and {b}?",
-            "How much is {a} - {b}?",
-            "{a} - {b} = ?",
-            "Subtract {b} from {a}.",
-            "Take {b} away from {a}.",
-            "Calculate {a} - {b}.",
-            "Please work out {a} minus {b}.",
-            "{name} has {a_things} and gives away {b}. How many {things} are left?",
-            "{name} had {a_things} and lost {b}. How many {things} does {name} still have?",
-            "{name} has {a_things} and {other} has {b}. How many more {things} does {name} have?",
-            "A shop had {a_things} and sold {b}. How many {things} are left?",
-        ),
-        "validation": (
-            "Find the difference between {a} and {b}.",
-            "{name} gives {b} of {a_things} to {other}. How many {things} does {name} keep?",
-        ),
-        "test": (
-            "How much is {a} minus {b}?",
-            "What is left when {b} is taken from {a}?",
-            "Compute the difference {a} - {b}.",
-            "{name} carried {a_things} and dropped {b}. How many {things} did not fall?",
-            "A box held {a_things}, and {name} took out {b}. How many {things} does it hold now?",
-        ),
-    },
-    "*": {
-        "train": (
-            "What is {a} * {b}?",
-            "What is {a} times {b}?",
-            "What is the product of {a} and {b}?",
-            "How much is {a} * {b}?",
-            "{a} * {b} = ?",
-            "Multiply {a} by {b}.",
-            "Calculate {a} * {b}.",
-            "Please work out {a} times {b}.",
-            "{name} fills {a_boxes} with {b_things} each. How many {things} is that?",
-            "How many {things} are in {a_boxes} of {b_things} each?",
-            "A shop gets {a_boxes}, each with {b_things}. How many {things} does it get?",
-        ),
-        "validation": (
-            "Find the product of {a} and {b}.",
-            "{name} buys {a_boxes} that hold {b_things} each. How many {things} does {name} buy?",
-        ),
-        "test": (
-            "How much is {a} times {b}?",
-            "What is {a} multiplied by {b}?",
-            "{name} packs {a_boxes} with {b_things} in each. How many {things} does {name} pack?",
-            "If {other} sends {a_boxes} and puts {b_things} into every one, how many {things} are sent?",
-        ),
-    },
-    "/": {
-        "train": (
-            "What is {a} / {b}?",
-            "What is {a} divided by {b}?",
-            "How much is {a} / {b}?",
-            "{a} / {b} = ?",
-            "Divide {a} by {b}.",
-            "Calculate {a} / {b}.",
-            "How many times does {b} go into {a}?",
-            "{name} shares {a_things} equally among {b_boxes}. How many {things} does each box get?",
-            "{name} has {a_things} for {b_boxes}, as many for each. How many {things} does a box hold?",
-        ),
-        "validation": (
-            "Please work out {a} divided by {b}.",
-            "A shop divides {a_things} among {b_boxes} evenly. How many {things} are in a box?",
-        ),
-        "test": (
-            "How much is {a} divided by {b}?",
-            "Compute {a} / {b}.",
-            "{name} puts {a_things} into {b_boxes}, the same number into each. How many {things} is that per box?",
-        ),
-    },
+# Phrasings: [one|another] is a choice, and every combination of choices is a phrasing of its own. {a} and {b} are the
+# operands, {a_things} is one with the things that it counts ("1 apple", "554 apples"), {a_boxes} one with boxes, and
+# {name} and {other} are two people.
+_SUM = "[{a} + {b}|{a} plus {b}|the sum of {a} and {b}]"
+_DIFFERENCE = "[{a} - {b}|{a} minus {b}|the difference between {a} and {b}]"
+_PRODUCT = "[{a} * {b}|{a} times {b}|the product of {a} and {b}]"
+_QUOTIENT = "[{a} / {b}|{a} divided by {b}|the quotient of {a} and {b}]"
+_ASKED = (
+    "[what is|what's|how much is|what do you get for] %s?",
+    "[tell me|say|I want to know] [what|how much] %s is.",
+    "[do you know|can you tell me|could you say] [what|how much] %s is?",
+    "[|please ][calculate|compute|work out|find] %s[.| for me.]",
+)
+_IN_ALL = "[in all|altogether|in total|together]"
+FRAMES: Mapping[Operator, tuple[str, ...]] = {
+    "+": (
+        *(frame % _SUM for frame in _ASKED),
+        "[|please ][add|add up|sum up] {a} and {b}[.| for me.]",
+        "[what do you get|what comes out|what is the result] [when|if] [you add|one adds] {a} and {b}?",
+        "[what|how much] [do|would] {a} and {b} [make|give|come to|add up to][| together]?",
+        "{a} [+|plus] {b} [= ?|is what?|equals what?|makes what?]",
+        "{name} [has|owns|keeps|holds] {a_things} and [gets|finds|buys|receives] {b} more. How many {things} "
+        f"[does {{name}} have|is that|are there] [now|{_IN_ALL[1:]}?",
+        "{name} [has|owns|brings|holds] {a_things} and {other} [has|owns|brings|holds] {b}. How many {things} "
+        f"[do they have|is that|are there] {_IN_ALL}?",
+        "{name} [finds|counts|sells|picks|packs] {a_things} [in the morning|on Monday|first|before noon] and {b} "
+        f"[in the afternoon|on Tuesday|later|after lunch]. How many {{things}} [is that|are there] {_IN_ALL}?",
+        "[one|the first] [box|shelf|bag|cart] [holds|carries|has] {a_things} and [another|the second] [one |]"
+        "[holds|carries|has] {b}. How many {things} [do both have|are in both|is that in all]?",
+        "a [shop|farmer|school|library] [got|sold|ordered|gave away] {a_things} [yesterday|last week|in May] and "
+        f"{{b_things}} [today|this week|in June]. How many {{things}} was that {_IN_ALL}?",
+        "[if|when] {name} puts {a_things} and {b_things} into a [box|bag|cart], how many {things} "
+        "[does it hold|are in it]?",
+    ),
+    "-": (
+        *(frame % _DIFFERENCE for frame in _ASKED),
+        "[|please ]subtract {b} from {a}[.| for me.]",
+        "[|please ]take {b} [away from|from] {a}[.| for me.]",
+        "what [is left|remains|do you get] [when|if] [you take|one takes] {b} [away from|from] {a}?",
+        "{a} [-|minus] {b} [= ?|is what?|equals what?|makes what?]",
+        "{name} [has|owns|keeps|holds] {a_things} and [gives away|loses|sells|uses] {b}. How many {things} "
+        "[are left|does {name} still have|remain|does {name} keep]?",
+        "{name} [has|owns|brings|holds] {a_things} and {other} [has|owns|brings|holds] {b}. How many more {things} "
+        "[does {name} have|are those of {name}]?",
+        "a [shop|farmer|school|library] [had|owned|kept] {a_things} and [sold|lost|gave away] {b}. How many {things} "
+        "[were left|remained|did it keep]?",
+    ),
+    "*": (
+        *(frame % _PRODUCT for frame in _ASKED),
+        "[|please ]multiply {a} [by|with] {b}[.| for me.]",
+        "[what do you get|what comes out|what is the result] [when|if] [you multiply|one multiplies] {a} by {b}?",
+        "{a} [*|times] {b} [= ?|is what?|equals what?|makes what?]",
+        "{name} [fills|packs|buys|gets] {a_boxes} [with|of] {b_things} each. How many {things} "
+        f"[is that|are there] {_IN_ALL}?",
+        "how many {things} [are in|are there in|do you find in] {a_boxes} [with|of] {b_things} each?",
+        "a [shop|farmer|school|library] [got|sold|ordered|gave away] {a_boxes}, each [with|of] {b_things}. How many "
+        f"{{things}} was that {_IN_ALL}?",
+    ),
+    "/": (
+        *(frame % _QUOTIENT for frame in _ASKED),
+        "[|please ]divide {a} by {b}[.| for me.]",
+        "how [often|many times] does {b} [go into|fit into] {a}?",
+        "{a} [/|divided by] {b} [= ?|is what?|equals what?|makes what?]",
+        "{name} [shares|divides|spreads] {a_things} [evenly|equally|fairly] [among|over] {b_boxes}. How many {things} "
+        "[does each box get|are in a box|is that per box]?",
+        "{name} [has|owns|brings] {a_things} for {b_boxes}, [as many|the same number] for each. How many {things} "
+        "[does each box get|are in a box|is that per box]?",
+    ),
 }
-PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack", "Lena", "Max")
+"""The phrasings of a question, those together that differ in their choices."""
+PEOPLE = (
+    *("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack", "Lena", "Max"),
+    *("Nora", "Oscar", "Paula", "Quinn", "Rosa", "Sam", "Tina", "Uwe", "Vera", "Will", "Yara", "Zoe"),
+)
 THINGS = (
     *(("apple", "apples"), ("pear", "pears"), ("coin", "coins"), ("stamp", "stamps"), ("shell", "shells")),
     *(("marble", "marbles"), ("book", "books"), ("pencil", "pencils"), ("card", "cards"), ("stone", "stones")),
+    *(("plum", "plums"), ("nut", "nuts"), ("ticket", "tickets"), ("button", "buttons"), ("flower", "flowers")),
+    *(("egg", "eggs"), ("cup", "cups"), ("toy", "toys"), ("ball", "balls"), ("candle", "candles")),
 )
 """What is counted: one of it, and several."""
+
+
+@functools.cache
+def phrasings(operator: Operator, split: Split) -> tuple[tuple[str, ...], ...]:
+    """The phrasings of a split, frame by frame: a hash of each decides, so that it never moves. Frames that have none
+    there are left out."""
+    found = (
+        tuple(one for one in _combinations(frame) if SPLITS[_split_of_phrasing(one)] == split)
+        for frame in FRAMES[operator]
+    )
+    return tuple(frame for frame in found if frame)
+
+
+def _combinations(frame: str) -> list[str]:
+    """A frame with every combination of its choices, each with a capital at its start."""
+    parts = [part.split("|") for part in re.split(r"[\[\]]", frame)]
+    return [text[:1].upper() + text[1:] for text in map("".join, itertools.product(*parts))]
+
+
+def _split_of_phrasing(phrasing: str) -> int:
+    """Training 80%, validation 10%, test 10%, as of numbers."""
+    place = int(sha256_bytes(phrasing.encode())[:8], 16) % 10
+    return max(0, place - 7)
 
 
 class WordProblemSource(ProblemSource):
     """Questions such as `What is 554 + 456?` or `Anna has 554 apples and gets 456 more. How many …?` with answers such
     as `554 + 456 = <<554+456=1010>>1010`, in the calculator marks of GSM8K (Cobbe et al., arXiv 2110.14168).
 
-    Numbers and phrasings of the test split are not in training, nor are those of the validation split, which are not
-    those of the test. Nothing comes to less than zero.
+    No two splits have the same numbers, in whatever order, or the same phrasing: those of the test are put together
+    from the parts of the others as none of them is. Nothing comes to less than zero.
     """
 
     kind: Literal["word_problems"]
@@ -178,10 +156,10 @@ class WordProblemSource(ProblemSource):
 
         names = (TEXT, *self.own_columns)
         columns: dict[str, list[str]] = {name: [] for name in names}
-        drawn_N = random.integers(0, 1 << 32, (len(problems.answers_N), 4)).tolist()
+        drawn_N = random.integers(0, 1 << 32, (len(problems.answers_N), 5)).tolist()
         for (a, b), (operator,), answer, draws in zip(*(part.tolist() for part in problems), drawn_N, strict=True):
             symbol = self.operators[operator]
-            prompt = _question(PHRASINGS[symbol][split], a, b, _Draws(*draws))
+            prompt = _question(phrasings(symbol, split), a, b, _Draws(*draws))
             target = f"{a} {symbol} {b} = <<{a}{symbol}{b}={answer}>>{answer}"
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]
             values = (f"{prompt}\n{target}", prompt, target, canonical_json(messages).decode())
@@ -193,18 +171,20 @@ class WordProblemSource(ProblemSource):
 class _Draws(NamedTuple):
     """Large random numbers, each of which chooses something."""
 
+    frame: int
     phrasing: int
     thing: int
     name: int
     other: int
 
 
-def _question(phrasings: tuple[str, ...], a: int, b: int, draws: _Draws) -> str:
+def _question(frames: tuple[tuple[str, ...], ...], a: int, b: int, draws: _Draws) -> str:
     thing, things = THINGS[draws.thing % len(THINGS)]
     name = draws.name % len(PEOPLE)
     # Not the same person twice.
     other = (name + 1 + draws.other % (len(PEOPLE) - 1)) % len(PEOPLE)
-    return phrasings[draws.phrasing % len(phrasings)].format(
+    frame = frames[draws.frame % len(frames)]
+    return frame[draws.phrasing % len(frame)].format(
         a=a,
         b=b,
         things=things,

@@ -74,12 +74,16 @@ def test_a_recipe_that_cannot_be_run(
 @pytest.mark.slow
 def test_a_disk_that_is_full_again_and_again(disk: Path, made: Made, cairn: Cairn, tmp_path: Path) -> None:
     store = disk / "store"
-    stopped_in = {"12k": "expressions", "48k": "tokens", "220k": "base", "600k": "refined"}
+    stopped_in = {"12k": "expressions", "120k": "tokens", "400k": "base", "1100k": "refined"}
     for size, stage in stopped_in.items():
         remount(disk, f"size={size}")
         code, output = cairn("run", RECIPE, *EVERY_STEP, CAIRN_STORE=str(store))
         assert code == 1, output
-        assert_one_line(output, f"no space left at {store}", "run again; nothing was lost")
+        # A checkpoint may be what finds no place, or another file of the stage: either says what is to be done.
+        what_to_do = (
+            "then start again: the run goes on" if "error: checkpoint" in output else "run again; nothing was lost"
+        )
+        assert_one_line(output, str(store), "o space left", what_to_do)
         assert not list((store / "tmp").iterdir())
         done = {name.partition("@")[2] for name in Store.open(str(store)).names()}
         assert stage not in done
