@@ -6,12 +6,15 @@ from numpy.typing import NDArray
 from models import weights
 from models.config import ModelConfig
 from models.engine import Batch, EngineName, Layout, Precision, TrainingEngine, inference_engine, training_engine
+from models.lora import adapter_shapes
 from models.optimizer import OptimizerConfig
-from models.tuning import PreferenceConfig, Tuning
+from models.tuning import LoraConfig, PreferenceConfig, Tuning
+from tests.models.test_lora import random_adapters
 from tests.models.tiny import Arrays, batch, pieces, random_weights
 
 BETA = 0.7
 TUNING = Tuning(preference=PreferenceConfig(beta=BETA))
+LORA = LoraConfig(rank=3, alpha=6, targets=("q_proj", "v_proj", "o_proj"))
 ADAMW = OptimizerConfig(learning_rate=0.002)
 
 
@@ -21,11 +24,13 @@ def preferring(
     optimizer: OptimizerConfig = ADAMW,
     precision: Precision = "float32",
     layout: Layout = Layout(),  # noqa: B008 - it is frozen
+    lora: LoraConfig | None = None,
 ) -> TrainingEngine:
-    """An engine whose weights are near those of its reference, and not the same."""
-    found = training_engine(engine, config, optimizer, precision, layout, TUNING)
-    found.restore("weights", pieces(policy(config)))
-    found.restore("reference", pieces(random_weights(config, 2)))
+    """An engine whose weights are near those of its reference and not the same, or that has adapters over these."""
+    reference = random_weights(config, 2)
+    found = training_engine(engine, config, optimizer, precision, layout, TUNING.model_copy(update={"lora": lora}))
+    found.restore("weights", pieces(policy(config) if lora is None else reference | random_adapters(config, lora)))
+    found.restore("reference", pieces(reference))
     return found
 
 
@@ -51,7 +56,10 @@ def rewards(rows: Batch, engine: TrainingEngine) -> NDArray[np.float64]:
     return found
 
 
-def gradients(engine: TrainingEngine, batches: list[Batch], dropout_key: int = 0) -> Arrays:
-    """Whole gradients by canonical name."""
-    shapes = weights.canonical_shapes(engine.inference().config)
+def gradients(
+    engine: TrainingEngine, batches: list[Batch], dropout_key: int = 0, lora: LoraConfig | None = None
+) -> Arrays:
+    """Whole gradients by canonical name, or those of adapters."""
+    config = engine.inference().config
+    shapes = weights.canonical_shapes(config) if lora is None else adapter_shapes(config, lora)
     return weights.gather(engine.gradients(batches, dropout_key), shapes)

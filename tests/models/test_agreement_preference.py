@@ -18,6 +18,7 @@ from models.training.config import CheckpointConfig, TrainingConfig
 from models.training.events import Event, Note
 from models.training.loop import Interrupted, Start, train
 from models.training.state import ValidationRecord
+from models.tuning import LoraConfig
 from tests.models.agreement import (
     HERE,
     MODELS,
@@ -29,7 +30,7 @@ from tests.models.agreement import (
     several_engines,
     tell,
 )
-from tests.models.preferring import TUNING, gradients, pairs, preferring
+from tests.models.preferring import LORA, TUNING, gradients, pairs, preferring
 from tests.models.tiny import Arrays, tiny
 from tests.models.training import bigrams
 
@@ -39,12 +40,12 @@ MODEL = tiny("llama", vocab_size=bigrams.VOCABULARY)
 
 
 @several_engines
-@pytest.mark.parametrize("variant", MODELS)
-def test_losses_and_gradients_agree(variant: str) -> None:
-    """Of two micro-batches of other sizes."""
+@pytest.mark.parametrize(("variant", "lora"), [*((variant, None) for variant in MODELS), ("mixtral", LORA)])
+def test_losses_and_gradients_agree(variant: str, lora: LoraConfig | None) -> None:
+    """Of two micro-batches of other sizes, with adapters too."""
     batches = [pairs(3), pairs(2, length=14, seed=1)]
-    engines = by_engine(lambda engine: preferring(engine, tiny(variant)))
-    found = {name: gradients(engine, batches) for name, engine in engines.items()}
+    engines = by_engine(lambda engine: preferring(engine, tiny(variant), lora=lora))
+    found = {name: gradients(engine, batches, lora=lora) for name, engine in engines.items()}
     for names, one, other in pairs_of(found):
         share, where = largest_share(one, other)
         tell(names, share)

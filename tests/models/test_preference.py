@@ -9,12 +9,14 @@ import pytest
 from numpy.typing import NDArray
 
 from common.errors import UserError
+from models import lora, weights
 from models.engine import Batch, EngineName, Precision, training_engine
 from models.optimizer import OptimizerConfig
 from models.preference import PreferenceFigures, counted_pairs, pairs_that_count, summed_figures
 from tests.models.agreement import exported, restore
-from tests.models.preferring import TUNING, gradients, pairs, policy, preferring, rewards
+from tests.models.preferring import LORA, TUNING, gradients, pairs, policy, preferring, rewards
 from tests.models.test_engines import assert_same
+from tests.models.test_lora import random_adapters
 from tests.models.tiny import pieces, random_weights, tiny
 
 ENGINES: list[EngineName] = ["torch", "jax", "mlx"]
@@ -67,6 +69,30 @@ def test_it_learns_which_rows_are_chosen_and_the_reference_stays(engine_name: En
     found = engine.rewards(rows)
     assert (found[::2] > found[1::2]).all()
     np.testing.assert_allclose(rewards(rows, engine) - found, before, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_adapters_learn_over_the_weights_that_are_the_reference(engine_name: EngineName, name: str) -> None:
+    """By the gradients of the merged model: dA = s·Bᵀ·dW and dB = s·dW·Aᵀ."""
+    config, rows = tiny(name), pairs(8)
+    engine, merged = preferring(engine_name, config, lora=LORA), preferring(engine_name, config)
+    base, given = random_weights(config, 2), random_adapters(config, LORA)
+    merged.restore("weights", pieces(lora.merged(config, LORA, base, given)))
+    np.testing.assert_allclose(engine.rewards(rows), rewards(rows, engine), atol=1e-5)
+    assert engine.loss(rows) == pytest.approx(merged.loss(rows), rel=1e-5)
+    found, of_weights = gradients(engine, [rows], lora=LORA), gradients(merged, [rows])
+    for parameter in lora.adapted_parameters(config, LORA):
+        dw = weights.from_canonical(parameter, of_weights.__getitem__).astype(np.float64)
+        a, b = (given[kind + parameter.name].astype(np.float64) for kind in (lora.LORA_A, lora.LORA_B))
+        np.testing.assert_allclose(found[lora.LORA_A + parameter.name], LORA.scale * b.T @ dw, atol=1e-5)
+        np.testing.assert_allclose(found[lora.LORA_B + parameter.name], LORA.scale * dw @ a.T, atol=1e-5)
+    losses = [float(engine.step([rows], 1.0, step).loss) for step in range(40)]
+    assert losses[-1] < 0.5 * losses[0]
+    left = weights.gather(engine.export("weights"), lora.weights_shapes(config, LORA))
+    assert_same({part: left[part] for part in base}, base)
+    # Without them, it is its reference.
+    engine.restore("weights", pieces(base | dict(lora.initial_adapters(config, LORA, 0))))
+    assert not engine.rewards(rows).any()
 
 
 @pytest.mark.parametrize("name", NAMES)

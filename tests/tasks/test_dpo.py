@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from common.errors import UserError
 from common.files import canonical_json
+from models.chat import Template, chat_of
 from models.engine import Batch, inference_engine
 from models.tokenizer import Tokenizer
 from models.training.metrics import read_csv
@@ -20,6 +21,7 @@ from models.weights import whole_pieces
 from tasks.checkpoint import read_model
 from tasks.history import Trained, read_history
 from tasks.registry import stage_named
+from tests.tasks import conversations
 from tests.tasks.conftest import RunStage
 from tests.tasks.training_stages import MODEL, TOKENIZER, pretraining
 
@@ -138,6 +140,50 @@ def _check_logs(logs: Path) -> None:
     samples = [json.loads(line) for line in (logs / "samples.jsonl").read_text().splitlines()]
     # The prompts of the first two pairs, which are of one sum, and its right answer.
     assert [(one["prompt"], one["expected"]) for one in samples if one["step"] == 300] == [("0+0=", "0")] * 2
+
+
+def preferences(path: Path, count: int) -> Path:
+    """Rows of which the chosen answer is no, where a model of `conversations` says yes."""
+    numbers = np.random.default_rng(0)
+    questions = ["".join(numbers.choice(list("abcdef"), numbers.integers(2, 7))) for _ in range(count)]
+    rows = [
+        {"prompt": f"{asked}?", "chosen": f"no {asked[-1]}!", "rejected": f"yes {asked[-1]}!"} for asked in questions
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_preferences_become_a_published_model(run_stage: RunStage, tmp_path: Path, template: Template) -> None:
+    """From rows to adapters, by way of every stage; the template's tokens get rows of their own."""
+    tokenizer, _ = run_stage("tokenizer", conversations.TOKENIZER)
+    said = conversations.write_tokens(tmp_path / "said", tokenizer)
+    config = {"model": conversations.model(), "training": conversations.training(steps=20)}
+    base, _ = run_stage("pretrain", config, tokens=said)
+    source = {"kind": "files", "path": str(preferences(tmp_path / "preferences.jsonl", 120))}
+    documents, _ = run_stage(
+        "documents", {"source": source, "conversations": "preferences", "split": {"validation": 0.1}}
+    )
+    keys = {"template": template, "loss_on": "pairs", "bos": True, "max_tokens": 60}
+    pairs, _ = run_stage("tokens", keys, documents=documents, tokenizer=tokenizer)
+    rows = conversations.VOCABULARY + (2 if template == "chatml" else 0)
+    changes = {"batch_size": 16, "micro_batch_size": None, "validation": {"every": 20, "samples": 1}}
+    config = {**tuning(steps=20, sequence_length=59, **changes), "vocab_size": rows, "lora": {"rank": 4}}
+    tuned, metrics = run_stage("dpo", config, model=base, tokens=pairs)
+    assert metrics["vocabulary"]["rows"] == rows
+    assert metrics["trained_parameters"] < metrics["parameters"]
+    measured = metrics["validation"][-1]
+    assert measured["loss"] < 0.9 * np.log(2)
+    assert measured["preferences"]["accuracy"] > 0.9
+    # The weights beneath are those that came in, which the reference was.
+    before, after = read_model(base).weights, read_model(tuned, merge=False).weights
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name][: len(array)], array, err_msg=name)
+    published, _ = run_stage("publish", {"title": "A model"}, model=tuned)
+    assert (published / "adapter" / "adapter_model.safetensors").exists()
+    chat = chat_of(published)
+    assert chat is not None
+    assert chat.template == template
 
 
 def test_the_model_goes_on_with_its_history(run_stage: RunStage, inputs: dict[str, Path]) -> None:

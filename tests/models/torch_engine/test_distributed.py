@@ -37,6 +37,7 @@ TWO += [
     "lora:mixtral:adamw:remade-fsdp2",
 ]
 PAIRS = ["pairs:gpt2:0:data", "pairs:mixtral:0:fsdp2", "pairs:llama:0.3:data", "pairs:gpt2:0.3:fsdp2"]
+PAIRS += ["lora-pairs:gpt2:0:data", "lora-pairs:llama:0.3:fsdp2"]
 TWO += PAIRS
 FOUR = [f"train:{name}:muon:{way}" for name in ("llama", "mixtral") for way in ("data", "fsdp2", "fsdp4")]
 FOUR += [f"train:{name}:adamw:{way}" for name in ("gpt2", "custom") for way in ("data", "fsdp2", "fsdp4")]

@@ -137,12 +137,13 @@ def skipping(name: str) -> tuple[Found, Arrays]:
 
 
 def preferring_pairs(name: str) -> tuple[Found, Arrays]:
-    """`pairs:COMPOSITION:DROPOUT:LAYOUT`: steps of preference tuning on pairs that do not divide among processes."""
-    _, composition, dropout, layout = name.split(":")
-    config = tiny(composition, dropout=float(dropout))
-    engine = preferring.preferring("torch", config, layout=LAYOUTS[layout])
+    """`pairs:COMPOSITION:DROPOUT:LAYOUT`: steps of preference tuning on pairs that do not divide among processes.
+    `lora-pairs:` is of adapters."""
+    kind, composition, dropout, layout = name.split(":")
+    config, lora = tiny(composition, dropout=float(dropout)), LORA if kind == "lora-pairs" else None
+    engine = preferring.preferring("torch", config, layout=LAYOUTS[layout], lora=lora)
     batches = [[preferring.pairs(3, seed=step), preferring.pairs(1, seed=50 + step)] for step in range(6)]
-    gradients = weights.gather(engine.gradients(batches[0], 0), weights.canonical_shapes(config))
+    gradients = preferring.gradients(engine, batches[0], lora=lora)
     steps = [engine.step(batch, 1.0, step) for step, batch in enumerate(batches)]
     found = {
         "losses": [float(step.loss) for step in steps],
@@ -222,6 +223,7 @@ WORKS: dict[str, Callable[[str], tuple[Found, Arrays]]] = {
     "skip": skipping,
     "loop": looping,
     "pairs": preferring_pairs,
+    "lora-pairs": preferring_pairs,
 }
 
 

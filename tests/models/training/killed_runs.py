@@ -54,7 +54,8 @@ TORCH_MODEL = ModelConfig.model_validate(
 )
 TUNINGS = {
     "torch-lora": Tuning(lora=LoraConfig(rank=2)),
-    "torch-pairs": Tuning(lora=LoraConfig(rank=2), preference=PreferenceConfig(beta=0.5)),
+    "torch-pairs": Tuning(preference=PreferenceConfig(beta=0.5)),
+    "torch-lora-pairs": Tuning(lora=LoraConfig(rank=2), preference=PreferenceConfig(beta=0.5)),
 }
 PAIRS: dict[str, Any] = {"packing": "pairs", "micro_batch_size": 2, "validation": {"every": 5, "rows": 20}}
 

@@ -42,7 +42,7 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_never_was(tmp_path: Path) -
     raise AssertionError(f"only {total} kills came before their run had ended")
 
 
-@pytest.mark.parametrize("engine", ["torch", "torch-lora", "torch-pairs"])
+@pytest.mark.parametrize("engine", ["torch", "torch-lora", "torch-pairs", "torch-lora-pairs"])
 def test_the_torch_engine_too(tmp_path: Path, engine: str) -> None:
     """In preference tuning, the reference is still the model that came in."""
     expected = outcome(tmp_path / "whole", 0, 0, engine)
