@@ -63,7 +63,10 @@ class Browser:
 
     def passing_button(self, name: str) -> None:
         """Presses a button of a message that is there for seconds only: too few to wait until it moves no more."""
-        self.page.get_by_role("button", name=name, exact=True).last.dispatch_event("click")
+        button = self.page.get_by_role("button", name=name, exact=True).last
+        # Found anew each time: what waits for it across the change of pages may go on looking at the page before.
+        expect(button).to_be_visible()
+        button.dispatch_event("click")
 
     def tab(self, name: str) -> None:
         """Opens a tab of a page."""
