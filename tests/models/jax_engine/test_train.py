@@ -202,7 +202,7 @@ def equations(primitive: str, jaxpr: Any) -> Iterator[Any]:
 def products_of_a_step(engine: JaxTraining, rows: Batch) -> list[Any]:
     """Every matrix product of a training step."""
     compiled, held, micro = engine._compiled, engine._held.parameters, engine._micro(cut(rows, 2))
-    traced = jax.make_jaxpr(compiled.step)(held, engine._state, micro, np.float32(1), np.zeros(2, np.uint32))
+    traced = jax.make_jaxpr(compiled.step)(held, engine._state, {}, micro, np.float32(1), np.zeros(2, np.uint32))
     return list(equations("dot_general", traced))
 
 
@@ -241,7 +241,7 @@ def test_products_of_fp32_in_the_kernels_of_tpus_are_fp32(monkeypatch: pytest.Mo
 def test_weights_in_bf16_are_not_kept_for_the_backward_pass(name: str) -> None:
     engine = trainer(tiny(name), precision="bfloat16")
     held, micro = engine._held.parameters, engine._micro([batch()])
-    traced = jax.make_jaxpr(engine._compiled.gradients)(held, micro, np.zeros(2, np.uint32))
+    traced = jax.make_jaxpr(engine._compiled.gradients)(held, {}, micro, np.zeros(2, np.uint32))
     of_layers = [value.aval for scan in equations("scan", traced) for value in scan.outvars]
     cast = {array.shape for array in of_layers if array.dtype == "bfloat16"}
     assert len(cast) > 3
