@@ -110,6 +110,10 @@ def _measured(name: str, history: History) -> _Measured:
     last = history[-1] if history else None
     if not isinstance(last, Trained):
         raise UserError(f"'{name}' was not trained after it grew: compare models that were")
+    if last.measured_on is None and last.validation:
+        raise UserError(
+            f"'{name}' was tuned on preferences, whose loss is none of tokens: compare the model before that"
+        )
     if last.measured_on is None or not last.validation:
         raise UserError(f"'{name}' has no validation loss: set training.validation of its stage")
     model = Compared(

@@ -61,9 +61,11 @@ def growths(history: History) -> list[GrowthRecord]:
 def _record(before: Trained, grown: Sequence[Grown], after: Trained, flops: float) -> GrowthRecord:
     note = _incomparable(before, after)
     loss_before = before.validation[-1].loss if note is None else None
-    start = [one.loss for one in after.validation if one.step == 0]
-    back = [one.step for one in after.validation if loss_before is not None and one.loss <= loss_before + SAME_LOSS]
-    steps = [one.step for one in after.validation]
+    # Those of preference tuning are no cross-entropies: they are measured on nothing that others are.
+    validation = () if after.measured_on is None else after.validation
+    start = [one.loss for one in validation if one.step == 0]
+    back = [one.step for one in validation if loss_before is not None and one.loss <= loss_before + SAME_LOSS]
+    steps = [one.step for one in validation]
     return GrowthRecord(
         operator=" + ".join(one.operator for one in grown),
         optimizer_state="reset" if after.fresh_optimizer else _optimizer_state(grown),
@@ -75,7 +77,7 @@ def _record(before: Trained, grown: Sequence[Grown], after: Trained, flops: floa
         flops_after=flops + after.flops,
         loss_before=loss_before,
         loss_right_after=start[0] if start else None,
-        loss_at_end=after.validation[-1].loss if after.validation else None,
+        loss_at_end=validation[-1].loss if validation else None,
         steps_until_back=back[0] if back else None,
         validated_every=steps[1] - steps[0] if len(steps) > 1 else None,
         note=note,

@@ -143,6 +143,8 @@ def test_what_has_no_loss_is_refused() -> None:
         compared((BASE, GROWN))
     with pytest.raises(UserError, match="'a' was not trained"):
         compared(())
+    with pytest.raises(UserError, match="'a' was tuned on preferences, whose loss is none of tokens"):
+        compared((BASE.model_copy(update={"measured_on": None}),))
     unmeasured = BASE.model_copy(update={"measured_on": None, "validation": ()})
     with pytest.raises(UserError, match=r"'a' has no validation loss: set training\.validation"):
         compared((unmeasured,))

@@ -168,8 +168,8 @@ def test_preferences_become_a_published_model(run_stage: RunStage, tmp_path: Pat
     pairs, _ = run_stage("tokens", keys, documents=documents, tokenizer=tokenizer)
     rows = conversations.VOCABULARY + (2 if template == "chatml" else 0)
     changes = {"batch_size": 16, "micro_batch_size": None, "validation": {"every": 20, "samples": 1}}
-    config = {**tuning(steps=20, sequence_length=59, **changes), "vocab_size": rows, "lora": {"rank": 4}}
-    tuned, metrics = run_stage("dpo", config, model=base, tokens=pairs)
+    adapting = {**tuning(steps=20, sequence_length=59, **changes), "vocab_size": rows, "lora": {"rank": 4}}
+    tuned, metrics = run_stage("dpo", adapting, model=base, tokens=pairs)
     assert metrics["vocabulary"]["rows"] == rows
     assert metrics["trained_parameters"] < metrics["parameters"]
     measured = metrics["validation"][-1]

@@ -69,6 +69,9 @@ def test_losses_on_other_rows_are_not_compared() -> None:
 def test_what_was_not_measured_after_it_is_null() -> None:
     found = only(trained(3.0), grown(), trained(measured_on=None))
     assert (found.loss_right_after, found.loss_at_end, found.validated_every) == (None, None, None)
+    # What preference tuning minimises is none of these losses.
+    found = only(trained(3.0), grown(), trained(0.7, 0.2, first=0, measured_on=None))
+    assert (found.loss_right_after, found.loss_at_end, found.validated_every) == (None, None, None)
     found = only(trained(3.0), grown(), trained(2.5, 2.4))
     assert (found.loss_right_after, found.steps_until_back) == (None, 10)
 
