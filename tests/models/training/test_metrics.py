@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,8 @@ def test_tensorboard_sees_every_step_once(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write(tmp_path, 0, range(10, 60, 10))
+    # TensorBoard reads files by name: second, process and a count, of which 10 comes before 9.
+    time.sleep(1.1)
     write(tmp_path, 25, range(30, 80, 10))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -99,6 +102,7 @@ def test_the_loss_curve_is_a_picture_of_any_number_of_rows(tmp_path: Path) -> No
 
 WANDB = """
 import sys
+import time
 from pathlib import Path
 from models.training.events import Validation
 from models.training.metrics import Metrics
