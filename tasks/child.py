@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from artifacts.store import Store
 from common.errors import StageFailed, UserError
+from models.machine import release_memory
 from models.training.loop import EXIT_GO_ON_LATER, Interrupted
 from tasks.events import as_event, error_event
 from tasks.produce import produce
@@ -77,6 +78,7 @@ def main(arguments: list[str]) -> int:
         while (line := works.get()) is not None:
             working.set()
             _do(Work.model_validate_json(line), channel)
+            release_memory()
             working.clear()
     except (Interrupted, KeyboardInterrupt):
         working.clear()  # the parent closes standard input at what follows, which is no further signal then

@@ -13,8 +13,8 @@ from models.training.loop import Start
 from models.tuning import PreferenceConfig, Tuning
 from tasks.blend import tokens_inputs
 from tasks.sft import TuningStageConfig, model_of, prepared
-from tasks.stage import Context, Kind, Metrics, Stage
-from tasks.training import run_training
+from tasks.stage import Context, Metrics
+from tasks.training import run_training, training_stage
 
 
 class Config(TuningStageConfig):
@@ -41,15 +41,4 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     return {**trained, **tuned.metrics}
 
 
-STAGE = Stage(
-    name="dpo",
-    version=1,
-    config=Config,
-    inputs={"model": Kind.MODEL, "tokens": Kind.TOKENS},
-    many={"tokens": "blend"},
-    lazy={"tokens": ".safetensors"},
-    output=Kind.MODEL,
-    run=run,
-    trains=True,
-    model_of=model_of,
-)
+STAGE = training_stage("dpo", 1, Config, run, model_of)

@@ -6,8 +6,8 @@ from pathlib import Path
 from models.config import ModelConfig
 from models.training.loop import Start
 from models.weights import initial_weights
-from tasks.stage import Context, Kind, Metrics, Stage
-from tasks.training import TrainingStageConfig, check_positions, run_training
+from tasks.stage import Context, Metrics
+from tasks.training import TrainingStageConfig, check_positions, run_training, training_stage
 
 
 class Config(TrainingStageConfig):
@@ -29,15 +29,4 @@ def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
     return config.model
 
 
-STAGE = Stage(
-    name="pretrain",
-    version=4,
-    config=Config,
-    inputs={"tokens": Kind.TOKENS},
-    many={"tokens": "blend"},
-    lazy={"tokens": ".safetensors"},
-    output=Kind.MODEL,
-    run=run,
-    trains=True,
-    model_of=model_of,
-)
+STAGE = training_stage("pretrain", 4, Config, run, model_of)

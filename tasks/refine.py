@@ -9,8 +9,8 @@ from models.config import ModelConfig
 from models.training.loop import Start
 from tasks.blend import tokens_inputs, vocabulary_of
 from tasks.checkpoint import read_model
-from tasks.stage import Context, Kind, Metrics, Stage
-from tasks.training import TrainingStageConfig, check_positions, run_training, usable_moments
+from tasks.stage import Context, Metrics
+from tasks.training import TrainingStageConfig, check_positions, run_training, training_stage, usable_moments
 
 
 class Config(TrainingStageConfig):
@@ -31,11 +31,9 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
             f"the tokenizer has {len(added)} tokens that the model was trained without: train it with sft, which gives "
             f"them rows"
         )
-    model = read_model(inputs["model"], with_optimizer=config.optimizer_state == "copy")
-    moments = usable_moments(model, config.training.optimizer, context)
-    return run_training(
-        config, model.config, Start(model.weights, moments, validated=True), inputs, context, model.history
-    )
+    model = read_model(inputs["model"], with_optimizer=config.optimizer_state == "copy", merge=False)
+    start = Start(model.merged().weights, usable_moments(model, config.training.optimizer, context), validated=True)
+    return run_training(config, model.config, start, inputs, context, model.history)
 
 
 def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
@@ -44,15 +42,4 @@ def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
     return inputs["model"]
 
 
-STAGE = Stage(
-    name="refine",
-    version=4,
-    config=Config,
-    inputs={"model": Kind.MODEL, "tokens": Kind.TOKENS},
-    many={"tokens": "blend"},
-    lazy={"tokens": ".safetensors"},
-    output=Kind.MODEL,
-    run=run,
-    trains=True,
-    model_of=model_of,
-)
+STAGE = training_stage("refine", 4, Config, run, model_of)

@@ -15,8 +15,8 @@ from models.tuning import LoraConfig, Tuning
 from models.vocabulary import with_rows
 from tasks.blend import TokensInput, tokenizer_folder, tokens_inputs, vocabulary_of
 from tasks.checkpoint import ModelFolder, read_model
-from tasks.stage import Context, Kind, Metrics, Stage
-from tasks.training import TrainingStageConfig, check_positions, run_training, usable_moments
+from tasks.stage import Context, Metrics
+from tasks.training import TrainingStageConfig, check_positions, run_training, training_stage, usable_moments
 
 
 class TuningStageConfig(TrainingStageConfig):
@@ -74,7 +74,8 @@ def prepared(config: TuningStageConfig, folder: Path, tokens: Sequence[TokensInp
 
     Raises UserError where their tokenizer does not extend the model's, or has more tokens than there are to be rows.
     """
-    model = read_model(folder, with_optimizer=config.optimizer_state == "copy")
+    unmerged = read_model(folder, with_optimizer=config.optimizer_state == "copy", merge=False)
+    model = unmerged.merged()
     vocabulary = vocabulary_of(tokens, folder)
     rows = config.vocab_size or model.config.vocab_size
     needed = len(Tokenizer(tokenizer_folder(tokens)))
@@ -87,7 +88,7 @@ def prepared(config: TuningStageConfig, folder: Path, tokens: Sequence[TokensInp
         context.report(
             Note(f"the rows of the {len(vocabulary.added)} new tokens stay the mean of the others: lora leaves them")
         )
-    moments = usable_moments(model, config.training.optimizer, context)
+    moments = usable_moments(unmerged, config.training.optimizer, context)
     ready = model._replace(
         config=grown_config(model.config, config.vocab_size),
         weights=with_rows(model.weights, model.config, rows, vocabulary),
@@ -114,15 +115,4 @@ def model_of(config: TuningStageConfig, inputs: Mapping[str, ModelConfig]) -> Mo
     return grown_config(inputs["model"], config.vocab_size)
 
 
-STAGE = Stage(
-    name="sft",
-    version=1,
-    config=Config,
-    inputs={"model": Kind.MODEL, "tokens": Kind.TOKENS},
-    many={"tokens": "blend"},
-    lazy={"tokens": ".safetensors"},
-    output=Kind.MODEL,
-    run=run,
-    trains=True,
-    model_of=model_of,
-)
+STAGE = training_stage("sft", 1, Config, run, model_of)

@@ -119,11 +119,12 @@ def _target(config: Config, layers: int) -> int:
 
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes a model artifact of the grown model."""
-    model = read_model(inputs["model"], with_optimizer=config.optimizer_state != "reset")
+    unmerged = read_model(inputs["model"], with_optimizer=config.optimizer_state != "reset", merge=False)
+    model = unmerged.merged()
     growth = growth_of(config, model.config)
     old, new = model.config, growth.grown
     before, after = parameter_count(old), parameter_count(new)
-    optimizer, notes = _optimizer(growth, model, config.optimizer_state)
+    optimizer, notes = _optimizer(growth, unmerged, config.optimizer_state)
     notes += _advice(config, growth, model.history)
     for note in notes:
         context.report(Note(note))
@@ -183,7 +184,7 @@ def _optimizer(
 
 
 def _is_whole(state: Mapping[str, Array], model: ModelConfig, optimizer: OptimizerConfig) -> bool:
-    """Whether all weights have their moments; after low-rank tuning the adapters alone have."""
+    """Whether all weights have their moments; where adapters were trained, they alone have."""
     return optimizer_shapes(model, optimizer).keys() <= state.keys()
 
 

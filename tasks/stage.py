@@ -88,6 +88,7 @@ class Context:
 
 
 StageFunction = Callable[[Any, Mapping[str, Path], Context], Metrics]
+ModelOf = Callable[[Any, Mapping[str, ModelConfig]], ModelConfig]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ class Stage:
     resolved: Callable[[Any], Any] | None = None
     """The config with everything that it only points at made fast (digests of files), or UserError where it points
     at nothing; asked when a recipe is loaded."""
-    model_of: Callable[[Any, Mapping[str, ModelConfig]], ModelConfig] | None = None
+    model_of: ModelOf | None = None
     """The model that comes out, from the config and the models that go in; raises UserError where they do not fit, so
     that a recipe is refused before anything runs."""
 

@@ -11,7 +11,7 @@ from common.config import FrozenModel
 from common.errors import UserError
 from common.files import canonical_json, sha256_bytes, sha256_file
 from models.config import ModelConfig
-from models.engine import EngineName, Precision, training_engine
+from models.engine import EngineName, Precision, TrainingEngine, training_engine
 from models.lora import adapter_count, adapter_shapes, initial_adapters
 from models.optimizer import OptimizerConfig
 from models.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -27,7 +27,7 @@ from tasks.blend import DESCRIPTION, TokensInput, blend_rows, tokenizer_folder, 
 from tasks.checkpoint import Adapters, ModelFolder, check_vocabulary, whole, write_model
 from tasks.growth_record import growth_phrase, growths
 from tasks.history import Grown, History, Loss, Trained
-from tasks.stage import Context, Metrics
+from tasks.stage import Context, Kind, Metrics, ModelOf, Stage, StageFunction
 from tasks.tokens import copy_tokenizer
 
 
@@ -55,15 +55,17 @@ def check_positions(training: TrainingConfig, model: ModelConfig) -> None:
 
 
 def usable_moments(model: ModelFolder, optimizer: OptimizerConfig, context: Context) -> dict[str, Array] | None:
-    """The moments that come with a model; those of another optimizer are left behind, and it is said."""
-    if model.optimizer is None or model.trained_with is None or model.trained_with.name == optimizer.name:
+    """The moments that come with a model whose adapters are still apart; where an optimizer cannot go on with them,
+    they are left behind, and it is said."""
+    if model.optimizer is None or model.trained_with is None:
+        return None
+    if model.adapters is not None:
+        why = "the moments are of adapters, which are now part of the weights"
+    elif model.trained_with.name != optimizer.name:
+        why = f"the moments are {model.trained_with.name}'s"
+    else:
         return model.optimizer
-    context.report(
-        Note(
-            f"the model was trained with {model.trained_with.name}: its moments are of no use to {optimizer.name}, "
-            f"which starts anew"
-        )
-    )
+    context.report(Note(f"{why}: {optimizer.name} starts anew"))
     return None
 
 
@@ -93,7 +95,7 @@ def run_training(
     tokenizer = Tokenizer(tokenizer_folder(tokens))
     check_vocabulary(len(tokenizer), model)
     filesystem, folder = context.scratch
-    with _data(config.training, model, tokens, tokenizer.pad_id) as data:
+    with _data(config.training, model, tokens, tokenizer.pad_id, tuning) as data:
         for note in data.notes:
             context.report(Note(note))
         engine = training_engine(
@@ -122,31 +124,56 @@ def run_training(
             continue_on=context.runtime.continue_on,
         )
         blend = blend_rows(tokens, data.batches, result.state.step)
-    exported = whole(engine.export("weights"), model)
-    adapters = None
-    if tuning.lora is not None:
-        names = adapter_shapes(model, tuning.lora).keys() & exported.keys()
-        adapters = Adapters(tuning.lora, {name: exported.pop(name) for name in names})
-    trained = ModelFolder(
-        config=model,
-        weights=exported,
-        optimizer=whole(engine.export("optimizer"), model),
-        trained_with=config.training.optimizer,
-        history=(
-            *history,
-            _entry(model, result, start, data if tuning.preference is None else data._replace(measured_on=None)),
-        ),
-        adapters=adapters,
-    )
+    history = (*history, _entry(model, result, start, data))
+    # Every process exports, and process 0 writes: what is spread over several is gathered.
+    trained = _model_folder(engine, model, config.training.optimizer, history, tuning)
     if engine.process == 0:
         write_model(context.output, trained)
         copy_tokenizer(tokenizer_folder(tokens), context.output)
     metrics = _metrics(model, result, engine.device, data)
-    if history and isinstance(history[-1], Grown):
-        _add_growth(metrics, trained.history)
+    if len(history) > 1 and isinstance(history[-2], Grown):
+        _add_growth(metrics, history)
     if tuning.lora is not None:
         metrics["trained_parameters"] = adapter_count(model, tuning.lora)
     return {**metrics, "blend": blend, "peak_memory_bytes": engine.peak_memory()}
+
+
+def training_stage(
+    name: str, version: int, config: type[TrainingStageConfig], run: StageFunction, model_of: ModelOf
+) -> Stage:
+    """The declaration of a stage that trains on tokens, and on a model unless its config describes a new one."""
+    model = {} if "model" in config.model_fields else {"model": Kind.MODEL}
+    return Stage(
+        name=name,
+        version=version,
+        config=config,
+        inputs={**model, "tokens": Kind.TOKENS},
+        many={"tokens": "blend"},
+        lazy={"tokens": ".safetensors"},
+        output=Kind.MODEL,
+        run=run,
+        trains=True,
+        model_of=model_of,
+    )
+
+
+def _model_folder(
+    engine: TrainingEngine, model: ModelConfig, optimizer: OptimizerConfig, history: History, tuning: Tuning
+) -> ModelFolder:
+    """What an engine has trained, with its adapters apart from the weights."""
+    weights = whole(engine.export("weights"), model)
+    adapters = None
+    if tuning.lora is not None:
+        names = adapter_shapes(model, tuning.lora).keys() & weights.keys()
+        adapters = Adapters(tuning.lora, {name: weights.pop(name) for name in names})
+    return ModelFolder(
+        config=model,
+        weights=weights,
+        optimizer=whole(engine.export("optimizer"), model),
+        trained_with=optimizer,
+        history=history,
+        adapters=adapters,
+    )
 
 
 def _check_pairs(training: TrainingConfig, tokens: Sequence[TokensInput], tuning: Tuning) -> None:
@@ -176,7 +203,7 @@ class _Data(NamedTuple):
     batches: Batches
     validation: Batches | None
     measured_on: str | None
-    """Identity of the validation rows; None where there are none."""
+    """Identity of the validation rows; None where there are none, and where the loss on them is no cross-entropy."""
     validated: list[str]
     """The sources that have a validation loss of their own: where there are several."""
     notes: list[str]
@@ -184,7 +211,9 @@ class _Data(NamedTuple):
 
 
 @contextmanager
-def _data(config: TrainingConfig, model: ModelConfig, tokens: Sequence[TokensInput], pad_id: int) -> Iterator[_Data]:
+def _data(
+    config: TrainingConfig, model: ModelConfig, tokens: Sequence[TokensInput], pad_id: int, tuning: Tuning
+) -> Iterator[_Data]:
     """What a run reads; its shards are fetched no longer after the block.
 
     Raises UserError where splits are missing or too small, and where the budgets do not last.
@@ -201,7 +230,8 @@ def _data(config: TrainingConfig, model: ModelConfig, tokens: Sequence[TokensInp
         sources, notes = _validation_sources(tokens)
         validation = stack.enter_context(_batches(config, model, sources, pad_id))
         validated = [source.name for source in sources] if len(sources) > 1 else []
-        yield _Data(batches, validation, _identity(config, tokens), validated, notes)
+        measured_on = _identity(config, tokens) if tuning.preference is None else None
+        yield _Data(batches, validation, measured_on, validated, notes)
 
 
 def _batches(config: TrainingConfig, model: ModelConfig, sources: Sequence[Source], pad_id: int) -> Batches:

@@ -4,7 +4,7 @@ Conventions: a multiply-add is two FLOPs. A matrix of (out, in) costs 2·out·in
 backward; of a mixture only the chosen experts count. Attention costs 4·T·query_size per layer and token forward over
 T positions, of which causality leaves half. Embedding look-ups, norms and activations are not counted; the head is,
 tied or not. In training, the whole is three times the forward pass, and one more for the reference of preference
-tuning: recomputation does not count.
+tuning: recomputation does not count. Training adapters is as much: their gradients are made of their matrices'.
 """
 
 from models.config import ModelConfig

@@ -1,3 +1,4 @@
+import os
 import platform
 import subprocess
 import sys
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from models.engine import EngineName
-from models.machine import accelerators, default_engine, engine_for, has_tpu, preferred_engine
+from models.machine import ENGINE_ENVIRONMENT, accelerators, default_engine, engine_for, has_tpu, preferred_engine
 
 ALL: list[EngineName] = ["torch", "jax", "mlx"]
 
@@ -71,3 +72,23 @@ print(peak_resident_memory() - before)
 def test_the_most_memory_that_was_held_is_told_after_it_is_given_back() -> None:
     done = subprocess.run([sys.executable, "-c", _HELD_AND_GIVEN_BACK], capture_output=True, text=True, check=True)
     assert 60 << 20 < int(done.stdout) < 80 << 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed, and can be told not to")
+def test_what_a_stage_has_freed_goes_back_to_the_system() -> None:
+    """As the process of an engine is started, which then does one stage after another."""
+    program = """
+from pathlib import Path
+from models.machine import release_memory
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+blocks = [bytes(100_000) for _ in range(2_000)]
+last = bytes(100_000)
+del blocks
+held = resident()
+release_memory()
+print(held - resident())
+"""
+    environment = {**os.environ, **ENGINE_ENVIRONMENT}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 150_000_000

@@ -17,9 +17,11 @@ from common.errors import UserError
 from models.config import ModelConfig
 from models.engine import inference_engine
 from models.lora import merged
+from models.training.events import Note
 from models.training.loop import Interrupted, Start
 from models.tuning import LoraConfig, Tuning
 from models.weights import read_arrays, whole_pieces, write_arrays
+from tasks import refine
 from tasks.checkpoint import ADAPTER, ADAPTER_WEIGHTS, Adapters, ModelFolder, read_model, write_model
 from tasks.stage import Context
 from tasks.training import TrainingStageConfig, run_training
@@ -178,13 +180,21 @@ def test_a_training_stage_leaves_weights_and_adapters(
     for stage in ("evaluate", "publish"):
         inputs = {"model": context.output} | ({"documents": base["documents"]} if stage == "evaluate" else {})
         run_stage(stage, {"max_new_tokens": 4} if stage == "evaluate" else {"title": "A model"}, **inputs)
-    grown, _ = run_stage("stack", {"factor": 2}, model=context.output)
+    grown, grown_metrics = run_stage("stack", {"factor": 2}, model=context.output)
+    assert "not of all weights" in grown_metrics["notes"][0]
     whole = read_model(context.output)
     name = "transformer.h.0.mlp.c_proj.weight"
     assert (whole.weights[name] != before.weights[name]).any()
     np.testing.assert_array_equal(read_model(grown).weights[name.replace("h.0", "h.1")], whole.weights[name])
     assert not (grown / ADAPTER).exists()
-    run_stage("refine", {"training": pretraining()["training"]}, model=context.output, tokens=base["tokens"])
+    events: list[object] = []
+    config = refine.Config.model_validate({"training": pretraining()["training"]})
+    further = context_in(tmp_path / "further", "refine", base)
+    inputs = {"model": context.output, "tokens": base["tokens"]}
+    refine.run(config, inputs, replace(further, report=events.append))
+    assert [event.text for event in events if isinstance(event, Note) and "adapters" in event.text] == [
+        "the moments are of adapters, which are now part of the weights: adamw starts anew"
+    ]
 
 
 def test_a_stage_that_was_interrupted_goes_on_from_adapters_alone(base: dict[str, Path], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Stage `stack` on model folders: what comes out, what is said of it, and what is refused."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from models.config import ModelConfig
 from models.engine import inference_engine
 from models.optimizer import OptimizerConfig
 from models.tokenizer import write_tokenizer
+from models.training.events import Note
 from models.training.flops import training_flops_per_token
 from models.weights import Array, optimizer_shapes, parameter_count, whole_pieces
 from tasks.checkpoint import ModelFolder, read_model, write_model
 from tasks.history import Grown, History, Trained
-from tasks.stack import Config, grown_model
+from tasks.stack import Config, grown_model, run
 from tasks.vocabulary.config import ROLES, Characters
 from tasks.vocabulary.written import characters_tokenizer
 from tests.models.tiny import random_weights
-from tests.tasks.conftest import RunStage
+from tests.tasks.conftest import RunStage, context_in
 
 SHAPE = {
     "vocab_size": 18,
@@ -176,15 +178,19 @@ def test_the_optimizer_s_state_is_copied_in_whole_in_part_or_not_at_all(run_stag
     np.testing.assert_allclose(part["exp_avg_sq:" + name.format(5)].astype(np.float64), 0.05 * mean**2, rtol=1e-5)
 
 
-def test_a_state_of_some_weights_alone_is_left_behind_and_it_is_said(run_stage: RunStage, tmp_path: Path) -> None:
+def test_a_state_of_some_weights_alone_is_left_behind_and_it_is_said(tmp_path: Path) -> None:
+    """In the record, and while the stage runs."""
     config = config_of("gpt2")
     state = moments(config)
     del state["exp_avg:transformer.wte.weight"]
     base = write_base(tmp_path / "base", config, state)
-    folder, metrics = run_stage("stack", {}, model=base)
-    assert read_model(folder, with_optimizer=True).optimizer is None
+    events: list[object] = []
+    context = replace(context_in(tmp_path / "stacked", "stacked"), report=events.append)
+    metrics = run(Config(), {"model": base}, context)
+    assert read_model(context.output, with_optimizer=True).optimizer is None
     (note,) = metrics["notes"]
     assert "is not of all weights" in note
+    assert events == [Note(note)]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def trainer(
 ) -> MlxTraining:
     """An engine with so many lanes, whatever the cores of this machine."""
     engine = MlxTraining(config, OPTIMIZERS[optimizer], precision, Layout(rematerialize=again), Processes(None))
-    engine._lanes = Lanes(count)
+    engine._functions.lanes = Lanes(count)
     engine.restore("weights", pieces(dict(weights.initial_weights(config, 1))))
     return engine
 
@@ -98,7 +98,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
 def test_there_are_as_many_as_cores_where_they_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     def count(config: ModelConfig) -> int:
         engine = MlxTraining(config, OPTIMIZERS["adamw"], "float32", Layout(), Processes(None))
-        return len(engine._lanes._streams)
+        return len(engine._functions.lanes._streams)
 
     told: list[int] = []
     monkeypatch.setattr(blas, "cores", lambda: 64)
