@@ -84,7 +84,7 @@ def control_training(base: TrainingConfig, refined: TrainingConfig, steps: int, 
     What decides the rows is the refinement's: length, batch size, packing, masking, and validation, so that the losses
     can be compared. What decides how fresh weights begin is the base's: optimizer, seed, and warm-up, which is as long
     as it was there. The batches begin with the base's own and go on in its order, where it has the same data. How the
-    rate falls is the refinement's: a cosine to its floor over the whole run, or a linear decay of as many steps as
+    rate falls is the refinement's: a cosine to its floor over the whole run, or a decay of the same shape and steps as
     there, which cost as much because the architecture is the same; of `multiple` times as many steps in a run of
     `multiple` times the FLOPs, and of as many as warm-up leaves.
     """
@@ -95,6 +95,7 @@ def control_training(base: TrainingConfig, refined: TrainingConfig, steps: int, 
         name=refined.schedule.name,
         warmup_steps=min(warmup_steps, steps),
         decay_steps=decay_steps,
+        decay=refined.schedule.decay,
         floor=refined.schedule.floor,
     )
     own = {"steps": steps, "optimizer": base.optimizer, "schedule": schedule, "seed": base.seed}

@@ -14,12 +14,15 @@ class ScheduleConfig(FrozenModel):
     """The learning rate over the steps, as a fraction of its peak."""
 
     name: Literal["cosine", "wsd"] = "cosine"
-    """Warm-up then cosine, or warm-up, stable, then linear decay (WSD)."""
+    """Warm-up then cosine, or warm-up, stable, then decay (WSD)."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up in equal parts; the first step already has one part. Each training stage has its own: for
     a model that comes in, one that was grown above all, this is how long the rate is warmed up anew."""
     decay_steps: int | None = Field(default=None, ge=0)
     """WSD's last steps, in which the rate falls; needed with wsd (0 for none), meaningless with cosine."""
+    # Linear stands in no key: what was trained before there were others counts as it did.
+    decay: Literal["linear", "cosine"] = Field(default="linear", exclude_if=lambda decay: decay == "linear")
+    """How the rate falls in them: in equal parts, or as half a cosine."""
     floor: float = Field(default=0.0, ge=0, le=1)
     """The rate at the end, as a fraction of the peak."""
 
@@ -27,6 +30,8 @@ class ScheduleConfig(FrozenModel):
     def _check(self) -> Self:
         if (self.name == "wsd") != (self.decay_steps is not None):
             raise ValueError("decay_steps belongs to wsd, which needs it")
+        if self.name != "wsd" and self.decay != "linear":
+            raise ValueError("decay belongs to wsd")
         return self
 
 

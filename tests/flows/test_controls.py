@@ -144,6 +144,9 @@ def test_a_control_warms_up_as_the_base_did_and_decays_as_the_refinement() -> No
     late = run(50, name="wsd", warmup_steps=2, decay_steps=40, floor=0.1)
     found = control_training(base, late, 75, 1.0).schedule
     assert (found.name, found.warmup_steps, found.decay_steps, found.floor) == ("wsd", 10, 40, 0.1)
+    assert found.decay == "linear"
+    falling = late.model_copy(update={"schedule": late.schedule.model_copy(update={"decay": "cosine"})})
+    assert control_training(base, falling, 75, 1.0).schedule.decay == "cosine"
     found = control_training(base, late, 150, 2.0).schedule
     assert (found.warmup_steps, found.decay_steps) == (10, 80)
     found = control_training(base, run(50, warmup_steps=5, floor=0.1), 75, 1.0).schedule

@@ -1,5 +1,6 @@
 """The recipes that come with Cairn: each is sound, and has the sizes that are published of its model."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,8 @@ from flows.recipe import known_recipes, load_recipe
 from models.config import ModelConfig
 from models.engine import inference_engine
 from models.hub import hub_config, native_class
+from models.training.config import TrainingConfig
+from models.training.schedule import learning_rate_scale
 from models.weights import parameter_count, read_arrays, whole_pieces
 from tasks.stage import Kind
 from tests.flows.conftest import Cairn
@@ -191,6 +194,38 @@ def test_a_base_is_that_of_another_recipe(name: str, other: str) -> None:
     assert len(reached) > 3
     for stage in reached:
         assert ours[stage] == theirs[stage]
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "peak", "warmup", "plateau", "end"),
+    [
+        ("elite-112m", "base", 8e-4, 200, 2400, 1e-4),
+        ("elite-112m-dolly", "base", 8e-4, 200, 2400, 1e-4),
+        ("elite-112m-dolly", "tuned", 7e-5, 20, 386, 1e-5),
+    ],
+)
+def test_elite_falls_as_its_source_says(
+    name: str, stage: str, peak: float, warmup: int, plateau: int, end: float
+) -> None:
+    entry = next(entry for entry in load_recipe(name, resolve=False).stages if entry.name == stage)
+    training = TrainingConfig.model_validate(entry.config.model_dump()["training"])
+    assert training.optimizer.learning_rate == peak
+    steps = training.steps
+    rate = {step: peak * learning_rate_scale(training.schedule, step, steps) for step in range(steps + 1)}
+    begins = warmup + plateau
+    assert rate[warmup - 1] == rate[begins] == peak
+    assert rate[warmup - 2] < peak > rate[begins + 1]
+    # Their function, over the steps that are left.
+    for step in (begins + 1, (begins + steps) // 2, steps - 1, steps):
+        done = (step - begins) / (steps - begins)
+        assert rate[step] == pytest.approx(end + (1 + math.cos(math.pi * done)) / 2 * (peak - end), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["elite-112m", "elite-112m-dolly"])
+def test_elite_has_the_batches_of_its_source(name: str) -> None:
+    entry = next(entry for entry in load_recipe(name, resolve=False).stages if entry.name == "base")
+    training = entry.config.model_dump()["training"]
+    assert (training["batch_size"], training["micro_batch_size"]) == (8 * 16, 8)
 
 
 def test_elite_is_tuned_as_its_source_says() -> None:

@@ -1,9 +1,11 @@
 """Schedule, decisions of the state, and the count of FLOPs."""
 
+import itertools
 import json
 import math
 
 import pytest
+from pydantic import ValidationError
 
 from models.config import ModelConfig
 from models.training.config import EarlyStoppingConfig, ScheduleConfig
@@ -35,6 +37,32 @@ def test_wsd_stays_and_falls_linearly() -> None:
     assert scales(10, name="wsd", warmup_steps=2, decay_steps=4) == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
     assert scales(3, name="wsd", decay_steps=0) == [1, 1, 1]
     assert scales(4, name="wsd", decay_steps=2, floor=0.5) == [1, 1, 1, 0.75]
+
+
+def test_wsd_falls_as_half_a_cosine_where_it_is_told_to() -> None:
+    found = scales(12, name="wsd", warmup_steps=2, decay_steps=8, decay="cosine", floor=0.2)
+    assert found[:5] == [0.5, 1, 1, 1, 1]
+    assert found[8] == pytest.approx(0.6), "half of the way in half of the steps"
+    expected = [0.2 + 0.8 * (1 + math.cos(math.pi * done / 8)) / 2 for done in range(8)]
+    assert found[4:] == pytest.approx(expected)
+    schedule = ScheduleConfig(name="wsd", warmup_steps=2, decay_steps=8, decay="cosine", floor=0.2)
+    assert learning_rate_scale(schedule, 12, 12) == pytest.approx(0.2)
+    assert scales(3, name="wsd", decay_steps=0, decay="cosine") == [1, 1, 1]
+    # The whole run after the warm-up makes it the schedule `cosine`.
+    assert scales(9, name="wsd", warmup_steps=1, decay_steps=8, decay="cosine", floor=0.1) == pytest.approx(
+        scales(9, warmup_steps=1, floor=0.1)
+    )
+    # No step is far from the one before it.
+    long = scales(1000, name="wsd", warmup_steps=100, decay_steps=500, decay="cosine")
+    assert max(abs(after - before) for before, after in itertools.pairwise(long)) <= 0.01 + 1e-12
+
+
+def test_only_wsd_has_a_shape_of_its_decay() -> None:
+    with pytest.raises(ValidationError, match="decay belongs to wsd"):
+        ScheduleConfig(decay="cosine")
+    # Keys of what was trained before there was a choice stay.
+    assert "decay" not in ScheduleConfig(name="wsd", decay_steps=1).model_dump()
+    assert ScheduleConfig(name="wsd", decay_steps=1, decay="cosine").model_dump()["decay"] == "cosine"
 
 
 def test_there_is_always_a_rate() -> None:
