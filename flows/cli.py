@@ -251,7 +251,10 @@ def generate(
         Path | None, typer.Option(help="A file for the texts, a line each, or with their prompts in a .jsonl file.")
     ] = None,
     store: StoreOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens after which a text ends.")] = 64,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens after which a text ends: 64, or 256 with --chat.", show_default=False),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 for the likeliest token each time.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draws among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draws among the likeliest of this mass.")] = None,
@@ -262,7 +265,7 @@ def generate(
     """Continues prompts with a model, or answers them."""
     from flows.inference import continue_prompts, read_prompts, write_texts
 
-    prompts = [*(prompt or []), *(read_prompts(prompts_file) if prompts_file else [])]
+    prompts = [*(prompt or []), *(read_prompts(prompts_file, chat) if prompts_file else [])]
     if not prompts:
         raise UserError("nothing to continue: give --prompt or --prompts-file")
     settings = {
@@ -290,11 +293,12 @@ def evaluate(
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="The split of its documents.")] = "test",
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens after which an answer is cut off: 16, or 256 of a chat.", show_default=False),
+        typer.Option(min=1, help="Tokens that an answer may have: 16, or 256 in a conversation.", show_default=False),
     ] = None,
     engine: EngineOption = None,
 ) -> None:
-    """Scores a model on the documents that it was made from; a score that is in the store is not made again."""
+    """Scores a model on the documents that it was evaluated on, or else on those that it was made from; a score that is
+    in the store is not made again."""
     from flows.console import evaluation_tables
     from flows.inference import evaluate_ref
 

@@ -188,6 +188,12 @@ def _exact_match(metrics: dict[str, Any]) -> Group:
         mark = "[green]✓[/]" if sample["correct"] else "[red]✗[/]"
         samples.add_row(Text(sample["prompt"]), Text(sample["prediction"]), Text(sample["target"]), mark)
     parts: list[RenderableType] = [scores]
+    # Scores that were made earlier do not say it.
+    if metrics.get("cut_off"):
+        parts.append(
+            f"{metrics['cut_off']:,} answers had not ended at {metrics['max_new_tokens']:,} tokens or the model's last "
+            "position, and count as wrong"
+        )
     if "too_long" in metrics:
         parts.append(f"{metrics['too_long']:,} prompts are longer than the model's positions, and count as wrong")
     if "marks" in metrics:

@@ -1,9 +1,8 @@
 """Stage `evaluate`: exact match by greedy generation over a whole split, and whether calculator marks are right."""
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +11,7 @@ from pydantic import Field
 from common.config import FrozenModel
 from common.errors import UserError
 from common.files import canonical_json
-from models.chat import Chat, Message, Template, chat_of, checked
+from models.chat import Chat, Message, Template, chat_of
 from models.engine import Bits, EngineName, Precision, inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
@@ -20,9 +19,13 @@ from models.tokenizer import Tokenizer
 from models.weights import whole_pieces
 from tasks.calculator import FINAL, OPEN, final_number, marks_in
 from tasks.checkpoint import read_model, tokenizer_of
+from tasks.corpus.conversations import CHOSEN, MESSAGES, REJECTED, parsed
+from tasks.corpus.sources import SPLITS
 from tasks.stage import Context, Kind, Metrics, Stage
 
 RESULTS, SAMPLES = "results.json", "samples.parquet"
+TEXT_TOKENS, CHAT_TOKENS = 16, 256
+"""Tokens that an answer may have where nobody says: that of a text, which is a sum, and that of a conversation."""
 SHOWN_LENGTHS = 20
 """Lengths of answers by which exact match is shown: of texts, which have any length, it is shown as a whole alone."""
 
@@ -39,8 +42,9 @@ class Config(FrozenModel):
     """Bits per weight in inference; null for whole weights; MLX alone."""
     split: Literal["train", "validation", "test"] = "test"
     """The split of the documents."""
-    max_new_tokens: int = Field(default=16, gt=0)
-    """Tokens after which an answer is cut off and counts as wrong."""
+    max_new_tokens: int | None = Field(default=None, gt=0)
+    """Tokens after which an answer is cut off and counts as wrong; null for 16 where the documents are texts, and 256
+    where they are conversations."""
     batch_size: int = Field(default=1024, gt=0)
     """Prompts that are generated for at once."""
     # Null stands in no key, as above.
@@ -74,8 +78,9 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     """Writes `results.json` and `samples.parquet` with every prompt, target and prediction.
 
     Documents with the column `messages` are asked as conversations: the last answer is the target. A prompt that is
-    longer than the model's positions counts as wrong. Raises UserError for documents without prompts and targets, and
-    for conversations where the model's tokenizer has no template and the config names none.
+    longer than the model's positions counts as wrong, and so does an answer that did not end: `cut_off` counts these.
+    Raises UserError for documents without prompts and targets, and for conversations where the model's tokenizer has no
+    template and the config names none.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -89,12 +94,13 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
     )
     fitting = [row for row, (prompt, _) in enumerate(encoded) if len(prompt) <= model.config.max_position_embeddings]
-    sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=_limit(config, questions))
     stops = {tokenizer.eos_id if chat is None else chat.closing_id, tokenizer.eos_id}
     written = generate(engine, [encoded[row].prompt for row in fitting], sampling, stops, config.batch_size)
     answers: list[list[int]] = [[] for _ in encoded]
     for row, answer in zip(fitting, written, strict=True):
         answers[row] = answer
+    cut_off = sum(not answer or answer[-1] not in stops for answer in written)
     # Tokens, not text: decoding leaves special tokens out, and an answer that did not end is not the answer.
     correct = [answer == problem.answer for answer, problem in zip(answers, encoded, strict=True)]
     predictions = [
@@ -113,6 +119,8 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         **config.model_dump(include={"bits"}),  # nothing where it is null
         **({} if chat is None else {"template": chat.template}),
         **summarise(questions.targets, correct),
+        "max_new_tokens": sampling.max_new_tokens,
+        "cut_off": cut_off,
         **({"too_long": len(encoded) - len(fitting)} if len(fitting) < len(encoded) else {}),
         **marks_summary(questions.targets, predictions),
         "samples": [
@@ -122,6 +130,13 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     }
     (context.output / RESULTS).write_bytes(canonical_json(results))
     return {"summary": _summary(results), **results, "device": engine.device}
+
+
+def _limit(config: Config, questions: Questions) -> int:
+    """Tokens after which an answer is cut off."""
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    return TEXT_TOKENS if questions.conversations is None else CHAT_TOKENS
 
 
 def _chat(config: Config, folder: Path, tokenizer: Tokenizer) -> Chat:
@@ -154,6 +169,8 @@ def _summary(results: Mapping[str, Any]) -> str:
     parts = [f"exact match {results['exact_match']:.2%} of {results['n']:,}"]
     if "marks" in results:
         parts.append(f"well-formed marks {results['marks']['well_formed']:.2%}")
+    if results["cut_off"]:
+        parts.append(f"{results['cut_off']:,} answers cut off")
     if "too_long" in results:
         parts.append(f"{results['too_long']:,} prompts longer than the model's positions")
     return ", ".join(parts)
@@ -169,13 +186,13 @@ def read_questions(documents: Path, split: str) -> Questions:
     for path in sorted(documents.glob(f"{split}-*.parquet")):
         file = pq.ParquetFile(path)
         columns = file.schema_arrow.names
-        if "messages" in columns:
-            for row, text in enumerate(file.read(["messages"])["messages"].to_pylist()):
+        problem = unaskable(columns)
+        if problem is not None:
+            raise UserError(f"the documents {problem}")
+        if MESSAGES in columns:
+            for row, text in enumerate(file.read([MESSAGES])[MESSAGES].to_pylist()):
                 conversations.append(_conversation(text, f"{path.name}, row {row}"))
             continue
-        missing = {"prompt", "target"} - set(columns)
-        if missing:
-            raise UserError(f"the documents have no column {missing.pop()!r}; exact match needs prompts and targets")
         table = file.read(["prompt", "target"])
         prompts += table["prompt"].to_pylist()
         targets += table["target"].to_pylist()
@@ -183,15 +200,32 @@ def read_questions(documents: Path, split: str) -> Questions:
         prompts = ["\n".join(message["content"] for message in messages[:-1]) for messages in conversations]
         targets = [messages[-1]["content"] for messages in conversations]
     if not prompts:
-        raise UserError(f"the documents have no {split} split to evaluate")
+        raise UserError(f"the documents {no_split(split, (path.name for path in documents.iterdir()))}")
     return Questions(prompts, targets, conversations or None)
+
+
+def unaskable(columns: Collection[str]) -> str | None:
+    """Why documents with such columns cannot be asked, to be said of them; None where they can."""
+    if {MESSAGES, CHOSEN, REJECTED} <= set(columns):
+        return "are preferences, of which neither answer is one to be met; exact match needs conversations or problems"
+    if MESSAGES in columns:
+        return None
+    missing = [name for name in ("prompt", "target") if name not in columns]
+    return f"have no column '{missing[0]}'; exact match needs prompts and targets" if missing else None
+
+
+def no_split(split: str, files: Iterable[str]) -> str:
+    """That documents with such files lack a split, to be said of them, and which others they have."""
+    splits = {name.partition("-")[0] for name in files} - {split}
+    others = " and ".join(one for one in SPLITS if one in splits)
+    return f"have no {split} split to evaluate" + (f"; they have {others}" if others else "")
 
 
 def _conversation(text: str, place: str) -> list[Message]:
     """The messages in a cell. Raises UserError where they are no conversation that ends with an answer."""
     try:
-        return checked(json.loads(text))
-    except (TypeError, ValueError, UserError) as error:
+        return parsed(text)
+    except UserError as error:
         raise UserError(f"the documents hold no conversation in {place} ({error}); make them again") from error
 
 
@@ -243,7 +277,7 @@ def _same_final_number(target: str, prediction: str) -> bool:
 
 STAGE = Stage(
     name="evaluate",
-    version=2,
+    version=3,
     config=Config,
     inputs={"model": Kind.MODEL, "documents": Kind.DOCUMENTS},
     output=Kind.EVALUATION,

@@ -309,7 +309,7 @@ def test_texts_are_written_so_that_each_is_told_from_the_next(tmp_path: Path) ->
         (("--prompt", "1+\udcff="), "is no Unicode: '\\udcff' is half of a surrogate pair"),
         (("--prompt", "1" * 99), "has 100 tokens; the model takes 96"),
         (("--chat", "--prompt", "1" * 99), "tokens; the model takes 96"),
-        (("--chat", "--prompt", " "), "message 1, of the user, is empty"),
+        (("--chat", "--prompt", "1", "--prompt", " "), "prompt 2 is empty: a chat model has nothing to answer"),
         (("--prompts-file", "missing.txt"), "missing.txt cannot be read"),
         (("--prompt", "1+1=", "--output", "missing/texts.txt"), "missing/texts.txt cannot be written"),
     ],

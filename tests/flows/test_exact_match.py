@@ -99,6 +99,10 @@ def test_marks_and_long_prompts_are_told() -> None:
     marks = {"n": 1319, "well_formed": 0.8125, "right": 0.75, "final_number": 0.0625}
     many = [{"length": length, "n": 1, "exact_match": 0.125} for length in range(30)]
     one = score("tuned", "gsm8k", marks=marks, too_long=1234, by_answer_length=many, template="plain")
+    assert "had not ended" not in "\n".join(shown(evaluation_tables(one.record), 200))
+    cut = score("tuned", "gsm8k", cut_off=1234, max_new_tokens=16)
+    text = "\n".join(shown(evaluation_tables(cut.record), 200))
+    assert "1,234 answers had not ended at 16 tokens or the model's last position, and count as wrong" in text
     lines = shown(evaluation_tables(one.record))
     assert max(map(len, lines)) <= 80
     (row,) = (line for line in lines if "1,319" in line)

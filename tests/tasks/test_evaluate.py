@@ -82,7 +82,14 @@ def test_the_summary_by_length() -> None:
 
 @pytest.mark.parametrize(
     ("columns", "message"),
-    [({"text": ["1"]}, "no column"), (None, "no test split")],
+    [
+        ({"text": ["1"]}, "no column 'prompt'"),
+        (None, "no test split"),
+        (
+            {"text": ["1"], "messages": ["[]"], "chosen": ["1"], "rejected": ["2"]},
+            "the documents are preferences, of which neither answer is one to be met",
+        ),
+    ],
 )
 def test_documents_without_problems_are_refused(
     run_stage: RunStage, tmp_path: Path, columns: dict[str, list[str]] | None, message: str
@@ -94,6 +101,16 @@ def test_documents_without_problems_are_refused(
         pq.write_table(pa.table(columns), folder / "test-00000.parquet")
     with pytest.raises(UserError, match=message):
         run_stage("evaluate", {}, model=model, documents=folder)
+
+
+def test_the_splits_that_documents_have_are_told(run_stage: RunStage, tmp_path: Path) -> None:
+    model, _ = model_folder(tmp_path / "model", ARCHITECTURES["gpt2"])
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    for split in ("validation", "train"):
+        pq.write_table(pa.table({"prompt": ["1"], "target": ["1"]}), documents / f"{split}-00000.parquet")
+    with pytest.raises(UserError, match="the documents have no test split to evaluate; they have train and validation"):
+        run_stage("evaluate", {}, model=model, documents=documents)
 
 
 LETTERS = Characters(kind="characters", characters="0123456789+=: \nUuserAaitn")
@@ -153,6 +170,9 @@ def test_the_last_answer_of_a_conversation_is_scored(run_stage: RunStage, tmp_pa
     assert measured["template"] == "chatml"
     assert measured["n"] == 200
     assert measured["exact_match"] == sum(right) / 200
+    unfinished = sum(answer[-1] != chat.closing_id for answer in answers)
+    assert 0 < unfinished == measured["cut_off"] < 200
+    assert f"{unfinished} answers cut off" in measured["summary"]
     assert "marks" not in measured
     assert "too_long" not in measured
     samples = pq.read_table(folder / "samples.parquet").to_pylist()
@@ -201,8 +221,8 @@ def test_prompts_beyond_the_positions_are_counted_and_wrong(run_stage: RunStage,
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ("[", "Expecting"),
-        (None, "must be str"),
+        ("[", "its messages are no JSON"),
+        (None, "its messages are no JSON"),
         ("{}", "list of messages"),
         (json.dumps(exchange("1", "2")[:1]), "the assistant says nothing"),
     ],
@@ -215,6 +235,27 @@ def test_what_is_no_conversation_is_named(run_stage: RunStage, tmp_path: Path, c
     pq.write_table(pa.table({"messages": pa.array(cells, pa.string())}), documents / "test-00000.parquet")
     with pytest.raises(UserError, match=rf"no conversation in test-00000.parquet, row 1 .*{message}"):
         run_stage("evaluate", {}, model=model, documents=documents)
+
+
+@pytest.mark.parametrize(("as_chat", "limit"), [(False, 16), (True, 256)])
+def test_where_nobody_says_an_answer_may_be_as_long_as_its_kind_is(
+    run_stage: RunStage, tmp_path: Path, as_chat: bool, limit: int
+) -> None:
+    tokenizer = letters_tokenizer(tmp_path / "tokenizer", "plain")
+    shape = {"architecture": "llama", "max_position_embeddings": 300}
+    model, _ = model_folder(tmp_path / "model", shape, tokenizer)
+    if as_chat:
+        documents = conversations(tmp_path / "documents", ["3"] * 30, QUESTIONS[:30])
+    else:
+        documents = tmp_path / "documents"
+        documents.mkdir()
+        columns = {"prompt": QUESTIONS[:30], "target": ["3"] * 30}
+        pq.write_table(pa.table(columns), documents / "test-00000.parquet")
+    folder, measured = run_stage("evaluate", {}, model=model, documents=documents)
+    explicit, again = run_stage("evaluate", {"max_new_tokens": limit}, model=model, documents=documents)
+    assert measured["max_new_tokens"] == limit
+    assert (folder / "samples.parquet").read_bytes() == (explicit / "samples.parquet").read_bytes()
+    assert measured["cut_off"] == again["cut_off"]
 
 
 def test_marks_are_counted_over_the_targets_that_have_them() -> None:
