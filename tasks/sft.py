@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from common.errors import UserError
+from models.chat import chat_of
 from models.config import ModelConfig
 from models.tokenizer import Tokenizer
 from models.training.events import Note
@@ -72,7 +73,8 @@ class Prepared(NamedTuple):
 def prepared(config: TuningStageConfig, folder: Path, tokens: Sequence[TokensInput], context: Context) -> Prepared:
     """The model in a folder as it is tuned on some tokens.
 
-    Raises UserError where their tokenizer does not extend the model's, or has more tokens than there are to be rows.
+    Raises UserError where their tokenizer does not extend the model's or has more tokens than there are to be rows, and
+    where no answer could ever be closed.
     """
     unmerged = read_model(folder, with_optimizer=config.optimizer_state == "copy", merge=False)
     model = unmerged.merged()
@@ -85,6 +87,14 @@ def prepared(config: TuningStageConfig, folder: Path, tokens: Sequence[TokensInp
             f"would have {rows:,} rows: set vocab_size to {needed} or more"
         )
     if vocabulary.added and config.lora is not None:
+        chat = chat_of(tokenizer_folder(tokens))
+        # As the mean of the other rows, its logit never exceeds the largest of theirs, whatever the adapters learn.
+        if chat is not None and chat.closing_id in vocabulary.added:
+            raise UserError(
+                "lora: the token that closes an answer is new, and lora leaves its row, so that no answer would end: "
+                "leave lora out, take template: plain, or give the tokenizer the template's tokens before pretraining "
+                "(special_tokens)"
+            )
         context.report(
             Note(f"the rows of the {len(vocabulary.added)} new tokens stay the mean of the others: lora leaves them")
         )
@@ -115,4 +125,4 @@ def model_of(config: TuningStageConfig, inputs: Mapping[str, ModelConfig]) -> Mo
     return grown_config(inputs["model"], config.vocab_size)
 
 
-STAGE = training_stage("sft", 1, Config, run, model_of)
+STAGE = training_stage("sft", 2, Config, run, model_of)

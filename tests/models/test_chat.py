@@ -217,7 +217,9 @@ def test_an_answer_comes_back(name: str, template: Template, made: Made) -> None
     ids, counted = chat.conversation(TALK)
     prompt = chat.prompt_ids(TALK[:2])
     assert chat.answer(ids[len(prompt) :]) == "It is 2."
-    assert chat.answer([token for token, said in zip(ids, counted, strict=True) if said][:3]) in "It is 2."
+    said = [token for token, counts in zip(ids, counted, strict=True) if counts]
+    # One that was cut off before its closing token comes back as far as it goes.
+    assert chat.answer(said[: said.index(chat.closing_id)]) == "It is 2."
 
 
 def test_chatml_adds_its_tokens_where_they_are_missing(made: Made) -> None:

@@ -17,6 +17,8 @@ from common.files import canonical_json
 from models.chat import chat_of
 from models.config import ModelConfig
 from models.engine import inference_engine
+from models.generation import generate
+from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
 from models.training.batches import Batches
 from models.weights import Array, whole_pieces
@@ -26,7 +28,15 @@ from tasks.history import Trained
 from tests.models.training.folders import folder_source
 from tests.tasks import killed_sft
 from tests.tasks.conftest import RunStage
-from tests.tasks.conversations import CHARACTERS, TOKENIZER, VOCABULARY, model, training, write_tokens
+from tests.tasks.conversations import (
+    CHARACTERS,
+    TOKENIZER,
+    VOCABULARY,
+    conversations,
+    model,
+    training,
+    write_tokens,
+)
 
 
 @pytest.fixture
@@ -127,6 +137,19 @@ def test_new_tokens_get_the_mean_of_the_rows(
     ) == (new.config)
 
 
+def test_a_new_closing_token_is_written(run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path) -> None:
+    chatml = write_tokens(tmp_path / "chatml", tokenizer, "chatml")
+    after, _ = tune(run_stage, base(run_stage, tokens), chatml, steps=80, vocab_size=VOCABULARY + 2)
+    chat = chat_of(after / "tokenizer")
+    assert chat is not None
+    found = read_model(after)
+    engine = inference_engine("torch", found.config, "float32", whole_pieces(found.weights))
+    prompts = [chat.prompt_ids(messages[:1]) for messages in conversations(20, 2)]
+    answers = generate(engine, prompts, SamplingConfig(max_new_tokens=16), [chat.closing_id])
+    assert all(answer[-1] == chat.closing_id for answer in answers)
+    assert all(chat.answer(answer).startswith("yes ") for answer in answers)
+
+
 def test_moments_go_along_where_it_is_asked_for(
     run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -149,13 +172,10 @@ def test_moments_go_along_where_it_is_asked_for(
     assert not difference[VOCABULARY:].any()
 
 
-def test_adapters_leave_the_weights_and_the_new_rows(
-    run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path
-) -> None:
+def test_adapters_leave_the_weights(run_stage: RunStage, tokens: Path) -> None:
     before = base(run_stage, tokens)
-    chatml = write_tokens(tmp_path / "chatml", tokenizer, "chatml")
     keys = {"vocab_size": VOCABULARY + 2, "lora": {"rank": 4}, "steps": 30, "validation": {"every": 30}}
-    after, metrics = tune(run_stage, before, chatml, **keys)
+    after, metrics = tune(run_stage, before, tokens, **keys)
     old, new = read_model(before), read_model(after, merge=False)
     assert new.adapters is not None
     for name, array in old.weights.items():
@@ -163,9 +183,21 @@ def test_adapters_leave_the_weights_and_the_new_rows(
     assert [one["step"] for one in metrics["validation"]] == [0, 30]
     assert metrics["validation"][-1]["loss"] < metrics["validation"][0]["loss"]
     # Tuned once more, they are in the weights.
-    again, _ = tune(run_stage, after, chatml, optimizer={"learning_rate": 1e-9}, steps=1)
+    again, _ = tune(run_stage, after, tokens, optimizer={"learning_rate": 1e-9}, steps=1)
     for name, array in read_model(after).weights.items():
         np.testing.assert_allclose(numbers(read_model(again).weights[name]), numbers(array), atol=1e-6, err_msg=name)
+
+
+def test_adapters_cannot_learn_a_new_closing_token(run_stage: RunStage, tokenizer: Path, tmp_path: Path) -> None:
+    chatml = write_tokens(tmp_path / "chatml", tokenizer, "chatml")
+    plain = base(run_stage, write_tokens(tmp_path / "plain", tokenizer))
+    with pytest.raises(UserError, match=r"^lora: the token that closes an answer is new, .*: leave lora out, take"):
+        tune(run_stage, plain, chatml, vocab_size=VOCABULARY + 2, lora={"rank": 4})
+    # A base whose tokenizer has had the tokens from the beginning has rows of its own for them.
+    known = base(run_stage, chatml, vocab_size=VOCABULARY + 2)
+    after, metrics = tune(run_stage, known, chatml, lora={"rank": 4})
+    assert metrics["vocabulary"]["added"] == 0
+    assert read_model(after, merge=False).adapters is not None
 
 
 def test_lora_has_no_moments_to_copy() -> None:
