@@ -43,7 +43,9 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     unmerged = read_model(inputs["model"], merge=False)
     model, adapters = unmerged.merged(), unmerged.adapters
     tokenizer = tokenizer_of(inputs["model"], model.config)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    # A chat model may end texts with another token than answers; a list is then what transformers stops at.
+    stops = tokenizer.eos_id if len(tokenizer.stop_ids) == 1 else list(tokenizer.stop_ids)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
     chat = chat_of(inputs["model"] / "tokenizer")
     description = hub_config(model.config, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     _write_json(context.output / "config.json", description)

@@ -233,6 +233,11 @@ def test_chatml_adds_its_tokens_where_they_are_missing(made: Made) -> None:
     before = (again / TOKENIZER_FILE).read_bytes()
     write_chat(again, "chatml", bos=False)
     assert (again / TOKENIZER_FILE).read_bytes() == before
+    # What closes a text is known beside what closes an answer, however often the template is given.
+    twice = chat_of(again)
+    assert twice is not None
+    assert (twice.tokenizer.eos_id, twice.tokenizer.text_eos_id) == (601, old["<eos>"])
+    assert twice.tokenizer.stop_ids == (601, old["<eos>"])
 
 
 def digits() -> Backend:

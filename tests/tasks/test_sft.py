@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.files import canonical_json
-from models.chat import chat_of
+from models.chat import END, START, chat_of
 from models.config import ModelConfig
 from models.engine import inference_engine
 from models.generation import generate
@@ -261,6 +263,29 @@ def test_texts_may_stand_beside_conversations(
     assert [row["source"] for row in metrics["blend"]] == ["texts", "answers"]
     # The model speaks in the template of those that have one.
     assert chat_of(folder / "tokenizer") is not None
+
+
+def test_texts_beside_chatml_keep_their_own_end(run_stage: RunStage, tmp_path: Path) -> None:
+    special = {"special_tokens": [START, END]}
+    vocabulary = {"kind": "characters", "characters": f"{CHARACTERS}0123456789+=", **special}
+    tokenizer, _ = run_stage("tokenizer", {"vocabulary": vocabulary})
+    sums = {"kind": "arithmetic", "maximum": 9, "train": 60, "validation": 8, "test": 8}
+    documents, _ = run_stage("documents", {"source": sums})
+    texts, _ = run_stage("tokens", {"bos": True, "loss_on": "target"}, documents=documents, tokenizer=tokenizer)
+    chats = write_tokens(tmp_path / "chats", tokenizer, "chatml")
+    labels = {"tokens.0": "chats", "tokens.1": "sums"}
+    inputs = {"model": base(run_stage, texts, vocab_size=60), "tokens.0": chats, "tokens.1": texts}
+    tuned, _ = run_stage("sft", {"training": training(steps=60)}, labels, **inputs)
+    found = Tokenizer(tuned / "tokenizer")
+    assert [found.backend.id_to_token(token) for token in found.stop_ids] == [END, "<eos>"]
+    # What the model says is taken as the truth: it is right where it ended as texts do.
+    evaluation, _ = run_stage("evaluate", {}, model=tuned, documents=documents)
+    said = pq.read_table(evaluation / "samples.parquet")
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    pq.write_table(pa.table({"prompt": said["prompt"], "target": said["prediction"]}), truth / "test-00000.parquet")
+    _, measured = run_stage("evaluate", {}, model=tuned, documents=truth)
+    assert measured["exact_match"] == 1
 
 
 def test_templates_are_not_mixed(run_stage: RunStage, tokens: Path, tmp_path: Path) -> None:
