@@ -1,6 +1,6 @@
 """Stage `sft`: a model tuned on conversations (supervised fine-tuning), so that it answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -41,6 +41,15 @@ class TuningStageConfig(TrainingStageConfig):
 class Config(TuningStageConfig):
     """How a model is tuned."""
 
+    @model_validator(mode="after")
+    def _check_packing(self) -> Self:
+        if self.training.packing == "stream":
+            raise ValueError(
+                "sft learns from whole conversations, which a stream is cut through: set training.packing to whole, or "
+                "to documents for one to a row"
+            )
+        return self
+
 
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes a model artifact like `refine`'s, with the tokenizer and the chat template of the tokens.
@@ -78,6 +87,8 @@ def prepared(config: TuningStageConfig, folder: Path, tokens: Sequence[TokensInp
     """
     unmerged = read_model(folder, with_optimizer=config.optimizer_state == "copy", merge=False)
     model = unmerged.merged()
+    for note in _too_long(tokens, config.training.sequence_length):
+        context.report(Note(note))
     vocabulary = vocabulary_of(tokens, folder)
     rows = config.vocab_size or model.config.vocab_size
     needed = len(Tokenizer(tokenizer_folder(tokens)))
@@ -107,6 +118,19 @@ def prepared(config: TuningStageConfig, folder: Path, tokens: Sequence[TokensInp
     return Prepared(
         ready, {"vocabulary": {"rows_before": model.config.vocab_size, "rows": rows, "added": len(vocabulary.added)}}
     )
+
+
+def _too_long(tokens: Sequence[TokensInput], sequence_length: int) -> Iterator[str]:
+    """Says of which tokens some conversations do not fit into a row."""
+    room = sequence_length + 1
+    for one in tokens:
+        splits = [one.splits[split] for split in ("train", "validation") if split in one.splits]
+        longer = sum(count for split in splits for length, count in split.lengths if length > room)
+        if longer and one.template is not None:
+            yield (
+                f"{longer:,} conversations of '{one.name}' are longer than sequence_length {sequence_length} + 1, and "
+                f"lose their ends in the middle of a message: set max_tokens: {room} in the stage that makes them"
+            )
 
 
 def grown_config(model: ModelConfig, vocab_size: int | None) -> ModelConfig:

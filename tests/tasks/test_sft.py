@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,16 @@ from models.config import ModelConfig
 from models.engine import inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
-from models.tokenizer import Tokenizer
+from models.tokenizer import TOKENIZER_CONFIG, Tokenizer
 from models.training.batches import Batches
+from models.training.events import Note
 from models.weights import Array, whole_pieces
 from tasks import sft
 from tasks.checkpoint import read_model
 from tasks.history import Trained
 from tests.models.training.folders import folder_source
 from tests.tasks import killed_sft
-from tests.tasks.conftest import RunStage
+from tests.tasks.conftest import RunStage, context_in
 from tests.tasks.conversations import (
     CHARACTERS,
     TOKENIZER,
@@ -209,6 +211,31 @@ def test_lora_has_no_moments_to_copy() -> None:
         sft.Config.model_validate({**config, "optimizer_state": "copy"})
 
 
+@pytest.mark.parametrize("packing", [{}, {"packing": "stream", "document_masking": True}])
+def test_a_stream_would_cut_conversations(packing: dict[str, Any]) -> None:
+    run = {name: value for name, value in training().items() if name != "packing"} | packing
+    with pytest.raises(ValueError, match=r"set training\.packing to whole, or to documents for one to a row"):
+        sft.Config.model_validate({"training": run})
+
+
+def test_conversations_that_lose_their_ends_are_counted(run_stage: RunStage, tokens: Path, tmp_path: Path) -> None:
+    before = base(run_stage, tokens)
+    splits = json.loads((tokens / "tokens.json").read_bytes())["splits"]
+    lengths = [length for name in splits for length, count in splits[name]["lengths"] for _ in range(count)]
+    for room in (40, max(lengths)):
+        config = sft.Config.model_validate({"training": training(steps=1, sequence_length=room - 1)})
+        inputs, events = {"model": before, "tokens": tokens}, list[object]()
+        context = replace(context_in(tmp_path / str(room), "sft", inputs), report=events.append)
+        sft.run(config, inputs, context)
+        longer = sum(length > room for length in lengths)
+        said = (
+            f"{longer} conversations of 'tokens' are longer than sequence_length {room - 1} + 1, and lose their "
+            f"ends in the middle of a message: set max_tokens: {room} in the stage that makes them"
+        )
+        assert [one for one in events if isinstance(one, Note) and "longer" in one.text] == [Note(said)] * bool(longer)
+    assert longer == 0
+
+
 def test_rows_are_only_added(run_stage: RunStage) -> None:
     config = sft.Config.model_validate({"training": training(), "vocab_size": 40})
     with pytest.raises(UserError, match=r"vocab_size 40 is less than the model's 41; rows are only added"):
@@ -226,6 +253,41 @@ def test_a_base_from_another_tokenizer_is_refused(run_stage: RunStage, tokens: P
     for stage in ("sft", "refine"):
         with pytest.raises(UserError, match=message):
             run_stage(stage, {"training": training()}, model=before, tokens=other)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_what_stands_before_a_text_stays(run_stage: RunStage, tokenizer: Path, tmp_path: Path, begins: bool) -> None:
+    tokens = write_tokens(tmp_path / "base", tokenizer, bos=begins)
+    other = write_tokens(tmp_path / "other", tokenizer, bos=not begins)
+    before = base(run_stage, tokens)
+    role = f"'tokens' stands <.*>, where the model was trained with <.*>: set bos: {str(begins).lower()} in the stage"
+    for stage in ("sft", "refine"):
+        with pytest.raises(UserError, match=role):
+            run_stage(stage, {"training": training()}, model=before, tokens=other)
+
+
+def test_other_ends_of_texts_are_refused(run_stage: RunStage, tokens: Path, tmp_path: Path) -> None:
+    before = base(run_stage, tokens)
+    settings = tokens / "tokenizer" / TOKENIZER_CONFIG
+    settings.write_text(json.dumps({**json.loads(settings.read_bytes()), "pad_token": "<eos>"}))
+    message = r"have <eos> and <eos> as eos and pad tokens, where the model was trained with <eos> and <pad>: make them"
+    with pytest.raises(UserError, match=message):
+        tune(run_stage, before, tokens)
+
+
+def test_a_refined_chat_model_stays_one(run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path) -> None:
+    texts = Path(shutil.copytree(tokens, tmp_path / "texts"))
+    describe(texts, template=None, loss_on="text")
+    shutil.rmtree(texts / "tokenizer")
+    shutil.copytree(tokenizer, texts / "tokenizer")
+    chat_model, _ = tune(run_stage, base(run_stage, texts), tokens)
+    refined, _ = run_stage("refine", {"training": training()}, model=chat_model, tokens=texts)
+    found = chat_of(refined / "tokenizer")
+    assert found is not None
+    assert found.template == "plain"
+    # A model that has no template gets none.
+    again, _ = run_stage("refine", {"training": training()}, model=base(run_stage, texts), tokens=texts)
+    assert chat_of(again / "tokenizer") is None
 
 
 def test_refinement_adds_no_tokens(run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path) -> None:
