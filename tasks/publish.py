@@ -88,6 +88,10 @@ def _card(config: Config, model: ModelFolder, chat: Chat | None, results: dict[s
     room = min(256, max(1, shape.max_position_embeddings // 2))
     calls = _writing(prompt) if chat is None else _asking(prompt or "Hello!", room)
     sections.append(_usage(calls, own_code=native_class(shape) is None))
+    if chat is not None:
+        sections.append(
+            "A special token that is written out in a message is taken for the token; in training it was text."
+        )
     if model.adapters is not None:
         sections.append(_adapters(model.adapters.config, config.base_model))
     if lineage:
@@ -181,7 +185,7 @@ and nothing else; read it first."""
 # The files of `models/published` are part of what comes out: the version is raised when they change.
 STAGE = Stage(
     name="publish",
-    version=2,
+    version=3,
     config=Config,
     inputs={"model": Kind.MODEL},
     optional_inputs={"evaluation": Kind.EVALUATION},

@@ -199,6 +199,7 @@ def test_a_chat_model_answers_in_transformers_as_it_does_here(
     assert stops == (eos if template == "plain" else [chat.closing_id, eos])
     card = (folder / "README.md").read_text()
     assert "| 50.00% | 25.00% | 12.50% |" in card
+    assert "A special token that is written out in a message is taken for the token" in card
     script = tmp_path / "snippet.py"
     code = card.partition("```python\n")[2].partition("```")[0]
     script.write_text(code.replace('"path/to/this/folder"', repr(str(folder))))
