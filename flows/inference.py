@@ -121,10 +121,9 @@ def continue_prompts(
         if len(ids) > longest:
             raise UserError(f"the prompt {text[:40]!r} has {len(ids)} tokens; the model takes {longest}")
     engine = inference_engine(engine_name or default_engine(), model.config, "float32", whole_pieces(model.weights))
+    answers = generate(engine, encoded, sampling, tokenizer.stop_ids)
     if chat is not None:
-        answers = generate(engine, encoded, sampling, stop_ids=[chat.closing_id])
         return [chat.answer(answer) for answer in answers]
-    answers = generate(engine, encoded, sampling, stop_ids=[tokenizer.eos_id])
     return [tokenizer.decode_after(ids, answer) for ids, answer in zip(encoded, answers, strict=True)]
 
 

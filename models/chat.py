@@ -21,11 +21,14 @@ from tokenizers import Tokenizer as Backend
 
 from common.errors import UserError
 from models.tokenizer import (
+    CHAT_SETTING,
+    TEXT_EOS,
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
     Tokenizer,
     read_backend,
     read_settings,
+    text_roles,
     write_settings,
 )
 
@@ -33,8 +36,6 @@ Template = Literal["plain", "chatml"]
 Role = Literal["system", "user", "assistant"]
 START, END = "<|im_start|>", "<|im_end|>"
 """What opens and closes a message in ChatML."""
-SETTING = "cairn_template"
-"""The key of `tokenizer_config.json` that names the template."""
 
 _NAMES: Mapping[Role, str] = {"system": "System", "user": "User", "assistant": "Assistant"}
 _JINJA: Mapping[Template, str] = {
@@ -119,15 +120,19 @@ def _message(number: int, message: object) -> Message:
 def write_chat(folder: Path, template: Template, bos: bool) -> None:
     """Gives the tokenizer in a folder a template, in place of any that it has, and the tokens that this needs.
 
-    The token that closes an answer becomes its eos token. `bos`: whether its bos token stands before a conversation.
+    The token that closes an answer becomes its eos token, and what closes a text is kept beside the template where it
+    is another. `bos`: whether its bos token stands before a conversation.
     Raises UserError where the folder holds no readable tokenizer, or one that cannot have the template.
     """
     settings = read_settings(folder / TOKENIZER_CONFIG)
+    of_texts = text_roles(settings)
+    text_eos = None if of_texts is None else of_texts.eos
     if template == "chatml":
         _add_tokens(folder / TOKENIZER_FILE)
-        settings = {**settings, "eos_token": END}
+    eos = END if template == "chatml" else text_eos
+    setting = {"name": template, "bos": bos, **({} if text_eos in (None, eos) else {TEXT_EOS: text_eos})}
     begins = "{{ bos_token }}" if bos else ""
-    added = {SETTING: {"name": template, "bos": bos}, "chat_template": begins + _JINJA[template]}
+    added = {"eos_token": eos, CHAT_SETTING: setting, "chat_template": begins + _JINJA[template]}
     write_settings(folder / TOKENIZER_CONFIG, {**settings, **added})
     Chat(Tokenizer(folder), template, bos)
 
@@ -152,13 +157,13 @@ def chat_of(folder: Path) -> "Chat | None":
     Raises UserError where the folder holds no readable tokenizer.
     """
     path = folder / TOKENIZER_CONFIG
-    setting = read_settings(path).get(SETTING)
+    setting = read_settings(path).get(CHAT_SETTING)
     if setting is None:
         return None
     named = [setting.get(key) for key in ("name", "bos")] if isinstance(setting, dict) else []
     if named not in [[name, bos] for name in _JINJA for bos in (True, False)]:
         raise UserError(
-            f"{path}: {SETTING} is {json.dumps(setting)}, which names no template; make the tokenizer again"
+            f"{path}: {CHAT_SETTING} is {json.dumps(setting)}, which names no template; make the tokenizer again"
         )
     return Chat(Tokenizer(folder), setting["name"], setting["bos"])
 

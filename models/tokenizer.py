@@ -15,6 +15,10 @@ from common.errors import UserError
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG)
 SENTENCEPIECE_FILE = "tokenizer.model"
+CHAT_SETTING = "cairn_template"
+"""The key of `tokenizer_config.json` that names the chat template."""
+TEXT_EOS = "text_eos"
+"""Beside a template whose closing token is another: what closes a text."""
 ENCODED_AT_ONCE = 1 << 18
 """Characters that are encoded at once where only the ids are kept."""
 
@@ -46,6 +50,13 @@ def read_roles(config: Mapping[str, Any]) -> Roles | None:
 
     eos = named("eos")
     return None if eos is None else Roles(named("bos") or eos, eos, named("pad") or eos)
+
+
+def text_roles(config: Mapping[str, Any]) -> Roles | None:
+    """The roles around a text, of which eos is another than around a conversation where the template closes it so."""
+    setting = config.get(CHAT_SETTING)
+    eos = setting.get(TEXT_EOS) if isinstance(setting, dict) else None
+    return read_roles(config if eos is None else {**config, "eos_token": eos})
 
 
 def write_tokenizer(folder: Path, backend: Backend, roles: Roles, chat_template: Any = None) -> None:
@@ -135,10 +146,15 @@ class Tokenizer:
         self.backend = read_backend(folder / TOKENIZER_FILE)
         self.backend.encode_special_tokens = True
         path = folder / TOKENIZER_CONFIG
-        roles = read_roles(read_settings(path))
-        if roles is None:
+        settings = read_settings(path)
+        roles, of_texts = read_roles(settings), text_roles(settings)
+        if roles is None or of_texts is None:
             raise UserError(f"{path} names no eos_token; every tokenizer needs one")
         self.bos_id, self.eos_id, self.pad_id = (self._id(token, path) for token in roles)
+        self.text_eos_id = self._id(of_texts.eos, path)
+        """What closes a text: another token than eos where a chat template has one of its own."""
+        self.stop_ids = tuple(dict.fromkeys((self.eos_id, self.text_eos_id)))
+        """Where generation ends."""
         self._size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     def _id(self, token: str, path: Path) -> int:

@@ -12,7 +12,8 @@ from pydantic import ConfigDict, ValidationError
 
 from common.config import FrozenModel
 from common.errors import UserError
-from models.chat import END, START, Template
+from models.chat import END, START, Template, chat_of
+from models.tokenizer import TOKENIZER_CONFIG, read_settings, text_roles
 from models.training.batches import Batches
 from models.training.config import Portion
 from models.training.shards import ShardCounts
@@ -90,23 +91,45 @@ def tokens_inputs(inputs: Mapping[str, Path], blend: Sequence[Portion], context:
     return found
 
 
-def tokenizer_folder(tokens: Sequence[TokensInput]) -> Path:
+def tokenizer_folder(tokens: Sequence[TokensInput], model: Path | None = None) -> Path:
     """The tokenizer of a model that is trained on these: that of conversations where there are some, for it has the
-    template."""
-    first = next((one for one in tokens if one.template is not None), tokens[0])
-    return first.folder / "tokenizer"
+    template; without any, that of a chat model that comes in, which stays one."""
+    first = next((one for one in tokens if one.template is not None), None)
+    if first is None and model is not None and chat_of(model / "tokenizer") is not None:
+        return model / "tokenizer"
+    return (first or tokens[0]).folder / "tokenizer"
 
 
 def vocabulary_of(tokens: Sequence[TokensInput], model: Path) -> Vocabulary:
     """The tokens' vocabulary beside that of the model in a folder. Raises UserError where it is of another tokenizer
-    than that which the model was trained with."""
+    than that which the model was trained with, and where other tokens stand around its texts."""
     try:
-        return extended_vocabulary(model / "tokenizer", tokenizer_folder(tokens))
+        vocabulary = extended_vocabulary(model / "tokenizer", tokenizer_folder(tokens))
     except UserError as error:
         raise UserError(
             f"the tokens '{tokens[0].name}' were made with another tokenizer than the model was trained with "
             f"({error}): make them with the model's own"
         ) from error
+    for one in tokens:
+        _check_roles(one, model)
+    return vocabulary
+
+
+def _check_roles(tokens: TokensInput, model: Path) -> None:
+    """Raises UserError where a text would stand between other tokens than those that the model was trained with."""
+    before, after = (text_roles(read_settings(of / "tokenizer" / TOKENIZER_CONFIG)) for of in (model, tokens.folder))
+    if before is None or after is None or before == after:
+        return
+    if before.bos != after.bos:
+        begins = "false" if before.bos == before.eos else "true"
+        raise UserError(
+            f"before the tokens '{tokens.name}' stands {after.bos}, where the model was trained with {before.bos}: set "
+            f"bos: {begins} in the stage that makes them"
+        )
+    raise UserError(
+        f"the tokens '{tokens.name}' have {after.eos} and {after.pad} as eos and pad tokens, where the model was "
+        f"trained with {before.eos} and {before.pad}: make them with the model's own tokenizer"
+    )
 
 
 def _check_fit(one: TokensInput, other: TokensInput) -> None:

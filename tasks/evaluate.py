@@ -95,7 +95,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     )
     fitting = [row for row, (prompt, _) in enumerate(encoded) if len(prompt) <= model.config.max_position_embeddings]
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=_limit(config, questions))
-    stops = {tokenizer.eos_id if chat is None else chat.closing_id, tokenizer.eos_id}
+    stops = {*tokenizer.stop_ids, *(() if chat is None else (chat.closing_id,))}
     written = generate(engine, [encoded[row].prompt for row in fitting], sampling, stops, config.batch_size)
     answers: list[list[int]] = [[] for _ in encoded]
     for row, answer in zip(fitting, written, strict=True):
@@ -155,7 +155,7 @@ def _chat(config: Config, folder: Path, tokenizer: Tokenizer) -> Chat:
 def _encoded(questions: Questions, tokenizer: Tokenizer, chat: Chat | None) -> list[Encoded]:
     if chat is None or questions.conversations is None:
         parts = tokenizer.encode_parts(questions.prompts, questions.targets)
-        return [Encoded([tokenizer.bos_id, *prompt], [*target, tokenizer.eos_id]) for prompt, target in parts]
+        return [Encoded([tokenizer.bos_id, *prompt], [*target, tokenizer.text_eos_id]) for prompt, target in parts]
     found = []
     for messages in questions.conversations:
         prompt = chat.prompt_ids(messages[:-1])

@@ -206,7 +206,7 @@ def _samples(config: Config, engine: InferenceEngine, tokenizer: Tokenizer, firs
                 f"the prompt {prompt[:40]!r} has {len(ids)} tokens; the model takes "
                 f"{engine.config.max_position_embeddings}"
             )
-    answers = generate(engine, encoded, config.sampling, [tokenizer.eos_id], config.batch_size)
+    answers = generate(engine, encoded, config.sampling, tokenizer.stop_ids, config.batch_size)
     return [
         {"prompt": prompt, "continuation": tokenizer.decode_after(ids, answer)}
         for prompt, ids, answer in zip(config.prompts, encoded, answers, strict=True)

@@ -43,7 +43,9 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     unmerged = read_model(inputs["model"], merge=False)
     model, adapters = unmerged.merged(), unmerged.adapters
     tokenizer = tokenizer_of(inputs["model"], model.config)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    # A chat model may end texts with another token than answers; a list is then what transformers stops at.
+    stops = tokenizer.eos_id if len(tokenizer.stop_ids) == 1 else list(tokenizer.stop_ids)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
     chat = chat_of(inputs["model"] / "tokenizer")
     description = hub_config(model.config, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     _write_json(context.output / "config.json", description)
@@ -86,6 +88,10 @@ def _card(config: Config, model: ModelFolder, chat: Chat | None, results: dict[s
     room = min(256, max(1, shape.max_position_embeddings // 2))
     calls = _writing(prompt) if chat is None else _asking(prompt or "Hello!", room)
     sections.append(_usage(calls, own_code=native_class(shape) is None))
+    if chat is not None:
+        sections.append(
+            "A special token that is written out in a message is taken for the token; in training it was text."
+        )
     if model.adapters is not None:
         sections.append(_adapters(model.adapters.config, config.base_model))
     if lineage:
@@ -179,7 +185,7 @@ and nothing else; read it first."""
 # The files of `models/published` are part of what comes out: the version is raised when they change.
 STAGE = Stage(
     name="publish",
-    version=2,
+    version=3,
     config=Config,
     inputs={"model": Kind.MODEL},
     optional_inputs={"evaluation": Kind.EVALUATION},

@@ -21,7 +21,8 @@ class Config(TrainingStageConfig):
 
 
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
-    """Writes a model artifact like `pretrain`'s. Moments of another optimizer are left behind, and it is said.
+    """Writes a model artifact like `pretrain`'s; a chat model keeps its template. Moments of another optimizer are left
+    behind, and it is said.
 
     Raises UserError for tokens of another tokenizer than the model's, or with tokens that it has not.
     """
@@ -42,4 +43,4 @@ def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
     return inputs["model"]
 
 
-STAGE = training_stage("refine", 4, Config, run, model_of)
+STAGE = training_stage("refine", 5, Config, run, model_of)

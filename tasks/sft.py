@@ -1,12 +1,13 @@
 """Stage `sft`: a model tuned on conversations (supervised fine-tuning), so that it answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from common.errors import UserError
+from models.chat import chat_of
 from models.config import ModelConfig
 from models.tokenizer import Tokenizer
 from models.training.events import Note
@@ -40,6 +41,15 @@ class TuningStageConfig(TrainingStageConfig):
 class Config(TuningStageConfig):
     """How a model is tuned."""
 
+    @model_validator(mode="after")
+    def _check_packing(self) -> Self:
+        if self.training.packing == "stream":
+            raise ValueError(
+                "sft learns from whole conversations, which a stream is cut through: set training.packing to whole, or "
+                "to documents for one to a row"
+            )
+        return self
+
 
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes a model artifact like `refine`'s, with the tokenizer and the chat template of the tokens.
@@ -72,10 +82,13 @@ class Prepared(NamedTuple):
 def prepared(config: TuningStageConfig, folder: Path, tokens: Sequence[TokensInput], context: Context) -> Prepared:
     """The model in a folder as it is tuned on some tokens.
 
-    Raises UserError where their tokenizer does not extend the model's, or has more tokens than there are to be rows.
+    Raises UserError where their tokenizer does not extend the model's or has more tokens than there are to be rows, and
+    where no answer could ever be closed.
     """
     unmerged = read_model(folder, with_optimizer=config.optimizer_state == "copy", merge=False)
     model = unmerged.merged()
+    for note in _too_long(tokens, config.training.sequence_length):
+        context.report(Note(note))
     vocabulary = vocabulary_of(tokens, folder)
     rows = config.vocab_size or model.config.vocab_size
     needed = len(Tokenizer(tokenizer_folder(tokens)))
@@ -85,6 +98,14 @@ def prepared(config: TuningStageConfig, folder: Path, tokens: Sequence[TokensInp
             f"would have {rows:,} rows: set vocab_size to {needed} or more"
         )
     if vocabulary.added and config.lora is not None:
+        chat = chat_of(tokenizer_folder(tokens))
+        # As the mean of the other rows, its logit never exceeds the largest of theirs, whatever the adapters learn.
+        if chat is not None and chat.closing_id in vocabulary.added:
+            raise UserError(
+                "lora: the token that closes an answer is new, and lora leaves its row, so that no answer would end: "
+                "leave lora out, take template: plain, or give the tokenizer the template's tokens before pretraining "
+                "(special_tokens)"
+            )
         context.report(
             Note(f"the rows of the {len(vocabulary.added)} new tokens stay the mean of the others: lora leaves them")
         )
@@ -97,6 +118,19 @@ def prepared(config: TuningStageConfig, folder: Path, tokens: Sequence[TokensInp
     return Prepared(
         ready, {"vocabulary": {"rows_before": model.config.vocab_size, "rows": rows, "added": len(vocabulary.added)}}
     )
+
+
+def _too_long(tokens: Sequence[TokensInput], sequence_length: int) -> Iterator[str]:
+    """Says of which tokens some conversations do not fit into a row."""
+    room = sequence_length + 1
+    for one in tokens:
+        splits = [one.splits[split] for split in ("train", "validation") if split in one.splits]
+        longer = sum(count for split in splits for length, count in split.lengths if length > room)
+        if longer and one.template is not None:
+            yield (
+                f"{longer:,} conversations of '{one.name}' are longer than sequence_length {sequence_length} + 1, and "
+                f"lose their ends in the middle of a message: set max_tokens: {room} in the stage that makes them"
+            )
 
 
 def grown_config(model: ModelConfig, vocab_size: int | None) -> ModelConfig:
@@ -115,4 +149,4 @@ def model_of(config: TuningStageConfig, inputs: Mapping[str, ModelConfig]) -> Mo
     return grown_config(inputs["model"], config.vocab_size)
 
 
-STAGE = training_stage("sft", 1, Config, run, model_of)
+STAGE = training_stage("sft", 2, Config, run, model_of)

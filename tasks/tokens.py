@@ -244,7 +244,7 @@ def _reported(encoded_units: Results, count: int, context: Context) -> Results:
 
 STAGE = Stage(
     name="tokens",
-    version=3,
+    version=4,
     config=Config,
     inputs={"documents": Kind.DOCUMENTS, "tokenizer": Kind.TOKENIZER},
     output=Kind.TOKENS,

@@ -92,7 +92,8 @@ def run_training(
     _forget_peak()
     tokens = tokens_inputs(inputs, config.blend, context)
     _check_pairs(config.training, tokens, tuning)
-    tokenizer = Tokenizer(tokenizer_folder(tokens))
+    own_tokenizer = tokenizer_folder(tokens, inputs.get("model"))
+    tokenizer = Tokenizer(own_tokenizer)
     check_vocabulary(len(tokenizer), model)
     filesystem, folder = context.scratch
     with _data(config.training, model, tokens, tokenizer.pad_id, tuning) as data:
@@ -129,7 +130,7 @@ def run_training(
     trained = _model_folder(engine, model, config.training.optimizer, history, tuning)
     if engine.process == 0:
         write_model(context.output, trained)
-        copy_tokenizer(tokenizer_folder(tokens), context.output)
+        copy_tokenizer(own_tokenizer, context.output)
     metrics = _metrics(model, result, engine.device, data)
     if len(history) > 1 and isinstance(history[-2], Grown):
         _add_growth(metrics, history)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from common.files import canonical_json
-from models.chat import Chat, Message, Template, write_chat
+from models.chat import Chat, Message, Template
 from models.tokenizer import Tokenizer
 from models.training.shards import write_shard
+from tasks.encoding.conversations import give_template
 
 CHARACTERS = "\n !?:ABSUabcdefghijklmnopqrstuvwxyz_<|>"
 TOKENIZER: dict[str, Any] = {"vocabulary": {"kind": "characters", "characters": CHARACTERS}}
@@ -38,12 +39,13 @@ def write_tokens(
     tokenizer: Path,
     template: Template = "plain",
     splits: Mapping[str, Sequence[Sequence[Message]]] | None = None,
+    bos: bool = True,
 ) -> Path:
     """A tokens artifact of conversations."""
     folder.mkdir(parents=True)
     shutil.copytree(tokenizer, folder / "tokenizer")
-    write_chat(folder / "tokenizer", template, bos=True)
-    chat = Chat(Tokenizer(folder / "tokenizer"), template, bos=True)
+    give_template(folder / "tokenizer", template, bos)
+    chat = Chat(Tokenizer(folder / "tokenizer"), template, bos)
     made = {}
     for split, found in (splits or {"train": conversations(80), "validation": conversations(10, 1)}).items():
         ids, counted = zip(*(chat.conversation(messages) for messages in found), strict=True)

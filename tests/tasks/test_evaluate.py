@@ -147,7 +147,7 @@ def asked(chat: Chat, engine: Any, questions: Sequence[str], max_new_tokens: int
     prompts = [
         chat.prompt_ids([*exchange("1+1", "2"), {"role": "user", "content": question}]) for question in questions
     ]
-    return generate(engine, prompts, SamplingConfig(max_new_tokens=max_new_tokens), [chat.closing_id])
+    return generate(engine, prompts, SamplingConfig(max_new_tokens=max_new_tokens), chat.tokenizer.stop_ids)
 
 
 def test_the_last_answer_of_a_conversation_is_scored(run_stage: RunStage, tmp_path: Path) -> None:

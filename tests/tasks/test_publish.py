@@ -194,9 +194,12 @@ def test_a_chat_model_answers_in_transformers_as_it_does_here(
     chat = chat_of(made)
     assert chat is not None
     stops = json.loads((folder / "generation_config.json").read_bytes())["eos_token_id"]
-    assert chat.closing_id in (stops if isinstance(stops, list) else [stops])
+    # What closes a text ends generation too.
+    eos = Tokenizer(made).backend.token_to_id("<eos>")
+    assert stops == (eos if template == "plain" else [chat.closing_id, eos])
     card = (folder / "README.md").read_text()
     assert "| 50.00% | 25.00% | 12.50% |" in card
+    assert "A special token that is written out in a message is taken for the token" in card
     script = tmp_path / "snippet.py"
     code = card.partition("```python\n")[2].partition("```")[0]
     script.write_text(code.replace('"path/to/this/folder"', repr(str(folder))))
@@ -205,7 +208,7 @@ def test_a_chat_model_answers_in_transformers_as_it_does_here(
     assert ran["asked"]["input_ids"].tolist() == [prompt]
     engine = inference_engine("torch", config, "float32", whole_pieces(random_weights(config)))
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=128)
-    answer = generate(engine, [prompt], sampling, stop_ids=[chat.closing_id])[0]
+    answer = generate(engine, [prompt], sampling, chat.tokenizer.stop_ids)[0]
     assert ran["answer"].tolist() == answer
     assert capsys.readouterr().out == chat.answer(answer) + "\n"
 

@@ -5,28 +5,42 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.files import canonical_json
-from models.chat import chat_of
+from models.chat import END, START, chat_of
 from models.config import ModelConfig
 from models.engine import inference_engine
-from models.tokenizer import Tokenizer
+from models.generation import generate
+from models.sampling import SamplingConfig
+from models.tokenizer import TOKENIZER_CONFIG, Tokenizer
 from models.training.batches import Batches
+from models.training.events import Note
 from models.weights import Array, whole_pieces
 from tasks import sft
 from tasks.checkpoint import read_model
 from tasks.history import Trained
 from tests.models.training.folders import folder_source
 from tests.tasks import killed_sft
-from tests.tasks.conftest import RunStage
-from tests.tasks.conversations import CHARACTERS, TOKENIZER, VOCABULARY, model, training, write_tokens
+from tests.tasks.conftest import RunStage, context_in
+from tests.tasks.conversations import (
+    CHARACTERS,
+    TOKENIZER,
+    VOCABULARY,
+    conversations,
+    model,
+    training,
+    write_tokens,
+)
 
 
 @pytest.fixture
@@ -127,6 +141,19 @@ def test_new_tokens_get_the_mean_of_the_rows(
     ) == (new.config)
 
 
+def test_a_new_closing_token_is_written(run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path) -> None:
+    chatml = write_tokens(tmp_path / "chatml", tokenizer, "chatml")
+    after, _ = tune(run_stage, base(run_stage, tokens), chatml, steps=80, vocab_size=VOCABULARY + 2)
+    chat = chat_of(after / "tokenizer")
+    assert chat is not None
+    found = read_model(after)
+    engine = inference_engine("torch", found.config, "float32", whole_pieces(found.weights))
+    prompts = [chat.prompt_ids(messages[:1]) for messages in conversations(20, 2)]
+    answers = generate(engine, prompts, SamplingConfig(max_new_tokens=16), [chat.closing_id])
+    assert all(answer[-1] == chat.closing_id for answer in answers)
+    assert all(chat.answer(answer).startswith("yes ") for answer in answers)
+
+
 def test_moments_go_along_where_it_is_asked_for(
     run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -149,13 +176,10 @@ def test_moments_go_along_where_it_is_asked_for(
     assert not difference[VOCABULARY:].any()
 
 
-def test_adapters_leave_the_weights_and_the_new_rows(
-    run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path
-) -> None:
+def test_adapters_leave_the_weights(run_stage: RunStage, tokens: Path) -> None:
     before = base(run_stage, tokens)
-    chatml = write_tokens(tmp_path / "chatml", tokenizer, "chatml")
     keys = {"vocab_size": VOCABULARY + 2, "lora": {"rank": 4}, "steps": 30, "validation": {"every": 30}}
-    after, metrics = tune(run_stage, before, chatml, **keys)
+    after, metrics = tune(run_stage, before, tokens, **keys)
     old, new = read_model(before), read_model(after, merge=False)
     assert new.adapters is not None
     for name, array in old.weights.items():
@@ -163,9 +187,21 @@ def test_adapters_leave_the_weights_and_the_new_rows(
     assert [one["step"] for one in metrics["validation"]] == [0, 30]
     assert metrics["validation"][-1]["loss"] < metrics["validation"][0]["loss"]
     # Tuned once more, they are in the weights.
-    again, _ = tune(run_stage, after, chatml, optimizer={"learning_rate": 1e-9}, steps=1)
+    again, _ = tune(run_stage, after, tokens, optimizer={"learning_rate": 1e-9}, steps=1)
     for name, array in read_model(after).weights.items():
         np.testing.assert_allclose(numbers(read_model(again).weights[name]), numbers(array), atol=1e-6, err_msg=name)
+
+
+def test_adapters_cannot_learn_a_new_closing_token(run_stage: RunStage, tokenizer: Path, tmp_path: Path) -> None:
+    chatml = write_tokens(tmp_path / "chatml", tokenizer, "chatml")
+    plain = base(run_stage, write_tokens(tmp_path / "plain", tokenizer))
+    with pytest.raises(UserError, match=r"^lora: the token that closes an answer is new, .*: leave lora out, take"):
+        tune(run_stage, plain, chatml, vocab_size=VOCABULARY + 2, lora={"rank": 4})
+    # A base whose tokenizer has had the tokens from the beginning has rows of its own for them.
+    known = base(run_stage, chatml, vocab_size=VOCABULARY + 2)
+    after, metrics = tune(run_stage, known, chatml, lora={"rank": 4})
+    assert metrics["vocabulary"]["added"] == 0
+    assert read_model(after, merge=False).adapters is not None
 
 
 def test_lora_has_no_moments_to_copy() -> None:
@@ -173,6 +209,31 @@ def test_lora_has_no_moments_to_copy() -> None:
     assert sft.Config.model_validate(config).optimizer_state == "reset"
     with pytest.raises(ValueError, match="which no moments come with: leave optimizer_state at reset"):
         sft.Config.model_validate({**config, "optimizer_state": "copy"})
+
+
+@pytest.mark.parametrize("packing", [{}, {"packing": "stream", "document_masking": True}])
+def test_a_stream_would_cut_conversations(packing: dict[str, Any]) -> None:
+    run = {name: value for name, value in training().items() if name != "packing"} | packing
+    with pytest.raises(ValueError, match=r"set training\.packing to whole, or to documents for one to a row"):
+        sft.Config.model_validate({"training": run})
+
+
+def test_conversations_that_lose_their_ends_are_counted(run_stage: RunStage, tokens: Path, tmp_path: Path) -> None:
+    before = base(run_stage, tokens)
+    splits = json.loads((tokens / "tokens.json").read_bytes())["splits"]
+    lengths = [length for name in splits for length, count in splits[name]["lengths"] for _ in range(count)]
+    for room in (40, max(lengths)):
+        config = sft.Config.model_validate({"training": training(steps=1, sequence_length=room - 1)})
+        inputs, events = {"model": before, "tokens": tokens}, list[object]()
+        context = replace(context_in(tmp_path / str(room), "sft", inputs), report=events.append)
+        sft.run(config, inputs, context)
+        longer = sum(length > room for length in lengths)
+        said = (
+            f"{longer} conversations of 'tokens' are longer than sequence_length {room - 1} + 1, and lose their "
+            f"ends in the middle of a message: set max_tokens: {room} in the stage that makes them"
+        )
+        assert [one for one in events if isinstance(one, Note) and "longer" in one.text] == [Note(said)] * bool(longer)
+    assert longer == 0
 
 
 def test_rows_are_only_added(run_stage: RunStage) -> None:
@@ -192,6 +253,41 @@ def test_a_base_from_another_tokenizer_is_refused(run_stage: RunStage, tokens: P
     for stage in ("sft", "refine"):
         with pytest.raises(UserError, match=message):
             run_stage(stage, {"training": training()}, model=before, tokens=other)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_what_stands_before_a_text_stays(run_stage: RunStage, tokenizer: Path, tmp_path: Path, begins: bool) -> None:
+    tokens = write_tokens(tmp_path / "base", tokenizer, bos=begins)
+    other = write_tokens(tmp_path / "other", tokenizer, bos=not begins)
+    before = base(run_stage, tokens)
+    role = f"'tokens' stands <.*>, where the model was trained with <.*>: set bos: {str(begins).lower()} in the stage"
+    for stage in ("sft", "refine"):
+        with pytest.raises(UserError, match=role):
+            run_stage(stage, {"training": training()}, model=before, tokens=other)
+
+
+def test_other_ends_of_texts_are_refused(run_stage: RunStage, tokens: Path, tmp_path: Path) -> None:
+    before = base(run_stage, tokens)
+    settings = tokens / "tokenizer" / TOKENIZER_CONFIG
+    settings.write_text(json.dumps({**json.loads(settings.read_bytes()), "pad_token": "<eos>"}))
+    message = r"have <eos> and <eos> as eos and pad tokens, where the model was trained with <eos> and <pad>: make them"
+    with pytest.raises(UserError, match=message):
+        tune(run_stage, before, tokens)
+
+
+def test_a_refined_chat_model_stays_one(run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path) -> None:
+    texts = Path(shutil.copytree(tokens, tmp_path / "texts"))
+    describe(texts, template=None, loss_on="text")
+    shutil.rmtree(texts / "tokenizer")
+    shutil.copytree(tokenizer, texts / "tokenizer")
+    chat_model, _ = tune(run_stage, base(run_stage, texts), tokens)
+    refined, _ = run_stage("refine", {"training": training()}, model=chat_model, tokens=texts)
+    found = chat_of(refined / "tokenizer")
+    assert found is not None
+    assert found.template == "plain"
+    # A model that has no template gets none.
+    again, _ = run_stage("refine", {"training": training()}, model=base(run_stage, texts), tokens=texts)
+    assert chat_of(again / "tokenizer") is None
 
 
 def test_refinement_adds_no_tokens(run_stage: RunStage, tokens: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -229,6 +325,29 @@ def test_texts_may_stand_beside_conversations(
     assert [row["source"] for row in metrics["blend"]] == ["texts", "answers"]
     # The model speaks in the template of those that have one.
     assert chat_of(folder / "tokenizer") is not None
+
+
+def test_texts_beside_chatml_keep_their_own_end(run_stage: RunStage, tmp_path: Path) -> None:
+    special = {"special_tokens": [START, END]}
+    vocabulary = {"kind": "characters", "characters": f"{CHARACTERS}0123456789+=", **special}
+    tokenizer, _ = run_stage("tokenizer", {"vocabulary": vocabulary})
+    sums = {"kind": "arithmetic", "maximum": 9, "train": 60, "validation": 8, "test": 8}
+    documents, _ = run_stage("documents", {"source": sums})
+    texts, _ = run_stage("tokens", {"bos": True, "loss_on": "target"}, documents=documents, tokenizer=tokenizer)
+    chats = write_tokens(tmp_path / "chats", tokenizer, "chatml")
+    labels = {"tokens.0": "chats", "tokens.1": "sums"}
+    inputs = {"model": base(run_stage, texts, vocab_size=60), "tokens.0": chats, "tokens.1": texts}
+    tuned, _ = run_stage("sft", {"training": training(steps=60)}, labels, **inputs)
+    found = Tokenizer(tuned / "tokenizer")
+    assert [found.backend.id_to_token(token) for token in found.stop_ids] == [END, "<eos>"]
+    # What the model says is taken as the truth: it is right where it ended as texts do.
+    evaluation, _ = run_stage("evaluate", {}, model=tuned, documents=documents)
+    said = pq.read_table(evaluation / "samples.parquet")
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    pq.write_table(pa.table({"prompt": said["prompt"], "target": said["prediction"]}), truth / "test-00000.parquet")
+    _, measured = run_stage("evaluate", {}, model=tuned, documents=truth)
+    assert measured["exact_match"] == 1
 
 
 def test_templates_are_not_mixed(run_stage: RunStage, tokens: Path, tmp_path: Path) -> None:
