@@ -42,4 +42,4 @@ def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
     return inputs["model"]
 
 
-STAGE = training_stage("refine", 4, Config, run, model_of)
+STAGE = training_stage("refine", 5, Config, run, model_of)

@@ -115,4 +115,4 @@ def model_of(config: TuningStageConfig, inputs: Mapping[str, ModelConfig]) -> Mo
     return grown_config(inputs["model"], config.vocab_size)
 
 
-STAGE = training_stage("sft", 1, Config, run, model_of)
+STAGE = training_stage("sft", 2, Config, run, model_of)
