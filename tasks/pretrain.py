@@ -29,4 +29,4 @@ def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
     return config.model
 
 
-STAGE = training_stage("pretrain", 4, Config, run, model_of)
+STAGE = training_stage("pretrain", 5, Config, run, model_of)

@@ -221,7 +221,7 @@ def grown_model(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfi
 
 STAGE = Stage(
     name="stack",
-    version=3,
+    version=4,
     config=Config,
     inputs={"model": Kind.MODEL},
     output=Kind.MODEL,

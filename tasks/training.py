@@ -1,9 +1,11 @@
 """What the training stages share: a model trained on token shards, from fresh weights or an artifact's."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,18 +19,20 @@ from models.optimizer import OptimizerConfig
 from models.tokenizer import TOKENIZER_FILE, Tokenizer
 from models.training.batches import Batches, Source
 from models.training.checkpoint import Checkpoints, named
-from models.training.config import Portion, TrainingConfig
+from models.training.config import Portion, TrainingConfig, ValidationConfig
 from models.training.events import Note, TrainingResult
 from models.training.loop import Start, train
 from models.training.metrics import Metrics as TrainingLogs
 from models.tuning import WHOLE, Tuning
 from models.weights import Array, parameter_count
-from tasks.blend import DESCRIPTION, TokensInput, blend_rows, tokenizer_folder, tokens_inputs
+from tasks.blend import TokensInput, blend_rows, tokenizer_folder, tokens_inputs
 from tasks.checkpoint import Adapters, ModelFolder, check_vocabulary, whole, write_model
 from tasks.growth_record import growth_phrase, growths
 from tasks.history import Grown, History, Loss, Trained
 from tasks.stage import Context, Kind, Metrics, ModelOf, Stage, StageFunction
 from tasks.tokens import copy_tokenizer
+
+_ROWS_AT_ONCE = 256
 
 
 class TrainingStageConfig(FrozenModel):
@@ -231,7 +235,10 @@ def _data(
         sources, notes = _validation_sources(tokens)
         validation = stack.enter_context(_batches(config, model, sources, pad_id))
         validated = [source.name for source in sources] if len(sources) > 1 else []
-        measured_on = _identity(config, tokens) if tuning.preference is None else None
+        measured_on = None
+        if tuning.preference is None:
+            tokenizer = tokens[0].folder / "tokenizer" / TOKENIZER_FILE
+            measured_on = _identity(validation, [source.portion for source in sources], config.validation, tokenizer)
         yield _Data(batches, validation, measured_on, validated, notes)
 
 
@@ -249,22 +256,27 @@ def _batches(config: TrainingConfig, model: ModelConfig, sources: Sequence[Sourc
     )
 
 
-def _identity(config: TrainingConfig, tokens: Sequence[TokensInput]) -> str:
-    """Identity of the validation rows: what stands in them, and which of them are taken."""
-    rows = [
-        config.sequence_length,
-        config.packing,
-        config.document_masking,
-        config.validation and config.validation.rows,
-    ]
-    sources = [
-        [
-            one.portion.weight,
-            *(sha256_file(path) for path in (one.folder / DESCRIPTION, one.folder / "tokenizer" / TOKENIZER_FILE)),
-        ]
-        for one in tokens
-    ]
-    return sha256_bytes(canonical_json([rows, sources]))
+def _identity(validation: Batches, portions: Sequence[Portion], config: ValidationConfig, tokenizer: Path) -> str:
+    """Identity of the validation rows: all that stands in those that are taken, and each source's share of the loss.
+
+    The rows are read for it once, as every validation reads them.
+    """
+    total = sum(Fraction(str(portion.weight)) for portion in portions)
+    sources = []
+    for number, (source, portion) in enumerate(zip(validation.sources, portions, strict=True)):
+        rows = source.rows if config.rows is None else min(config.rows, source.rows)
+        share = Fraction(str(portion.weight)) / total
+        sources.append([str(share), rows, _rows_digest(validation, number, rows)])
+    return sha256_bytes(canonical_json([validation.sequence_length, sha256_file(tokenizer), sorted(sources)]))
+
+
+def _rows_digest(batches: Batches, source: int, rows: int) -> str:
+    """Digest of the first rows of a source: tokens, targets, which of them count, and documents."""
+    digest = hashlib.sha256()
+    for first in range(0, rows, _ROWS_AT_ONCE):
+        for array in batches.source_rows(source, first, min(_ROWS_AT_ONCE, rows - first)):
+            digest.update(b"" if array is None else array.tobytes())
+    return digest.hexdigest()
 
 
 def _entry(model: ModelConfig, result: TrainingResult, start: Start, data: _Data) -> Trained:

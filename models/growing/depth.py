@@ -16,7 +16,7 @@
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
@@ -154,7 +154,9 @@ class Deeper:
 
     def _fresh(self, parameter: Parameter, kind: Kind, below: Parameter, old: Mapping[str, Array]) -> Array:
         if kind == WEIGHT:
-            return initial_parameter(self.grown, parameter, self.seed)
+            # The base, and the fresh layers of a growth before, may have been drawn with the same seed.
+            named = replace(parameter, name=f"grown to {len(self.layers)}.{parameter.name}")
+            return initial_parameter(self.grown, named, self.seed)
         mean = from_canonical(below, old.__getitem__, prefix_of(kind)).mean() if kind == "exp_avg_sq" else 0.0
         return np.full(parameter.shape, mean, np.float32)
 

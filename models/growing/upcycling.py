@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from common.errors import UserError
 from models.config import ModelConfig
 from models.growing.growth import WEIGHT, Kind, prefix_of
-from models.weights import Array, Parameter, Piece, initial_parameter, parameters, to_canonical
+from models.weights import Array, Parameter, Piece, from_canonical, initial_parameter, parameters, to_canonical
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,11 @@ class Upcycled:
 
     Of n experts of which k are chosen, one sees k of n tokens, each with a weight of 1/k on average: its gradient is
     1/n of the old one in the mean, and so is its first moment. Its second moment is 1/(n·k) of the old one, as that of
-    a sum of independent tokens is: for small batches, noise outweighs the mean. The router starts with none.
+    a sum of independent tokens is: for small batches, noise outweighs the mean.
+
+    The router has no momentum, and as its second moments the mean over those of the norm that it reads, whose
+    gradients were found as large as those of a router between experts that differ; second moments of zero would, with
+    a count of many updates, let the first ones be several times too large.
     """
 
     model: ModelConfig
@@ -67,10 +71,7 @@ class Upcycled:
         """The parameter or its moment out of the old arrays."""
         prefix = prefix_of(kind)
         if ".router." in parameter.name:
-            router = np.zeros(parameter.shape, np.float32)
-            if kind == WEIGHT:
-                router = initial_parameter(self.grown, parameter, self.seed)
-            yield from to_canonical(parameter, router, prefix)
+            yield from to_canonical(parameter, self._router(parameter, kind, old), prefix)
             return
         block, experts, projection = parameter.name.partition(".experts.")
         source = self._old[f"{block}.{projection}.weight" if experts else parameter.name]
@@ -81,3 +82,10 @@ class Upcycled:
         shared = array if share == 1 else array.astype(np.float32, copy=False) / share
         for place in parameter.placements:
             yield Piece(prefix + place.name, (), shared)
+
+    def _router(self, parameter: Parameter, kind: Kind, old: Mapping[str, Array]) -> Array:
+        if kind == WEIGHT:
+            return initial_parameter(self.grown, parameter, self.seed)
+        norm = self._old[parameter.name.replace("mlp.router", "post_attention_norm")]
+        mean = from_canonical(norm, old.__getitem__, prefix_of(kind)).mean() if kind == "exp_avg_sq" else 0.0
+        return np.full(parameter.shape, mean, np.float32)
