@@ -45,8 +45,8 @@ class Config(TuningStageConfig):
     def _check_packing(self) -> Self:
         if self.training.packing == "stream":
             raise ValueError(
-                "sft learns from whole conversations, which a stream is cut through: set training.packing to whole, or "
-                "to documents for one to a row"
+                "sft learns from whole conversations, and packing 'stream' cuts rows through them: set "
+                "training.packing to whole, or to documents for one to a row"
             )
         return self
 

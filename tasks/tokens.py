@@ -50,7 +50,8 @@ class Config(FrozenModel):
     and what closes it in each of two documents, the chosen and then the rejected one."""
     max_tokens: int | None = Field(default=None, gt=0, exclude_if=lambda tokens: tokens is None)
     """Tokens of a conversation at most: a longer one is cut after the last answer that fits, and left out where none
-    does, as is a preference of which one answer is too long. Null for any number."""
+    does, as is a preference of which one answer is too long. One more than the sequence_length of the tuning, whose
+    rows cut what is longer anywhere. Null for any number."""
     bos: bool = False
     """Whether <bos> stands before each document. It is never trained on. Without it, <eos> takes its place before a
     prompt that is a text: it is what stands before most documents."""
