@@ -122,6 +122,6 @@ def _back(growth: GrowthRecord) -> str:
 def _short(number: float) -> str:
     """Three figures: 98.9M."""
     for limit, unit in _UNITS:
-        if number >= limit:
+        if number >= 0.9995 * limit:  # what rounds to 1000 is one of the next unit
             return f"{number / limit:.3g}{unit}"
     return f"{number:.0f}"

@@ -6,7 +6,8 @@ more gain little (arXiv 2510.06548, 2605.13405), and one late growth under warm-
 (arXiv 2511.04981).
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -30,7 +31,7 @@ from models.training.events import Note
 from models.training.flops import training_flops_per_token
 from models.weights import Array, optimizer_shapes, parameter_count
 from tasks.checkpoint import ModelFolder, read_model, write_model
-from tasks.history import Grown, History, trained_tokens
+from tasks.history import Grown, History, Trained, trained_tokens
 from tasks.stage import Context, Kind, Metrics, Stage
 from tasks.tokens import copy_tokenizer
 
@@ -125,13 +126,13 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     old, new = model.config, growth.grown
     before, after = parameter_count(old), parameter_count(new)
     optimizer, notes = _optimizer(growth, unmerged, config.optimizer_state)
-    notes += _advice(config, growth, model.history)
+    notes += _advice(growth, model.history)
     for note in notes:
         context.report(Note(note))
     layers = growth.layers if isinstance(growth, Deeper) else ()
     sources = tuple(layer.source for layer in layers)
     entry = Grown(
-        operator=_operator(config, old, new),
+        operator=_operator(config, growth),
         parameters_before=before,
         parameters=after,
         source_layers=sources,
@@ -162,12 +163,15 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     }
 
 
-def _operator(config: Config, old: ModelConfig, new: ModelConfig) -> str:
-    """The method and how many times as deep or as wide it made the model."""
-    if config.method == "upcycle":
-        return f"upcycle to {new.num_local_experts} experts"
-    deeper, wider = new.num_hidden_layers / old.num_hidden_layers, new.intermediate_size / old.intermediate_size
-    return f"{config.method} × {max(deeper, wider, new.hidden_size / old.hidden_size):.3g}"
+def _operator(config: Config, growth: Growth) -> str:
+    """The method and how many times as deep or as wide it made the model, and what of it where that is not all."""
+    if isinstance(growth, Upcycled):
+        return f"upcycle to {growth.experts} experts"
+    if isinstance(growth, Wider):
+        axes = [axis for axis in AXES if axis in growth.axes]
+        of = "" if len(axes) == len(AXES) else f" of {' and '.join(axes)}"
+        return f"{config.method} × {growth.factor}{of}"
+    return f"{config.method} × {growth.grown.num_hidden_layers / growth.model.num_hidden_layers:.3g}"
 
 
 def _optimizer(
@@ -188,23 +192,43 @@ def _is_whole(state: Mapping[str, Array], model: ModelConfig, optimizer: Optimiz
     return optimizer_shapes(model, optimizer).keys() <= state.keys()
 
 
-def _advice(config: Config, growth: Growth, history: History) -> list[str]:
+def _advice(growth: Growth, history: History) -> list[str]:
     """What is known to speak against this growth."""
-    old, new = growth.model, growth.grown
     notes = []
-    seen = trained_tokens(history) / parameter_count(old)
+    seen = trained_tokens(history) / parameter_count(growth.model)
     if seen > _TOKENS_PER_PARAMETER:
         notes.append(
-            f"the base has seen {seen:,.1f} tokens per parameter: after more than {_TOKENS_PER_PARAMETER}, growing was "
-            "found to gain little or nothing over training from scratch (arXiv 2510.06548, 2605.13405)"
+            f"the base was trained on {seen:,.1f} positions per parameter, padding included: after more than "
+            f"{_TOKENS_PER_PARAMETER} tokens, growing was found to gain little or nothing over training from scratch "
+            "(arXiv 2510.06548, 2605.13405)"
         )
-    factor = max(new.num_hidden_layers / old.num_hidden_layers, parameter_count(new) / parameter_count(old))
-    if factor > _FACTOR and config.method != "upcycle":
+    if isinstance(growth, Upcycled):
+        return notes
+    # Experts make a model larger in another way: theirs are no growths that the others count in.
+    earlier = [entry for entry in history if isinstance(entry, Grown) and not entry.operator.startswith("upcycle")]
+    factor = _whole_factor(growth, earlier)
+    if factor > _FACTOR:
         notes.append(
-            f"the model grows {factor:.3g} times: past {_FACTOR} times, the gain over training from scratch was found "
-            "to be gone (arXiv 2605.13405, 2510.06548; up to that, it was there: 2405.15319)"
+            f"the model grows {factor:.3g} times{' in all' if earlier else ''}: past {_FACTOR} times, the gain over "
+            "training from scratch was found to be gone (arXiv 2605.13405, 2510.06548; up to that, it was there: "
+            "2405.15319)"
+        )
+    if earlier and isinstance(history[-1], Trained):
+        notes.append(
+            "the model has grown and was trained before: one late growth under warm-up–stable–decay was found better "
+            "than several (arXiv 2511.04981)"
         )
     return notes
+
+
+def _whole_factor(growth: Growth, earlier: Sequence[Grown]) -> float:
+    """How many times as deep, or as large, a model becomes by this growth and those before it."""
+    old, new = growth.model, growth.grown
+    larger = math.prod(entry.parameters / entry.parameters_before for entry in earlier)
+    # Every method keeps all layers, so the first growth in depth tells how many there were.
+    kept = next((entry.source_layers for entry in earlier if entry.source_layers), range(old.num_hidden_layers))
+    first_layers = 1 + max(layer for layer in kept if layer is not None)
+    return max(new.num_hidden_layers / first_layers, larger * (parameter_count(new) / parameter_count(old)))
 
 
 def _changes(old: ModelConfig, new: ModelConfig) -> str:

@@ -89,6 +89,13 @@ def test_a_growth_of_which_little_is_known_says_so() -> None:
     assert "never" in shown(growth_table({"refined": never}))
 
 
+def test_what_rounds_to_a_thousand_has_the_next_unit() -> None:
+    sizes = {"parameters_before": 999_600, "parameters_after": 999_950_000, "flops_per_token_before": 999_400}
+    text = shown(growth_table({"refined": growth_record(history(), **sizes)}))
+    assert "1M→1G" in text
+    assert "999k→" in text
+
+
 def test_runs_without_growth_have_no_table() -> None:
     assert growth_table({"base": record("base")}) is None
 

@@ -145,6 +145,10 @@ def test_what_a_wider_model_and_a_mixture_are_called(run_stage: RunStage, tmp_pa
     (entry,) = read_model(folder).history
     assert isinstance(entry, Grown)
     assert entry.operator == "width × 2"
+    folder, _ = run_stage("stack", {**METHODS["width"], "factor": 3, "axes": ["num_attention_heads"]}, model=base)
+    (entry,) = read_model(folder).history
+    assert isinstance(entry, Grown)
+    assert entry.operator == "width × 3 of num_attention_heads"
     folder, mixture = run_stage("stack", METHODS["upcycle"], model=base)
     assert mixture["summary"].startswith("upcycle: num_local_experts 4, num_experts_per_tok 2, ")
     assert read_model(folder).config.architecture == "mixtral"
@@ -197,10 +201,14 @@ def test_a_state_of_some_weights_alone_is_left_behind_and_it_is_said(tmp_path: P
     ("config", "tokens_per_parameter", "said"),
     [
         ({"factor": 2}, 20, []),
-        ({"factor": 2}, 20.5, ["20.5 tokens per parameter: after more than 20, .*2510.06548, 2605.13405"]),
+        (
+            {"factor": 2},
+            20.5,
+            ["20.5 positions per parameter, padding .*: after more than 20 tokens, .*2510.06548, 2605.13405"],
+        ),
         ({"factor": 4}, 1, []),
         ({"factor": 5}, 1, ["grows 5 times: past 4 times, .*2605.13405, 2510.06548; .*2405.15319"]),
-        ({"method": "width", "factor": 3}, 30, ["30.0 tokens per parameter", "grows 8.49 times"]),
+        ({"method": "width", "factor": 3}, 30, ["30.0 positions per parameter", "grows 8.49 times: past"]),
         ({"method": "upcycle", "num_local_experts": 16, "num_experts_per_tok": 1}, 1, []),
     ],
 )
@@ -214,6 +222,53 @@ def test_growth_that_is_known_not_to_pay_is_advised_against(
     assert len(metrics["notes"]) == len(said)
     for note, pattern in zip(metrics["notes"], said, strict=True):
         assert re.search(pattern, note), note
+
+
+def grown(config: ModelConfig, layers: int, operator: str = "stack", **changes: Any) -> tuple[Grown, ModelConfig]:
+    """A growth to so many layers, or with other changes, and the model after it."""
+    after = ModelConfig.model_validate({**config.model_dump(), "num_hidden_layers": layers, **changes})
+    sources = tuple(layer % config.num_hidden_layers for layer in range(layers))
+    return Grown(
+        operator=operator,
+        parameters_before=parameter_count(config),
+        parameters=parameter_count(after),
+        source_layers=sources if layers > config.num_hidden_layers else (),
+    ), after
+
+
+def notes_on(run_stage: RunStage, folder: Path, config: dict[str, Any], model: ModelConfig, *history: Any) -> list[str]:
+    _, metrics = run_stage("stack", config, model=write_base(folder, model, history=history))
+    return list(metrics["notes"])
+
+
+def test_growth_is_judged_from_the_first_size_on(run_stage: RunStage, tmp_path: Path) -> None:
+    base = config_of("llama")
+    first, middle = grown(base, 12, "stack × 3")
+    rounds = (trained(base, 9), first, trained(middle, 9))
+    again = "has grown and was trained before: one late growth .* better than several .*2511.04981"
+    large, note = notes_on(run_stage, tmp_path / "0", {"factor": 3}, middle, *rounds)
+    assert re.search("the model grows 9 times in all: past 4 times, .*2605.13405", large)
+    assert re.search(again, note)
+    (note,) = notes_on(run_stage, tmp_path / "1", {"num_hidden_layers": 16}, middle, *rounds)
+    assert re.search(again, note)
+    # Two growths with nothing between are one.
+    (large,) = notes_on(run_stage, tmp_path / "2", {"factor": 3}, middle, trained(base, 9), first)
+    assert "9 times in all" in large
+    wider, wide = grown(base, 4, "width × 3", hidden_size=48, intermediate_size=72)
+    (large,) = notes_on(run_stage, tmp_path / "3", {}, wide, trained(base, 9), wider)
+    factor = parameter_count(grown(wide, 8)[1]) / parameter_count(base)
+    assert f"grows {factor:.3g} times in all" in large
+
+
+def test_experts_are_no_growth_that_others_count_in(run_stage: RunStage, tmp_path: Path) -> None:
+    base = config_of("llama")
+    experts = {"architecture": "mixtral", "mlp": "mixture", "num_local_experts": 16, "num_experts_per_tok": 1}
+    mixed, mixture = grown(base, 4, "upcycle to 16 experts", **experts)
+    assert mixed.parameters > 4 * mixed.parameters_before
+    assert notes_on(run_stage, tmp_path / "0", {}, mixture, trained(base, 9), mixed, trained(mixture, 9)) == []
+    first, deep = grown(base, 24, "stack × 6")
+    history = (trained(base, 9), first, trained(deep, 9))
+    assert notes_on(run_stage, tmp_path / "1", METHODS["upcycle"], deep, *history) == []
 
 
 @pytest.mark.parametrize(
