@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from common.config import FrozenModel
 from common.errors import UserError
-from flows.entry import StageEntry
+from flows.entry import StageEntry, chain, training_of, trainings
 from flows.problems import first_problem
 from flows.written import Written
 from models.training.config import ScheduleConfig, TrainingConfig
@@ -56,23 +56,22 @@ def controls(refined: Written, entry: StageEntry, before: Mapping[str, StageEntr
     if control is None:
         return
     where = refined.place(CONTROL)
-    chain = list(_chain(entry, before))
-    if not any(one.stage == "stack" for one in chain):
+    if not any(one.stage == "stack" for one in chain(entry, before)):
         raise UserError(f"{where}: the model of this stage never grew: a control is of what came of a stage `stack`")
-    trained = [one for one in chain if isinstance(one.config, TrainingStageConfig)]
+    trained = list(trainings(entry, before))
     for one in trained:
-        if _training(one).early_stopping is not None:
+        if training_of(one).early_stopping is not None:
             raise UserError(
                 f"{where}: '{one.name}' may stop early, so nobody knows before for how many FLOPs its control has to "
                 f"train; give '{one.name}' training.early_stopping: null, or leave the control out"
             )
-    if _training(entry).validation is None:
+    if training_of(entry).validation is None:
         raise UserError(f"{where}: '{entry.name}' has no training.validation, by which it is compared with its control")
-    total = sum(_training(one).steps * _step_flops(one) for one in trained)
+    total = sum(training_of(one).steps * _step_flops(one) for one in trained)
     names = [_name(entry.name, multiple) for multiple in control.flops]
     for name, multiple in zip(names, control.flops, strict=True):
         steps = max(1, round(multiple * total / _step_flops(entry)))
-        training = control_training(_training(trained[-1]), _training(entry), steps, multiple)
+        training = control_training(training_of(trained[-1]), training_of(entry), steps, multiple)
         yield Written(name, _scratch(refined, entry, training), where)
     if control.compared:
         yield Written(f"{entry.name}-growth", {"stage": "compare", "models": [entry.name, *names]}, where)
@@ -116,23 +115,10 @@ def _control(refined: Written) -> Control | None:
         raise UserError(f"{where}.{first_problem(error, Control)}") from error
 
 
-def _chain(entry: StageEntry, before: Mapping[str, StageEntry]) -> Iterator[StageEntry]:
-    """A stage and those that made its model, back to the fresh weights."""
-    yield entry
-    while "model" in entry.inputs:
-        entry = before[entry.inputs["model"]]
-        yield entry
-
-
-def _training(entry: StageEntry) -> TrainingConfig:
-    assert isinstance(entry.config, TrainingStageConfig)
-    return entry.config.training
-
-
 def _step_flops(entry: StageEntry) -> float:
     """Training FLOPs of a step, as the history of its model counts them."""
     assert entry.model is not None
-    training = _training(entry)
+    training = training_of(entry)
     tokens = training.batch_size * training.sequence_length
     return tokens * training_flops_per_token(entry.model, training.sequence_length)
 

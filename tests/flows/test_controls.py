@@ -207,10 +207,40 @@ def test_rounds_are_a_stack_and_a_refinement_each(recipe: Path) -> None:
     assert [found[name].stage for name in names] == ["pretrain", "stack", "refine", "stack", "refine"]
     assert [found[name].inputs["model"] for name in names[1:]] == names[:-1]
     assert [entry.model.num_hidden_layers for entry in found.values() if entry.model] == [1, 2, 2, 4, 4, 4]
-    assert [training(found[name]).seed for name in (names[2], names[4])] == [0, 3]
+    assert [training(found[name]).seed for name in (names[2], names[4])] == [1, 3]
     assert found["refined-2-stacked"].config.model_dump()["method"] == "interleave"
     # What comes after names the last of them.
     assert found["tuned"].inputs["model"] == "refined"
+
+
+@pytest.mark.parametrize(
+    ("base", "shared", "own", "expected"),
+    [
+        (0, None, {}, [1, 2]),
+        (42, 42, {}, [43, 44]),
+        (0, 7, {}, [7, 8]),
+        # What is written in a round stands, whatever it is.
+        (0, None, {"seed": 0}, [1, 0]),
+        (0, None, {"steps": 20}, [1, 2]),
+    ],
+)
+def test_rounds_read_the_rows_in_orders_of_their_own(
+    recipe: Path, base: int, shared: int | None, own: dict[str, Any], expected: list[int]
+) -> None:
+    training_keys = yaml_stage(recipe)["training"]
+    second = {"refine": {"training": {**training_keys, **own}}} if own else {}
+    rounds(recipe, rounds=[{}, second], control="scratch")
+    written = (f"stages.refined.training.seed={shared}",) if shared is not None else ()
+    found = stages(recipe, f"stages.base.training.seed={base}", *written)
+    assert [training(found[name]).seed for name in ("refined-1-refined", "refined")] == expected
+    assert training(found["refined-scratch"]).seed == base
+    # A growth of what they made has another still.
+    keys = yaml_stage(recipe)
+    content = yaml.safe_load(recipe.read_text())
+    content["stages"]["again"] = {**keys, "model": "refined", "rounds": [{}], "control": None}
+    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+    found = stages(recipe, f"stages.base.training.seed={base}", *written)
+    assert training(found["again"]).seed not in {base, *expected}
 
 
 def test_the_control_of_rounds_counts_all_of_them(recipe: Path) -> None:
@@ -244,6 +274,8 @@ def yaml_stage(path: Path) -> dict[str, Any]:
         ("rounds.0.stack.factor=many", r"stages\.refined\.rounds\.0\.stack\.(config: )?factor"),
         ("rounds.1.stack.methud=zero", r"stages\.refined\.rounds\.1\.stack\.methud: there is no such key; did you"),
         ("rounds.1.refine.training.stepz=1", r"stages\.refined\.rounds\.1\.refine\.training\.stepz: there is no such"),
+        ("training=3", r"stages\.refined\.training: input should be"),
+        ("training.seed=[1]", r"stages\.refined\.training\.seed: input should be a valid integer"),
         ("training.stepz=1", r"stages\.refined\.training\.stepz: there is no such key; did you mean 'steps'\?"),
         ("tokens=tokenz", r"stages\.refined\.tokens: there is no stage 'tokenz' before 'refined'; did you mean"),
         ("tokens=null", r"stages\.refined\.tokens is missing"),
