@@ -134,6 +134,24 @@ def test_a_control_sees_the_same_batches_in_the_same_way() -> None:
     assert control.runtime.checkpoints.keep_last == 7
 
 
+def test_the_same_shares_may_be_written_in_other_ways() -> None:
+    sets = ("stages.base.tokens=[tokens, answers]", "stages.refined.tokens={answers: 0.3, tokens: 0.3}")
+    assert "refined-scratch" in stages("arithmetic-tiny", *sets, f"{CONTROL}=scratch")
+
+
+def test_preference_tuning_counts_its_reference(recipe: Path) -> None:
+    content = yaml.safe_load(recipe.read_text())["stages"]
+    tuned = {**content["base"]["training"], "packing": "pairs", "validation": {"every": 20}}
+    preferring = {"stage": "dpo", "model": "base", "tokens": "tokens", "training": tuned}
+    stacked, refined = {**content["stacked"], "model": "preferring"}, {**content["refined"], "control": "scratch"}
+    found = stages(
+        rewrite(recipe, {"preferring": preferring, "stacked": stacked, "refined": refined}, ("stacked", "refined"))
+    )
+    # Four passes to three.
+    wanted = flops(found["base"], found["refined"]) + flops(found["preferring"]) * 4 / 3
+    assert abs(flops(found["refined-scratch"]) - wanted) <= step_flops(found["refined-scratch"]) / 2
+
+
 def run(steps: int, **schedule: Any) -> TrainingConfig:
     values = {"steps": steps, "batch_size": 4, "sequence_length": 8, "optimizer": {"learning_rate": 0.1}}
     return TrainingConfig.model_validate({**values, "schedule": schedule})
@@ -167,6 +185,14 @@ def test_a_short_control_has_a_schedule_too(steps: int) -> None:
         ((f"{CONTROL}={{flops: -1}}",), r"stages\.refined\.control\.flops\.0: input should be greater than 0"),
         ((f"{CONTROL}={{flops: []}}",), r"stages\.refined\.control\.flops: tuple should have at least 1 item"),
         ((f"{CONTROL}={{flops: [1, 1.0]}}",), r"stages\.refined\.control\.flops: names a multiple twice"),
+        (
+            (f"{CONTROL}={{flops: [1.0000001, 1.0000002]}}",),
+            r"stages\.refined\.control\.flops: names a multiple twice, to six digits",
+        ),
+        (
+            (f"{CONTROL}={{flops: 1e+20}}",),
+            r"stages\.refined\.control\.flops\.0: input should be less than or equal to",
+        ),
         ((f"{CONTROL}={{flops: many}}",), r"stages\.refined\.control\.flops\.0: input should be a valid number"),
         (("stages.base.control=scratch",), r"stages\.base\.control: there is no such key"),
         (
@@ -184,6 +210,30 @@ def test_a_short_control_has_a_schedule_too(steps: int) -> None:
         (
             (f"{CONTROL}=scratch", "stages.refined.training.validation=null"),
             r"stages\.refined\.control: 'refined' has no training\.validation",
+        ),
+        (
+            (f"{CONTROL}=scratch", "stages.refined.tokens=answers"),
+            r"stages\.refined\.control: 'base' trains on other tokens or shares than 'refined', .* the same tokens, or",
+        ),
+        (
+            (f"{CONTROL}=scratch", "stages.base.tokens=[tokens, answers]", "stages.refined.tokens=tokens"),
+            r"stages\.refined\.control: 'base' trains on other tokens or shares than 'refined'",
+        ),
+        (
+            (
+                f"{CONTROL}=scratch",
+                "stages.base.tokens=[tokens, answers]",
+                "stages.refined.tokens={tokens: 0.6, answers: 0.4}",
+            ),
+            r"stages\.refined\.control: 'base' trains on other tokens or shares than 'refined'",
+        ),
+        (
+            (f"{CONTROL}=scratch", "stages.refined.tokens={tokens: {epochs: 1}}"),
+            r"stages\.refined\.control: 'refined' has a budget or epochs, .*; give 'refined' tokens without, or leave",
+        ),
+        (
+            (f"{CONTROL}=scratch", "stages.base.tokens={tokens: {budget: 4000}}"),
+            r"stages\.refined\.control: 'base' has a budget or epochs",
         ),
     ],
 )
