@@ -100,9 +100,10 @@ def _against(model: Compared) -> tuple[Any, Any]:
     against = model.against
     if against is None:
         return "", ""
-    if against.ratio is None:
-        part: Any = Text(f"<{model.flops / against.flops_at_most:.0%}", style="green")
-    else:
+    part: Any = "—"
+    if against.flops_for_same_loss is None:
+        part = Text(f"<{model.flops / against.flops_at_most:.0%}", style="green")
+    elif against.ratio is not None:
         part = Text(f"{against.ratio:.0%}", style="green" if against.ratio < 1 else "red")
     if against.difference is None:
         return part, "—"

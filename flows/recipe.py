@@ -81,7 +81,7 @@ def load_recipe(
         raise UserError(f"recipe {path}: {first_problem(error, RecipeFile)}") from error
     stages: dict[str, StageEntry] = {}
     try:
-        for one in written(file.stages):
+        for one in written(file.stages, stages):
             stages[one.name] = _stage(one, file, stages, resolve, continue_on)
             for more in controls(one, stages[one.name], stages) if one.keys.get("stage") == CONTROLLED else ():
                 if more.name in file.stages or more.name in stages:

@@ -3,7 +3,9 @@
 `grown: {stage: grow, model: base, tokens: tokens, training: {…}, rounds: [{stack: {…}, refine: {…}}, …]}` stands for
 the stages `grown-1-stacked`, `grown-1-refined`, `grown-2-stacked`, … and `grown`, which is the last round's refinement:
 later stages name what came of it by the name that is written. What stands beside `rounds` (tokens, training, control,
-worker, …) is for the refinements: `control` for the last, everything else for all that do not say otherwise.
+worker, …) is for the refinements: `control` for the last, everything else for all that do not say otherwise. Each round
+reads the rows in an order of its own, as a control goes on through them: where `training.seed` does not stand in the
+round itself, it is the first from the shared one (or 0) on that no training before it has.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +15,9 @@ from pydantic import Field, ValidationError
 
 from common.config import FrozenModel
 from common.errors import UserError
+from flows.entry import StageEntry, training_of, trainings
 from flows.problems import first_problem
+from models.training.config import TrainingConfig
 
 GROW = "grow"
 """The kind of stage that stands for several."""
@@ -43,7 +47,8 @@ class Round(FrozenModel):
     stack: dict[str, Any] = {}  # noqa: RUF012 - frozen
     """The keys of its stage `stack`."""
     refine: dict[str, Any] = {}  # noqa: RUF012 - frozen
-    """The keys of its stage `refine` that are not those of every round."""
+    """The keys of its stage `refine` that are not those of every round. A `training.seed` that stands here is kept;
+    without, each round has another."""
 
 
 class Rounds(FrozenModel):
@@ -55,22 +60,22 @@ class Rounds(FrozenModel):
     """The rounds in order."""
 
 
-def written(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[Written]:
+def written(stages: Mapping[str, Mapping[str, Any]], before: Mapping[str, StageEntry]) -> Iterator[Written]:
     """The stages of a recipe in order, rounds of growth as the stages that they stand for.
+
+    `before`: the entries of all stages that were given so far; the caller adds each before it asks for the next.
 
     Raises UserError for rounds that are not written as such, and for names that stand for two stages.
     """
     for name, keys in stages.items():
-        found = [Written(name, keys, f"stages.{name}")]
-        if keys.get("stage") == GROW:
-            found = list(_expanded(name, keys))
-        for one in found:
+        grows = keys.get("stage") == GROW
+        for one in _expanded(name, keys, before) if grows else [Written(name, keys, f"stages.{name}")]:
             if one.name != name and one.name in stages:
                 raise UserError(f"stages.{name} makes a stage '{one.name}', which is there already; rename that")
             yield one
 
 
-def _expanded(name: str, keys: Mapping[str, Any]) -> Iterator[Written]:
+def _expanded(name: str, keys: Mapping[str, Any], before: Mapping[str, StageEntry]) -> Iterator[Written]:
     where = f"stages.{name}"
     try:
         rounds = Rounds.model_validate({key: keys[key] for key in ("model", "rounds") if key in keys})
@@ -88,10 +93,18 @@ def _expanded(name: str, keys: Mapping[str, Any]) -> Iterator[Written]:
         yield Written(stacked, {"stage": "stack", "model": source, **one.stack}, f"{at}.stack", {"model": model_at})
         own = {"control": keys["control"]} if last and "control" in keys else {}
         beside = {key: value for key, value in {**shared, **own}.items() if key not in one.refine}
-        yield Written(
-            refined,
-            {"stage": "refine", "model": stacked, **beside, **one.refine},
-            f"{at}.refine",
-            dict.fromkeys(beside, where),
-        )
+        refine = {"stage": "refine", "model": stacked, **beside, **one.refine}
+        training = refine.get("training")
+        if isinstance(training, dict) and not ("training" in one.refine and "seed" in training):
+            refine["training"] = _reseeded(training, before[stacked], before)
+        yield Written(refined, refine, f"{at}.refine", dict.fromkeys(beside, where))
         source, model_at = refined, at
+
+
+def _reseeded(training: dict[str, Any], grown: StageEntry, before: Mapping[str, StageEntry]) -> dict[str, Any]:
+    """The training of a round, with a seed that none before it has."""
+    seed = training.get("seed", TrainingConfig.model_fields["seed"].default)
+    taken = [training_of(one).seed for one in trainings(grown, before)]
+    while seed in taken:
+        seed += 1
+    return {**training, "seed": seed}

@@ -51,7 +51,7 @@ def _summary(models: Sequence[Compared]) -> str:
 
 STAGE = Stage(
     name="compare",
-    version=1,
+    version=2,
     config=Config,
     inputs={"models": Kind.MODEL},
     named={"models": "names"},

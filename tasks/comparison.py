@@ -1,8 +1,8 @@
 """What models cost and came to, side by side, from their histories; and what growth saved or cost against a control.
 
-A control is a model of the same number of parameters that never grew. Its losses are interpolated in straight lines
-between its validations. In the middle of a schedule they are higher than they would be had it ended there: the fairest
-comparison is with controls that end near the point in question.
+A control is a model of the same number of parameters that had one training, from fresh weights. In the middle of its
+schedule its losses are higher than they would be had it ended there, so its loss with as many FLOPs is known only where
+it ends with them. The FLOPs that it takes to a loss are interpolated in straight lines between its validations.
 """
 
 import math
@@ -38,23 +38,23 @@ class Phase(FrozenModel):
 
 
 class AgainstControl(FrozenModel):
-    """A grown model against models of its size that never grew."""
+    """A grown model against models of its size from scratch."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
     control: str | None
-    """The control whose loss is taken at equal FLOPs: the one that ends there or soonest after; null where all end
-    before."""
+    """The control that ends with as many FLOPs, to within a step; null where none does."""
     loss_at_equal_flops: float | None
-    """Its loss after as many FLOPs."""
+    """Its loss in the end."""
     difference: float | None
     """The grown model's loss less that: negative where growth paid."""
     flops_for_same_loss: float | None
-    """The fewest FLOPs with which a control had the grown model's loss; null where none came to it."""
+    """The fewest FLOPs with which a control had the grown model's loss; null where none came to it. Those of its first
+    validation are an upper bound, and have no ratio."""
     flops_at_most: float
     """The most FLOPs that a control had."""
     ratio: float | None
-    """FLOPs of the grown model as a fraction of `flops_for_same_loss`."""
+    """FLOPs of the grown model as a fraction of `flops_for_same_loss`; null where these are not known."""
 
 
 class Compared(FrozenModel):
@@ -88,6 +88,8 @@ class _Measured(NamedTuple):
     measured_on: str
     step_flops: float
     """FLOPs of its last training's steps, each."""
+    from_scratch: bool
+    """Whether it had one training, from fresh weights."""
 
 
 def compare(histories: Sequence[tuple[str, History]]) -> list[Compared]:
@@ -126,7 +128,7 @@ def _measured(name: str, history: History) -> _Measured:
         phases=tuple(_phases(history, last.measured_on)),
         against=None,
     )
-    return _Measured(model, last.measured_on, last.flops / last.steps)
+    return _Measured(model, last.measured_on, last.flops / last.steps, len(history) == 1)
 
 
 def _phases(history: History, measured_on: str) -> Iterable[Phase]:
@@ -143,22 +145,26 @@ def _phases(history: History, measured_on: str) -> Iterable[Phase]:
 
 
 def _against(one: _Measured, others: Sequence[_Measured]) -> AgainstControl | None:
-    controls = [other for other in others if not other.model.growths and other.model.parameters == one.model.parameters]
-    if not one.model.growths or not controls or not math.isfinite(one.model.loss):
-        return None
     model = one.model
-    # Controls take whole steps, and so may end up to one before.
-    reaching = [control for control in controls if control.model.flops > model.flops - control.step_flops]
-    nearest = min((control.model for control in reaching), key=lambda control: control.flops, default=None)
-    equal = None if nearest is None else _loss_at(_points(nearest), model.flops)
-    same = [flops for control in controls if (flops := _flops_for(_points(control.model), model.loss)) is not None]
+    controls = [other for other in others if other.from_scratch and other.model.parameters == model.parameters]
+    if not model.growths or not controls or not math.isfinite(model.loss):
+        return None
+    # Controls take whole steps, and so end up to one before or after.
+    ending = [
+        control.model
+        for control in controls
+        if abs(control.model.flops - model.flops) < control.step_flops and math.isfinite(control.model.loss)
+    ]
+    nearest = min(ending, key=lambda control: abs(control.flops - model.flops), default=None)
+    found = [reached for control in controls if (reached := _reached(_points(control.model), model.loss)) is not None]
+    flops, exact = min(found, default=(None, False))
     return AgainstControl(
         control=None if nearest is None else nearest.name,
-        loss_at_equal_flops=equal,
-        difference=None if equal is None else model.loss - equal,
-        flops_for_same_loss=min(same, default=None),
+        loss_at_equal_flops=None if nearest is None else nearest.loss,
+        difference=None if nearest is None else model.loss - nearest.loss,
+        flops_for_same_loss=flops,
         flops_at_most=max(control.model.flops for control in controls),
-        ratio=model.flops / min(same) if same else None,
+        ratio=model.flops / flops if flops is not None and exact else None,
     )
 
 
@@ -167,25 +173,17 @@ def _points(model: Compared) -> list[Point]:
     return [point for phase in model.phases for point in phase.points if math.isfinite(point.loss)]
 
 
-def _loss_at(points: Sequence[Point], flops: float) -> float | None:
-    """The loss after so many FLOPs, between the validations around it; the last one's after all."""
-    after = next((number for number, point in enumerate(points) if point.flops >= flops), None)
-    if after is None:
-        return points[-1].loss if points else None
-    if after == 0:
-        return points[0].loss if points[0].flops == flops else None
-    before, behind = points[after - 1], points[after]
-    return before.loss + (behind.loss - before.loss) * (flops - before.flops) / (behind.flops - before.flops)
-
-
-def _flops_for(points: Sequence[Point], loss: float) -> float | None:
-    """The FLOPs at which the loss was first as low, between the validations around it; None where it never was."""
+def _reached(points: Sequence[Point], loss: float) -> tuple[float, bool] | None:
+    """The FLOPs at which the loss was first as low, between the validations around it, and whether that is known: at
+    the first validation it may have been so for long. None where it never was."""
     after = next((number for number, point in enumerate(points) if point.loss <= loss), None)
-    if after is None or after == 0:
-        # That of the first validation may have been as low long before.
-        return None if after is None else points[0].flops
+    if after is None:
+        return None
+    if after == 0:
+        return points[0].flops, False
     before, behind = points[after - 1], points[after]
-    return before.flops + (behind.flops - before.flops) * (before.loss - loss) / (before.loss - behind.loss)
+    part = (before.loss - loss) / (before.loss - behind.loss)
+    return before.flops + (behind.flops - before.flops) * part, True
 
 
 def lowest(models: Sequence[Compared]) -> Compared | None:
@@ -206,8 +204,12 @@ def verdict(model: Compared) -> str | None:
     if against is None:
         return None
     said = f"{model.name}: loss {model.loss:.4f} with {flops_text(model.flops)} FLOPs; "
-    if against.flops_for_same_loss is None or against.ratio is None:
+    if against.flops_for_same_loss is None:
         said += f"from scratch it is not reached with {flops_text(against.flops_at_most)}"
+    elif against.ratio is None:
+        said += (
+            f"from scratch it takes at most {flops_text(against.flops_for_same_loss)}, the first that were validated"
+        )
     else:
         said += (
             f"from scratch it takes {flops_text(against.flops_for_same_loss)}: growth took {against.ratio:.1%} of them"

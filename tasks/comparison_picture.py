@@ -14,7 +14,7 @@ _COLOURS = (
     *("#f28e6b", "#86bcb6", "#8c8c3a", "#a3a3f0", "#c44e52", "#55a868", "#64b5cd", "#ccb974", "#8172b2", "#6b4c9a"),
 )
 _CONTROL, _SHARED, _TEXT, _FRAME, _GRID = "#202124", "#9aa0a6", "#3c4043", "#bdc1c6", "#e8eaed"
-_DASHES = ((0, (5, 2)), (0, (2, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1, 1)))
+_DASHES = ((0, (5, 2)), (0, (2, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1.5, 1.5, 1.5, 1.5)))
 _MOMENTS: Mapping[str | None, Any] = {"copy": "-", "copy-momentum": (0, (3.5, 1.5)), "reset": (0, (1.2, 1.2))}
 _EARLY = 0.15
 """The part of the FLOPs whose losses may lie above the picture: the first ones would flatten all others."""

@@ -134,6 +134,24 @@ def test_a_control_sees_the_same_batches_in_the_same_way() -> None:
     assert control.runtime.checkpoints.keep_last == 7
 
 
+def test_the_same_shares_may_be_written_in_other_ways() -> None:
+    sets = ("stages.base.tokens=[tokens, answers]", "stages.refined.tokens={answers: 0.3, tokens: 0.3}")
+    assert "refined-scratch" in stages("arithmetic-tiny", *sets, f"{CONTROL}=scratch")
+
+
+def test_preference_tuning_counts_its_reference(recipe: Path) -> None:
+    content = yaml.safe_load(recipe.read_text())["stages"]
+    tuned = {**content["base"]["training"], "packing": "pairs", "validation": {"every": 20}}
+    preferring = {"stage": "dpo", "model": "base", "tokens": "tokens", "training": tuned}
+    stacked, refined = {**content["stacked"], "model": "preferring"}, {**content["refined"], "control": "scratch"}
+    found = stages(
+        rewrite(recipe, {"preferring": preferring, "stacked": stacked, "refined": refined}, ("stacked", "refined"))
+    )
+    # Four passes to three.
+    wanted = flops(found["base"], found["refined"]) + flops(found["preferring"]) * 4 / 3
+    assert abs(flops(found["refined-scratch"]) - wanted) <= step_flops(found["refined-scratch"]) / 2
+
+
 def run(steps: int, **schedule: Any) -> TrainingConfig:
     values = {"steps": steps, "batch_size": 4, "sequence_length": 8, "optimizer": {"learning_rate": 0.1}}
     return TrainingConfig.model_validate({**values, "schedule": schedule})
@@ -170,6 +188,14 @@ def test_a_short_control_has_a_schedule_too(steps: int) -> None:
         ((f"{CONTROL}={{flops: -1}}",), r"stages\.refined\.control\.flops\.0: input should be greater than 0"),
         ((f"{CONTROL}={{flops: []}}",), r"stages\.refined\.control\.flops: tuple should have at least 1 item"),
         ((f"{CONTROL}={{flops: [1, 1.0]}}",), r"stages\.refined\.control\.flops: names a multiple twice"),
+        (
+            (f"{CONTROL}={{flops: [1.0000001, 1.0000002]}}",),
+            r"stages\.refined\.control\.flops: names a multiple twice, to six digits",
+        ),
+        (
+            (f"{CONTROL}={{flops: 1e+20}}",),
+            r"stages\.refined\.control\.flops\.0: input should be less than or equal to",
+        ),
         ((f"{CONTROL}={{flops: many}}",), r"stages\.refined\.control\.flops\.0: input should be a valid number"),
         (("stages.base.control=scratch",), r"stages\.base\.control: there is no such key"),
         (
@@ -187,6 +213,30 @@ def test_a_short_control_has_a_schedule_too(steps: int) -> None:
         (
             (f"{CONTROL}=scratch", "stages.refined.training.validation=null"),
             r"stages\.refined\.control: 'refined' has no training\.validation",
+        ),
+        (
+            (f"{CONTROL}=scratch", "stages.refined.tokens=answers"),
+            r"stages\.refined\.control: 'base' trains on other tokens or shares than 'refined', .* the same tokens, or",
+        ),
+        (
+            (f"{CONTROL}=scratch", "stages.base.tokens=[tokens, answers]", "stages.refined.tokens=tokens"),
+            r"stages\.refined\.control: 'base' trains on other tokens or shares than 'refined'",
+        ),
+        (
+            (
+                f"{CONTROL}=scratch",
+                "stages.base.tokens=[tokens, answers]",
+                "stages.refined.tokens={tokens: 0.6, answers: 0.4}",
+            ),
+            r"stages\.refined\.control: 'base' trains on other tokens or shares than 'refined'",
+        ),
+        (
+            (f"{CONTROL}=scratch", "stages.refined.tokens={tokens: {epochs: 1}}"),
+            r"stages\.refined\.control: 'refined' has a budget or epochs, .*; give 'refined' tokens without, or leave",
+        ),
+        (
+            (f"{CONTROL}=scratch", "stages.base.tokens={tokens: {budget: 4000}}"),
+            r"stages\.refined\.control: 'base' has a budget or epochs",
         ),
     ],
 )
@@ -210,10 +260,40 @@ def test_rounds_are_a_stack_and_a_refinement_each(recipe: Path) -> None:
     assert [found[name].stage for name in names] == ["pretrain", "stack", "refine", "stack", "refine"]
     assert [found[name].inputs["model"] for name in names[1:]] == names[:-1]
     assert [entry.model.num_hidden_layers for entry in found.values() if entry.model] == [1, 2, 2, 4, 4, 4]
-    assert [training(found[name]).seed for name in (names[2], names[4])] == [0, 3]
+    assert [training(found[name]).seed for name in (names[2], names[4])] == [1, 3]
     assert found["refined-2-stacked"].config.model_dump()["method"] == "interleave"
     # What comes after names the last of them.
     assert found["tuned"].inputs["model"] == "refined"
+
+
+@pytest.mark.parametrize(
+    ("base", "shared", "own", "expected"),
+    [
+        (0, None, {}, [1, 2]),
+        (42, 42, {}, [43, 44]),
+        (0, 7, {}, [7, 8]),
+        # What is written in a round stands, whatever it is.
+        (0, None, {"seed": 0}, [1, 0]),
+        (0, None, {"steps": 20}, [1, 2]),
+    ],
+)
+def test_rounds_read_the_rows_in_orders_of_their_own(
+    recipe: Path, base: int, shared: int | None, own: dict[str, Any], expected: list[int]
+) -> None:
+    training_keys = yaml_stage(recipe)["training"]
+    second = {"refine": {"training": {**training_keys, **own}}} if own else {}
+    rounds(recipe, rounds=[{}, second], control="scratch")
+    written = (f"stages.refined.training.seed={shared}",) if shared is not None else ()
+    found = stages(recipe, f"stages.base.training.seed={base}", *written)
+    assert [training(found[name]).seed for name in ("refined-1-refined", "refined")] == expected
+    assert training(found["refined-scratch"]).seed == base
+    # A growth of what they made has another still.
+    keys = yaml_stage(recipe)
+    content = yaml.safe_load(recipe.read_text())
+    content["stages"]["again"] = {**keys, "model": "refined", "rounds": [{}], "control": None}
+    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+    found = stages(recipe, f"stages.base.training.seed={base}", *written)
+    assert training(found["again"]).seed not in {base, *expected}
 
 
 def test_the_control_of_rounds_counts_all_of_them(recipe: Path) -> None:
@@ -247,6 +327,8 @@ def yaml_stage(path: Path) -> dict[str, Any]:
         ("rounds.0.stack.factor=many", r"stages\.refined\.rounds\.0\.stack\.(config: )?factor"),
         ("rounds.1.stack.methud=zero", r"stages\.refined\.rounds\.1\.stack\.methud: there is no such key; did you"),
         ("rounds.1.refine.training.stepz=1", r"stages\.refined\.rounds\.1\.refine\.training\.stepz: there is no such"),
+        ("training=3", r"stages\.refined\.training: input should be"),
+        ("training.seed=[1]", r"stages\.refined\.training\.seed: input should be a valid integer"),
         ("training.stepz=1", r"stages\.refined\.training\.stepz: there is no such key; did you mean 'steps'\?"),
         ("tokens=tokenz", r"stages\.refined\.tokens: there is no stage 'tokenz' before 'refined'; did you mean"),
         ("tokens=null", r"stages\.refined\.tokens is missing"),

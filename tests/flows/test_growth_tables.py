@@ -105,12 +105,13 @@ def comparison(*histories: tuple[str, History]) -> str:
     return shown(comparison_table(record("refined-growth", models=rows)))
 
 
-def control(*losses: float) -> History:
-    return (trained(9.3e18, *losses).model_copy(update={"parameters": 173_255_424}),)
+def control(*losses: float, flops: float = 9.3e18) -> History:
+    return (trained(flops, *losses).model_copy(update={"parameters": 173_255_424}),)
 
 
 def test_models_stand_side_by_side() -> None:
-    text = comparison(("interleave-momentum", history()), ("refined-scratch", control(3.5, 3.2, 2.9)))
+    equal, longer = ("refined-scratch", control(3.5, 3.2, flops=6.2e18)), ("longer", control(3.5, 3.2, 2.9))
+    text = comparison(("interleave-momentum", history()), equal, longer)
     for part in ("interleave-momentum", "refined-scratch", "momentum", "6.20e18", "9.30e18", "3.123", "4.500", "2.988"):
         assert part in text
     assert "74%" in text
@@ -124,6 +125,9 @@ def test_what_is_no_control_has_no_verdict() -> None:
     assert "scratch" not in text
     reached = comparison(("grown", history()), ("scratch", control(3.5, 3.2, 3.0)))
     assert "<67%" in reached
+    bound = comparison(("grown", history()), ("scratch", control(2.9)))
+    assert "%" not in bound
+    assert "at most 9.30e18" in " ".join(bound.split())
 
 
 @pytest.mark.slow

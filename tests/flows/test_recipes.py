@@ -12,11 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.errors import UserError
+from flows.entry import training_of
 from flows.recipe import known_recipes, load_recipe
 from models.config import ModelConfig
 from models.engine import inference_engine
 from models.hub import hub_config, native_class
 from models.training.config import TrainingConfig
+from models.training.flops import training_flops_per_token
 from models.training.schedule import learning_rate_scale
 from models.weights import parameter_count, read_arrays, whole_pieces
 from tasks.stage import Kind
@@ -352,6 +354,20 @@ def test_the_growth_study_has_every_operator_with_every_policy_and_a_control_of_
     late = list(stages["late"].inputs.values())
     steps = [stages[name].config.model_dump()["training"]["steps"] for name in late[-2:]]
     assert steps[1] == pytest.approx(1.54 * steps[0], abs=1)
+
+
+@pytest.mark.parametrize(("name", "grown"), [("not-grown", "stack-copy"), ("late-not-grown", "late-stack-copy")])
+def test_the_growth_study_trains_a_base_on_for_what_its_growth_costs(name: str, grown: str) -> None:
+    stages = {entry.name: entry for entry in load_recipe("growth-study", resolve=False).stages}
+
+    def flops(stage: str) -> float:
+        training = training_of(stages[stage])
+        model = stages[stage].model
+        assert model is not None
+        return training.steps * training.batch_size * training_flops_per_token(model, training.sequence_length)
+
+    assert flops(name) == pytest.approx(flops(grown), abs=flops(name) / training_of(stages[name]).steps)
+    assert stages[name].inputs["model"] == stages[stages[grown].inputs["model"]].inputs["model"]
 
 
 @pytest.mark.parametrize("name", ["books", "books-chat", "books-tiny", "growth-study"])

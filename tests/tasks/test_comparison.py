@@ -12,7 +12,7 @@ import pytest
 from common.errors import UserError
 from tasks.compare import COMPARISON_PICTURE, REPORT
 from tasks.comparison import Compared, compare, flops_text, lowest, verdict
-from tasks.comparison_picture import draw_comparison
+from tasks.comparison_picture import _styles, draw_comparison
 from tasks.growth_record import growths
 from tasks.history import Grown, History, Loss, Trained, read_history
 from tests.tasks.conftest import RunStage
@@ -54,9 +54,10 @@ def test_flops_are_those_of_all_training() -> None:
 
 
 def test_growth_that_paid() -> None:
-    # At 1,000 FLOPs the control has 3.5, and 3.0 half-way between 1,500 and 2,000.
-    control: History = (trained(2000.0, 4.5, 3.5, 3.2, 2.8),)
-    found, other = compared(REFINED, control)
+    # One ends with 1,000 FLOPs at 3.5, the other has 3.0 half-way between 1,500 and 2,000.
+    equal: History = (trained(1000.0, 4.5, 3.5),)
+    longer: History = (trained(2000.0, 4.5, 3.6, 3.2, 2.8),)
+    found, other, _ = compared(REFINED, equal, longer)
     assert other.against is None
     assert found.against is not None
     assert found.against.control == "b"
@@ -68,6 +69,38 @@ def test_growth_that_paid() -> None:
         "a: loss 3.0000 with 1.00e3 FLOPs; from scratch it takes 1.75e3: growth took 57.1% of them; from scratch the "
         "same FLOPs give 3.5000: growth has 0.5000 less"
     )
+
+
+def test_a_control_that_ends_much_later_says_nothing_of_equal_flops() -> None:
+    # In the middle of its plateau it has not decayed yet.
+    found, _ = compared(REFINED, (trained(1540.0, 4.0, 3.8, 3.7, 2.9),))
+    assert found.against is not None
+    assert (found.against.control, found.against.loss_at_equal_flops, found.against.difference) == (None, None, None)
+    assert found.against.ratio is not None
+    assert "the same FLOPs" not in str(verdict(found))
+
+
+def test_what_the_first_validation_has_is_an_upper_bound() -> None:
+    found, _ = compared(REFINED, (trained(1540.0, 2.9),))
+    assert found.against is not None
+    assert (found.against.flops_for_same_loss, found.against.ratio) == (1540, None)
+    assert verdict(found) == (
+        "a: loss 3.0000 with 1.00e3 FLOPs; from scratch it takes at most 1.54e3, the first that were validated"
+    )
+    # Another that is known to take less.
+    found = compared(REFINED, (trained(1540.0, 2.9),), (trained(1000.0, 3.5, 2.5),))[0]
+    assert found.against is not None
+    assert found.against.flops_for_same_loss == pytest.approx(750)
+    assert found.against.ratio == pytest.approx(1000 / 750)
+
+
+def test_a_model_that_was_trained_on_is_no_control() -> None:
+    first, second = trained(500.0, 4.5, 4.0), trained(500.0, 3.9, 3.2, first=0)
+    found, other = compared(REFINED, (first, second))
+    assert (found.against, other.against) == (None, None)
+    found = compared(REFINED, (first, second), (trained(1000.0, 4.0, 3.6),))[0]
+    assert found.against is not None
+    assert (found.against.control, found.against.flops_for_same_loss) == ("c", None)
 
 
 def test_growth_that_cost() -> None:
@@ -116,8 +149,10 @@ def test_models_of_another_size_are_no_controls() -> None:
 def test_losses_that_are_not_finite_are_passed_over() -> None:
     found = compared(REFINED, (trained(2000.0, math.nan, 4.0, math.inf, 3.0),))[0]
     assert found.against is not None
-    assert found.against.loss_at_equal_flops == 4.0
     assert found.against.flops_for_same_loss == 2000
+    found = compared(REFINED, (trained(1000.0, 4.0, math.nan),))[0]
+    assert found.against is not None
+    assert (found.against.control, found.against.flops_for_same_loss) == (None, None)
     bad: History = (BASE, GROWN, trained(600.0, 4.5, math.nan, first=0))
     control: History = (trained(1000.0, 4.0, 3.2),)
     found, other = compared(bad, control)
@@ -178,6 +213,11 @@ def test_the_picture_has_a_line_for_each_model() -> None:
     # The base is both models'.
     assert min(drawn(picture, colour) for colour in (blue, orange, black, grey)) > 300
     assert drawn(picture, blue) < drawn(alone, blue)
+
+
+def test_five_models_that_never_grew_have_lines_of_their_own() -> None:
+    styles = _styles(compared(*[(trained(1000.0, 4.0, 3.5),)] * 5))
+    assert len({style["linestyle"] for style in styles}) == 5
 
 
 def test_the_picture_holds_many_models() -> None:
