@@ -78,8 +78,8 @@ def main(arguments: list[str]) -> int:
         while (line := works.get()) is not None:
             working.set()
             _do(Work.model_validate_json(line), channel)
-            release_memory()
             working.clear()
+            release_memory()
     except (Interrupted, KeyboardInterrupt):
         working.clear()  # the parent closes standard input at what follows, which is no further signal then
         channel.send({"event": "Interrupted"})

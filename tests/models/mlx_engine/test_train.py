@@ -63,7 +63,8 @@ def test_compiled_functions_do_what_others_do() -> None:
     # One layer: a CPU's compiler takes long for each.
     config = tiny("mixtral", dropout=0.1, num_hidden_layers=1)
     compiled, plain = (trainer(config, MUON, compiled=compiled) for compiled in (True, False))
-    assert losses(compiled, range(4)) == pytest.approx(losses(plain, range(4)), rel=1e-5)
+    steps = range(1, 7, 2)  # each shape is compiled: all of them have two micro-batches
+    assert losses(compiled, steps) == pytest.approx(losses(plain, steps), rel=1e-5)
     assert_same(exported(compiled), exported(plain), atol=1e-4, rtol=1e-3)
     assert compiled.loss(packed(LENGTHS["short"])) == pytest.approx(plain.loss(packed(LENGTHS["short"])), rel=1e-5)
 
