@@ -1,7 +1,6 @@
 """Which engine suits this machine, found out without importing one, and the memory of a process on it."""
 
 import ctypes
-import gc
 import os
 import platform
 import resource
@@ -95,6 +94,5 @@ def has_tpu(devices: Path) -> bool:
 
 def release_memory() -> None:
     """Gives what this process has freed back to the system, where the C library keeps it (see ENGINE_ENVIRONMENT)."""
-    gc.collect()
     with suppress(OSError, AttributeError):  # glibc alone has it
         ctypes.CDLL(None).malloc_trim(0)
