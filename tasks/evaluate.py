@@ -21,9 +21,9 @@ from tasks.calculator import FINAL, OPEN, final_number, marks_in
 from tasks.checkpoint import read_model, tokenizer_of
 from tasks.corpus.conversations import CHOSEN, MESSAGES, REJECTED, parsed
 from tasks.corpus.sources import SPLITS
+from tasks.scores import RESULTS, SAMPLES
 from tasks.stage import Context, Kind, Metrics, Stage
 
-RESULTS, SAMPLES = "results.json", "samples.parquet"
 TEXT_TOKENS, CHAT_TOKENS = 16, 256
 """Tokens that an answer may have where nobody says: that of a text, which is a sum, and that of a conversation."""
 SHOWN_LENGTHS = 20

@@ -24,7 +24,7 @@ from models.tokenizer import Tokenizer
 from models.training.events import Note
 from models.weights import whole_pieces
 from tasks.checkpoint import read_model, tokenizer_of
-from tasks.evaluate import RESULTS
+from tasks.scores import RESULTS
 from tasks.stage import Context, Kind, Metrics, Stage
 
 REPORT_SECONDS = 10.0

@@ -20,7 +20,8 @@ from models.tokenizer import tokenizer_files
 from models.tuning import LoraConfig
 from models.weights import parameter_count, write_arrays
 from tasks.checkpoint import ADAPTER, WEIGHTS, ModelFolder, read_model, tokenizer_of, write_adapters
-from tasks.evaluate import RESULTS, shown_groups
+from tasks.evaluate import shown_groups
+from tasks.scores import RESULTS
 from tasks.stage import Context, Kind, Metrics, Stage
 
 

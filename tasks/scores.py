@@ -1,0 +1,72 @@
+"""A score as every evaluation writes it, so that one report reads them all: what was measured, how sure it is, and
+what guessing would give.
+
+`results.json` of an evaluation has them under `scores`; `samples.parquet` has a row per document: `id`, which is the
+same for every model, `prompt`, `target`, `prediction`, `correct` where there is a right and a wrong, and a column per
+metric, by which two models are compared pair by pair.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from common.config import FrozenModel
+
+RESULTS, SAMPLES = "results.json", "samples.parquet"
+NEAR = 2.0
+"""Standard errors within which a score is no better than chance."""
+
+
+class Score(FrozenModel):
+    """One number that a model was given."""
+
+    task: str
+    """What was asked, such as `arc_easy`."""
+    metric: str
+    """What of it was measured, such as `acc_norm`: the column of `samples.parquet` that it is made of."""
+    group: str | None = None
+    """The part of the task that it is of, such as a category; null for the whole."""
+    value: float | None
+    """The score; null where it is too large to be a number."""
+    standard_error: float | None = Field(default=None, ge=0)
+    """Its standard error; null where none is known."""
+    n: int = Field(ge=0)
+    """Documents that it is of."""
+    higher_is_better: bool = True
+    """Whether more is better."""
+    chance: float | None = None
+    """What guessing gives; null where that is not known."""
+    majority: float | None = None
+    """What always giving the commonest answer gives; null where answers are not a choice."""
+
+    @property
+    def near_chance(self) -> bool:
+        """Whether it is within two standard errors of guessing, or worse."""
+        if self.value is None or self.chance is None or self.standard_error is None:
+            return False
+        better = self.value - self.chance if self.higher_is_better else self.chance - self.value
+        return better <= NEAR * self.standard_error
+
+    def dumped(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {**self.model_dump(mode="json"), "near_chance": self.near_chance}
+
+
+def share(
+    task: str, metric: str, values: Sequence[bool | float], *, group: str | None = None, chance: float | None = None
+) -> Score:
+    """The mean of what the documents were given, with the standard error of a mean."""
+    found = np.asarray(values, np.float64)
+    error = float(found.std(ddof=1) / math.sqrt(len(found))) if len(found) > 1 else None
+    return Score(
+        task=task,
+        metric=metric,
+        group=group,
+        value=float(found.mean()) if len(found) else None,
+        standard_error=error,
+        n=len(found),
+        chance=chance,
+    )
