@@ -65,6 +65,15 @@ class Batch(NamedTuple):
         return Batch(self.tokens_BT[rows], self.targets_BT[rows], self.loss_mask_BT[rows], documents_BT)
 
 
+class Scored(NamedTuple):
+    """What a model makes of targets."""
+
+    log_probabilities_BT: NDArray[np.float32]
+    """The log-probability of each target."""
+    greedy_BT: NDArray[np.bool_]
+    """Whether each target is the likeliest token, of equals the first."""
+
+
 def counted_targets(micro_batches: Sequence[Batch]) -> int:
     """How many targets count in the loss of a step. Raises UserError where none does."""
     counted = sum(int(batch.loss_mask_BT.sum()) for batch in micro_batches)
@@ -195,6 +204,19 @@ class InferenceEngine(Protocol):
 
     def decode(self, cache: Any, tokens_B: NDArray[np.int32]) -> tuple[Any, NDArray[np.float32]]:
         """Appends one token to each row; gives the cache to go on with (the old is used up) and the logits (B, V)."""
+        ...
+
+    def continuations(self, cache: Any, batch: Batch) -> Scored:
+        """Scores targets behind what the cache holds of each row. The cache stays as it is and may be used again.
+
+        With `documents_BT`, each document of a row continues the row's cached prefix by itself: it attends to that and
+        to itself, and its positions begin where the prefix ends. Several documents of a row may together be longer
+        than the model. Padding may be a document of its own. Where the loss mask leaves a target out, what is found is
+        0 and False.
+
+        Raises ValueError for other rows than the cache's, for tokens or counted targets outside of the vocabulary, and
+        where a prefix and a document, up to its last counted target, are longer than the model.
+        """
         ...
 
     def select(self, cache: Any, rows: NDArray[np.int64]) -> Any:

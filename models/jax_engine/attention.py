@@ -1,7 +1,7 @@
 """Causal self-attention with grouped queries, rotary positions, documents and a key-value cache.
 
-Suffixes: B rows, T new positions of a row, C capacity of a cache, D hidden_size, H heads, G key-value heads,
-R = H / G heads of a group, K head_dim, F = K / 2 frequencies.
+Suffixes: B rows, T new positions of a row, C capacity of a cache, U = C + T, D hidden_size, H heads, G key-value
+heads, R = H / G heads of a group, K head_dim, F = K / 2 frequencies.
 """
 
 import math
@@ -155,3 +155,12 @@ def cached_attention(q_B1HK: jax.Array, cache: LayerCache, known_B: jax.Array) -
     """What one new position of each row reads of the row's first `known_B` positions: (B, 1, H, K)."""
     seen_BC = jnp.arange(cache.keys_BCGK.shape[1]) < known_B[:, None]
     return jax.nn.dot_product_attention(q_B1HK, *cache, mask=seen_BC[:, None, None])
+
+
+def attention_behind(
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, cache: LayerCache, mask_BTU: jax.Array
+) -> jax.Array:
+    """What new positions read of a cache's and of themselves, as the mask lets them: (B, T, H, K)."""
+    k_BUGK = jnp.concatenate((cache.keys_BCGK, k_BTGK), axis=1)
+    v_BUGK = jnp.concatenate((cache.values_BCGK, v_BTGK), axis=1)
+    return jax.nn.dot_product_attention(q_BTHK, k_BUGK, v_BUGK, mask=mask_BTU[:, None])

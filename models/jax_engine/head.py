@@ -7,7 +7,8 @@ Suffixes: B rows, T positions, P parts of a row, S = T / P positions of a part, 
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +30,20 @@ def part_count(platform: str, logits: int, length: int) -> int:
 
 def target_log_probabilities(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, parts: int) -> jax.Array:
     """The log-probability of each target, (B, T) in fp32, without a gradient."""
-    length = targets_BT.shape[1]
+    found_BT: jax.Array = _in_parts(_log_probabilities, x_BTD, head_VD, targets_BT, parts)
+    return found_BT
 
-    def one(x_BSD: jax.Array, targets_BS: jax.Array) -> jax.Array:
-        logits_BSV = _logits(x_BSD, head_VD)
-        return _at(logits_BSV, targets_BS) - jax.nn.logsumexp(logits_BSV, axis=-1)
 
-    if parts == 1:
-        return one(x_BTD, targets_BT)
-    found_PBS = jax.lax.map(lambda part: one(*part), (_cut(x_BTD, parts), _cut(targets_BT, parts)))
-    return _joined(found_PBS, length)
+def target_scores(
+    x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, parts: int
+) -> tuple[jax.Array, jax.Array]:
+    """The same, and whether each target is the likeliest token, of equals the first: (B, T) boolean."""
+
+    def one(logits_BSV: jax.Array, targets_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _log_probabilities(logits_BSV, targets_BS), logits_BSV.argmax(-1) == targets_BS
+
+    found: tuple[jax.Array, jax.Array] = _in_parts(one, x_BTD, head_VD, targets_BT, parts)
+    return found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -96,6 +101,21 @@ weighted_loss.defvjp(_forward, _backward)
 
 def _logits(x_BSD: jax.Array, head_VD: jax.Array) -> jax.Array:
     return jnp.einsum("bsd,vd->bsv", x_BSD, head_VD).astype(jnp.float32)
+
+
+def _log_probabilities(logits_BSV: jax.Array, targets_BS: jax.Array) -> jax.Array:
+    return _at(logits_BSV, targets_BS) - jax.nn.logsumexp(logits_BSV, axis=-1)
+
+
+def _in_parts(
+    one: Callable[[jax.Array, jax.Array], Any], x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, parts: int
+) -> Any:
+    """What `one` makes of the logits and targets of a part, (B, S) each, of all parts: (B, T) each."""
+    if parts == 1:
+        return one(_logits(x_BTD, head_VD), targets_BT)
+    cut = (_cut(x_BTD, parts), _cut(targets_BT, parts))
+    found = jax.lax.map(lambda part: one(_logits(part[0], head_VD), part[1]), cut)
+    return jax.tree.map(lambda found_PBS: _joined(found_PBS, targets_BT.shape[1]), found)
 
 
 def _at(logits_BSV: jax.Array, targets_BS: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """The inference side of the JAX engine.
 
 What is compiled depends on shapes alone, so rows, lengths and capacities are padded to a few sizes.
-Suffixes: B rows, T positions, C capacity of a cache, V vocab_size.
+Suffixes: B rows, T positions, C capacity of a cache, U = C + T, R parts that rows are divided into, M targets that
+count in each of them, D hidden_size, V vocab_size.
 """
 
 import functools
@@ -13,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.config import ModelConfig
-from models.engine import Batch, EngineName
+from models.continuations import Continuations, continuations
+from models.engine import Batch, EngineName, Scored
 from models.jax_engine.batching import bucket, check_batch, check_tokens, doubled, length_bucket, multiple, stacked
 from models.jax_engine.distributed import described
-from models.jax_engine.head import part_count, target_log_probabilities
-from models.jax_engine.model import Arrays, Cache, Computing, Rows, Transformer
+from models.jax_engine.head import part_count, target_log_probabilities, target_scores
+from models.jax_engine.model import Arrays, Behind, Cache, Computing, Rows, Transformer
 from models.jax_engine.placement import Holder
 
 
@@ -47,6 +49,9 @@ class Reading:
         self.targets = computing.compiled(self._target_log_probabilities, out_shardings=whole)
         self.prefill = computing.compiled(self._read_prompts, static_argnames="capacity", out_shardings=(cache, whole))
         self.decode = computing.compiled(self._append, donate_argnums=1, out_shardings=(cache, whole))
+        # Apart, for each takes shapes that are independent of the other's.
+        self.behind = computing.compiled(self._model.read_behind, out_shardings=rows)
+        self.scores = computing.compiled(self._target_scores, out_shardings=whole)
         self.select = jax.jit(_selected, out_shardings=cache)
 
     def _all_logits(self, parameters: Arrays, tokens_BT: jax.Array) -> jax.Array:
@@ -58,6 +63,15 @@ class Reading:
         logits = count // self._sharding.row_parts * length * self._config.vocab_size
         parts = part_count(model.computing.platform, logits // self._sharding.mesh.shape["tensor"], length)
         return target_log_probabilities(x_BTD, model.head_VD(parameters), targets_BT, parts)
+
+    def _target_scores(
+        self, parameters: Arrays, x_BTD: jax.Array, rows_RM: jax.Array, places_RM: jax.Array, targets_RM: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        model, length = self._model, places_RM.shape[1]
+        x_RMD = self._sharding.constrained(x_BTD[rows_RM, places_RM], "rows", "whole", "whole")
+        logits = length * self._config.vocab_size
+        parts = part_count(model.computing.platform, logits // self._sharding.mesh.shape["tensor"], length)
+        return target_scores(x_RMD, model.head_VD(parameters), targets_RM, parts)
 
     def _read_prompts(
         self, parameters: Arrays, tokens_BT: jax.Array, lengths_B: jax.Array, *, capacity: int
@@ -144,6 +158,19 @@ class JaxInference:
         held = cache._replace(cache=grown, longest=cache.longest + 1, lengths_B=cache.lengths_B + 1)
         return held, _on_host(logits_BV)[: cache.rows]
 
+    def continuations(self, cache: HeldCache, batch: Batch) -> Scored:
+        """As the contract says."""
+        found = continuations(batch, cache.lengths_B, self.config)
+        parameters, count = self._held.parameters, len(found.targets_M)
+        x_BTD = self._compiled.behind(parameters, cache.cache, self._behind(cache, found))
+        wanted_3M = np.zeros((3, self._rows(bucket(count))), np.int32)
+        wanted_3M[:, :count] = found.rows_M, found.places_M, found.targets_M
+        wanted_3RM = wanted_3M.reshape(3, self._sharding.row_parts, -1)
+        wanted = (self._sharding.put(array_RM, self._sharding.of("rows", "whole")) for array_RM in wanted_3RM)
+        scores = self._compiled.scores(parameters, x_BTD, *wanted)
+        log_probabilities_M, greedy_M = (np.array(score).reshape(-1)[:count] for score in scores)
+        return found.scored(log_probabilities_M, greedy_M)
+
     def select(self, cache: HeldCache, rows: NDArray[np.int64]) -> HeldCache:
         """As the contract says; the rows that remain are padded to a power of two."""
         padded_B = np.zeros(self._rows(doubled(len(rows))), np.int32)
@@ -157,6 +184,16 @@ class JaxInference:
 
     def _length(self, length: int) -> int:
         return length_bucket(length, self.config.max_position_embeddings)
+
+    def _behind(self, cache: HeldCache, found: Continuations) -> Behind:
+        """Continuations on the devices, in as many rows as the cache has there."""
+        (rows, length), capacity = found.tokens_BS.shape, cache.cache.keys_LBCGK.shape[2]
+        missing = ((0, len(cache.cache.lengths_B) - rows), (0, self._length(length) - length))
+        tokens_BT, positions_BT = (np.pad(array, missing) for array in (found.tokens_BS, found.positions_BS))
+        padded = found._replace(documents_BS=np.pad(found.documents_BS, missing, constant_values=-1))
+        mask_BTU = padded.mask_BSU(np.pad(cache.lengths_B, missing[0], constant_values=1), capacity)
+        lying = self._sharding.of("rows")
+        return Behind(*(self._sharding.put(array, lying) for array in (tokens_BT, positions_BT, mask_BTU)))
 
     def _padded(self, tokens_BT: NDArray[np.int32], rows: int) -> jax.Array:
         padded = np.zeros((rows, self._length(tokens_BT.shape[1])), np.int32)

@@ -3,7 +3,7 @@
 Layers are alike, so their parameters are stacked and one block is scanned over them: the compiler sees a block once,
 however many there are. The residual stream, norms, router and loss are fp32 whatever the products are computed in.
 
-Suffixes: B rows, T positions, C capacity of a cache, D hidden_size, G key-value heads, K head_dim, L layers,
+Suffixes: B rows, T positions, C capacity of a cache, U = C + T, D hidden_size, G key-value heads, K head_dim, L layers,
 E experts, V vocab_size.
 """
 
@@ -21,6 +21,7 @@ from models.jax_engine.attention import (
     Attention,
     LayerCache,
     Rotation,
+    attention_behind,
     cached_attention,
     causal_attention,
     kind_for,
@@ -52,6 +53,17 @@ class Cache(NamedTuple):
     values_LBCGK: jax.Array
     lengths_B: jax.Array
     """int32."""
+
+
+class Behind(NamedTuple):
+    """Rows of tokens on the devices that stand behind those of a cache."""
+
+    tokens_BT: jax.Array
+    """int32."""
+    positions_BT: jax.Array
+    """int32."""
+    mask_BTU: jax.Array
+    """Boolean; what each may read of the cache and, behind it, of these."""
 
 
 class Read(NamedTuple):
@@ -196,6 +208,21 @@ class Transformer:
         carry = (x_B1D, cache.keys_LBCGK, cache.values_LBCGK)
         (x_B1D, keys, values), _ = jax.lax.scan(through, carry, (layers, numbers))
         return Cache(keys, values, cache.lengths_B + 1), ends.norm(x_B1D).astype(computing.dtype)
+
+    def read_behind(self, parameters: Arrays, cache: Cache, rows: Behind) -> jax.Array:
+        """What the head reads, (B, T, D), of rows behind a cache that stays as it is."""
+        ends, turn = self._bound_ends(parameters), self._rotation(rows.positions_BT)
+        x_BTD = self._embedded(ends, rows.tokens_BT, rows.positions_BT)
+
+        def through(x_BTD: jax.Array, layer: tuple[Arrays, LayerCache]) -> tuple[jax.Array, None]:
+            block = self._bound_block(layer[0])
+            heads = block.attention.heads(block.input_norm(x_BTD).astype(self.computing.dtype), turn)
+            mixed_BTHK = attention_behind(*heads, layer[1], rows.mask_BTU)
+            return block.after_attention(x_BTD, mixed_BTHK, None, None)[0], None
+
+        kept = LayerCache(cache.keys_LBCGK, cache.values_LBCGK)
+        x_BTD, _ = jax.lax.scan(through, x_BTD, (_of_layers(parameters), kept))
+        return ends.norm(x_BTD).astype(self.computing.dtype)
 
     def head_VD(self, parameters: Arrays) -> jax.Array:
         """The output head's matrix in the dtype of the products."""

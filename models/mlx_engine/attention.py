@@ -39,9 +39,12 @@ class Places(NamedTuple):
     positions_BT: mx.array | None
     """Places in their documents, for learned positions; None where a row is one document."""
     starts_B: mx.array | None
-    """int32; where the first new position of each row stands; None for all at 0."""
+    """int32; where the first new position of each row stands; None for all at 0, or where none is kept."""
     known: int | None
     """U, where there is a cache that has been filled."""
+    kept: bool = True
+    """Whether a cache takes the new positions; if not, the mask is over U and T, and positions need not follow one
+    another."""
 
 
 def row_places(documents_BT: mx.array | None, positions_BT: mx.array | None) -> Places:
@@ -61,6 +64,12 @@ def cached_places(lengths_B: NDArray[np.int64]) -> Places:
     known = int(lengths_B.max(initial=0)) + 1
     here_B = mx.array(lengths_B.astype(np.int32))
     return Places((mx.arange(known) <= here_B[:, None])[:, None, None], here_B[:, None], here_B, known)
+
+
+def places_behind(positions_BT: NDArray[np.int32], mask_BTT: NDArray[np.bool_]) -> Places:
+    """Places of tokens that are read behind a cache but not kept in it."""
+    known = mask_BTT.shape[2] - mask_BTT.shape[1]
+    return Places(mx.array(mask_BTT)[:, None], mx.array(positions_BT), None, known, kept=False)
 
 
 class Attention(nn.Module):
@@ -88,10 +97,13 @@ class Attention(nn.Module):
         q_BHTK = self._turned(self._heads(self.q_proj(x_BTD), self.heads), places)
         k_BGTK = self._turned(self._heads(self.k_proj(x_BTD), self.groups), places)
         v_BGTK = self._heads(self.v_proj(x_BTD), self.groups)
-        if cache is not None:
+        if cache is not None and not places.kept:
+            parts = zip(cache, (k_BGTK, v_BGTK), strict=True)
+            k_BGTK, v_BGTK = (mx.concatenate([old[:, :, : places.known], new], axis=2) for old, new in parts)
+        elif cache is not None:
             cache = LayerCache(*(_written(*part) for part in zip(cache, (k_BGTK, v_BGTK), [places] * 2, strict=True)))
-        if cache is not None and places.known is not None:
-            k_BGTK, v_BGTK = (part[:, :, : places.known] for part in cache)
+            if places.known is not None:
+                k_BGTK, v_BGTK = (part[:, :, : places.known] for part in cache)
         mixed_BHTK = self._mixed(q_BHTK, k_BGTK, v_BGTK, places.mask_BHTT, keys_B2)
         rows, _, length, _ = mixed_BHTK.shape
         return self.o_proj(mixed_BHTK.transpose(0, 2, 1, 3).reshape(rows, length, -1)), cache
@@ -103,6 +115,12 @@ class Attention(nn.Module):
         """Heads turned by their positions' angles (Su et al., 2021): pairs are (i, i + K/2), as in `transformers`."""
         if self._periods is None:
             return x_BHTK
+        if not places.kept:
+            assert places.positions_BT is not None
+            rows, heads, length, width = x_BHTK.shape
+            each_N1 = Places(None, None, places.positions_BT.reshape(-1), None)
+            x_NH1K = self._turned(x_BHTK.swapaxes(1, 2).reshape(-1, heads, 1, width), each_N1)
+            return x_NH1K.reshape(rows, length, heads, width).swapaxes(1, 2)
         offset = 0 if places.starts_B is None else places.starts_B
         return mx.fast.rope(
             x_BHTK, self.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods

@@ -22,6 +22,11 @@ def target_log_probabilities(logits_CV: mx.array, targets_C: mx.array) -> mx.arr
     return chosen_C - mx.logsumexp(logits_CV, axis=-1)
 
 
+def target_scores(logits_CV: mx.array, targets_C: mx.array) -> tuple[mx.array, mx.array]:
+    """The same, and whether each target is the likeliest token, of equals the first: (C,) boolean."""
+    return target_log_probabilities(logits_CV, targets_C), mx.argmax(logits_CV, axis=-1) == targets_C
+
+
 def summed_loss(x_MD: mx.array, head_VD: mx.array, targets_M: mx.array, weights_M: mx.array) -> mx.array:
     """The sum of the targets' cross-entropies, each times its weight, a 0-d fp32 array; for a gradient, which is taken
     on the way.

@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.config import ModelConfig
-from models.engine import Batch, EngineName
+from models.continuations import continuations
+from models.engine import Batch, EngineName, Scored
 from models.machine import peak_resident_memory
-from models.mlx_engine.attention import Cache, LayerCache, Places, cached_places, row_places
+from models.mlx_engine.attention import Cache, LayerCache, Places, cached_places, places_behind, row_places
 from models.mlx_engine.batches import check_batch, check_tokens, rows_of
 from models.mlx_engine.device import on_cpu
-from models.mlx_engine.head import parts_of, target_log_probabilities
+from models.mlx_engine.head import parts_of, target_log_probabilities, target_scores
 from models.mlx_engine.model import Transformer
 
 
@@ -76,6 +77,18 @@ class MlxInference:
         places: Places = cached_places(cache.lengths_B)
         x_B1D, layers = self._model.read_cached(mx.array(tokens_B)[:, None], places, cache)
         return self._answered(Cache(layers, cache.lengths_B + 1), x_B1D[:, 0])
+
+    def continuations(self, cache: Cache, batch: Batch) -> Scored:
+        """As the contract says."""
+        found = continuations(batch, cache.lengths_B, self.config)
+        places = places_behind(found.positions_BS, found.mask_BSU(cache.lengths_B, int(cache.lengths_B.max(initial=0))))
+        x_BSD, _ = self._model.read_cached(mx.array(found.tokens_BS), places, cache)
+        x_MD = x_BSD[mx.array(found.rows_M), mx.array(found.places_M)]
+        log_probabilities_M, greedy_M = np.empty(len(x_MD), np.float32), np.empty(len(x_MD), np.bool_)
+        for part in parts_of(len(x_MD), self.config.vocab_size):
+            scores = target_scores(self._model.logits(x_MD[part]), mx.array(found.targets_M[part]))
+            log_probabilities_M[part], greedy_M[part] = (np.array(score) for score in scores)
+        return found.scored(log_probabilities_M, greedy_M)
 
     def select(self, cache: Cache, rows: NDArray[np.int64]) -> Cache:
         kept = mx.array(rows.astype(np.int32))

@@ -1,7 +1,7 @@
 """Causal self-attention with grouped queries, rotary positions and a key-value cache.
 
-B rows, T new positions of a row, C capacity of a cache, N packed positions, P those of one group, D hidden_size,
-H heads, G key-value heads, J = H + 2·G, K head_dim, S = J · K, L layers.
+B rows, T new positions of a row, C capacity of a cache, U known positions of a cache and new ones, N packed positions,
+P those of one group, D hidden_size, H heads, G key-value heads, J = H + 2·G, K head_dim, S = J · K, L layers.
 """
 
 import math
@@ -49,6 +49,8 @@ class LayerCache(NamedTuple):
     """int64; None while the prompts themselves are read."""
     longest: int
     """The largest of them."""
+    mask_B1TU: Tensor | None
+    """As of the whole cache."""
 
 
 class Cache(NamedTuple):
@@ -60,10 +62,14 @@ class Cache(NamedTuple):
     """int64; None while the prompts themselves are read."""
     host_lengths_B: NDArray[np.int64]
     """The same on the host, where it costs no waiting."""
+    mask_B1TU: Tensor | None = None
+    """Boolean, where new positions are read behind the cache but not kept in it: what each of them may read of the
+    cache's, as far as the longest row, and of themselves."""
 
     def of_layer(self, layer: int) -> LayerCache:
         """A view of one layer."""
-        return LayerCache(self.keys[layer], self.values[layer], self.lengths_B, int(self.host_lengths_B.max(initial=0)))
+        longest = int(self.host_lengths_B.max(initial=0))
+        return LayerCache(self.keys[layer], self.values[layer], self.lengths_B, longest, self.mask_B1TU)
 
 
 def rotation_table(positions: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -131,6 +137,8 @@ class Attention(nn.Module):
     def _attend(
         self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, cache: LayerCache | None, share_B: Share | None
     ) -> Tensor:
+        if cache is not None and cache.mask_B1TU is not None:
+            return self._attend_behind(q_BHTK, k_BGTK, v_BGTK, cache, cache.mask_B1TU)
         if cache is not None and cache.lengths_B is not None:
             return self._attend_cached(q_BHTK, k_BGTK, v_BGTK, cache, cache.lengths_B)
         if cache is not None:
@@ -147,6 +155,15 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(
                 q_BHTK, k_BGTK, v_BGTK, is_causal=True, dropout_p=dropout, enable_gqa=grouped
             )
+
+    def _attend_behind(
+        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, cache: LayerCache, mask_B1TU: Tensor
+    ) -> Tensor:
+        """New positions behind the cache, which stays as it is."""
+        k_BGUK = torch.cat((cache.keys_BGCK[:, :, : cache.longest], k_BGTK), 2)
+        v_BGUK = torch.cat((cache.values_BGCK[:, :, : cache.longest], v_BGTK), 2)
+        grouped = self.groups != self.heads
+        return F.scaled_dot_product_attention(q_BHTK, k_BGUK, v_BGUK, attn_mask=mask_B1TU, enable_gqa=grouped)
 
     def _attend_cached(
         self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, cache: LayerCache, lengths_B: Tensor

@@ -21,12 +21,20 @@ _POSITIONS = {"cpu": 256, "cuda": 2048, "mps": 1024}
 
 def target_log_probabilities(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> Tensor:
     """The log-probability of each target, (M,) in fp32, without a gradient."""
-    cast_VD = head_VD.to(x_MD.dtype)
     found_M = torch.empty(len(x_MD), device=x_MD.device)
-    for part in _parts(x_MD, head_VD):
-        logs_CV = torch.log_softmax(x_MD[part] @ cast_VD.T, -1, dtype=torch.float32)
-        found_M[part] = logs_CV.gather(1, targets_M[part].unsqueeze(1)).squeeze(1)
+    for part, logits_CV in _logits(x_MD, head_VD):
+        found_M[part] = _log_probabilities(logits_CV, targets_M[part])
     return found_M
+
+
+def target_scores(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and whether each target is the likeliest token, of equals the first: (M,) boolean."""
+    found_M = torch.empty(len(x_MD), device=x_MD.device)
+    greedy_M = torch.empty(len(x_MD), device=x_MD.device, dtype=torch.bool)
+    for part, logits_CV in _logits(x_MD, head_VD):
+        found_M[part] = _log_probabilities(logits_CV, targets_M[part])
+        greedy_M[part] = logits_CV.argmax(-1) == targets_M[part]
+    return found_M, greedy_M
 
 
 def summed_loss(
@@ -83,6 +91,17 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         dx_MD, dhead_VD = ctx.saved_tensors
         return dx_MD * gradient.to(dx_MD.dtype), None if dhead_VD is None else dhead_VD * gradient, None, None, None
+
+
+def _logits(x_MD: Tensor, head_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Parts of the positions, and the logits (C, V) of each."""
+    cast_VD = head_VD.to(x_MD.dtype)
+    return ((part, x_MD[part] @ cast_VD.T) for part in _parts(x_MD, head_VD))
+
+
+def _log_probabilities(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    logs_CV = torch.log_softmax(logits_CV, -1, dtype=torch.float32)
+    return logs_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1)
 
 
 def _parts(x_MD: Tensor, head_VD: Tensor) -> Iterator[slice]:

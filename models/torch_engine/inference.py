@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.config import ModelConfig
-from models.engine import Batch, EngineName
+from models.continuations import continuations
+from models.engine import Batch, EngineName, Scored
 from models.torch_engine.attention import Cache, Group
-from models.torch_engine.head import target_log_probabilities
+from models.torch_engine.head import target_log_probabilities, target_scores
 from models.torch_engine.model import Rows, Transformer
-from models.torch_engine.packing import arranged, check_tokens, contexts, on_device, whole
+from models.torch_engine.packing import arranged, behind, check_tokens, contexts, on_device, whole
 
 
 class TorchInference:
@@ -84,6 +85,18 @@ class TorchInference:
         logits_BV = self._read(rows, cache)
         grown = cache._replace(lengths_B=cache.lengths_B + 1, host_lengths_B=cache.host_lengths_B + 1)
         return grown, self._on_host(logits_BV)
+
+    @torch.inference_mode()
+    def continuations(self, cache: Cache, batch: Batch) -> Scored:
+        """As the contract says."""
+        found = continuations(batch, cache.host_lengths_B, self.config)
+        mask_BSU = found.mask_BSU(cache.host_lengths_B, int(cache.host_lengths_B.max(initial=0)))
+        masked = cache._replace(mask_B1TU=on_device(mask_BSU[:, None], self._place))
+        targets_M = on_device(found.targets_M.astype(np.int64), self._place)
+        model = self._model.eval()
+        scores = target_scores(model.read(behind(found, self._place), masked), model.head_VD, targets_M)
+        log_probabilities_M, greedy_M = (score.cpu().numpy() for score in scores)
+        return found.scored(log_probabilities_M, greedy_M)
 
     @torch.inference_mode()
     def select(self, cache: Cache, rows: NDArray[np.int64]) -> Cache:

@@ -1,6 +1,7 @@
 """From a batch on the host to packed positions on the device.
 
-B rows, T positions, C contexts, N packed positions, P those of one group, M read positions.
+B rows, T positions, S those of a row of continuations, C contexts, N packed positions, P those of one group, M read
+positions.
 """
 
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.continuations import Continuations
 from models.engine import Batch
 from models.torch_engine.attention import Group
 from models.torch_engine.dropout import Share
@@ -171,3 +173,12 @@ def whole(tokens_BT: NDArray[np.int32], device: torch.device) -> Rows:
     """Every position of every row, in order."""
     rows, length = tokens_BT.shape
     return arranged(tokens_BT, Contexts(np.arange(rows) * length, np.full(rows, length)), False, device)[0]
+
+
+def behind(found: Continuations, device: torch.device) -> Rows:
+    """Continuations, row by row, with their counted targets to be read."""
+    real_BS = found.documents_BS >= 0
+    group = _group(real_BS.sum(1), real_BS.shape[1], device)
+    read_M = real_BS.cumsum().reshape(real_BS.shape)[found.rows_M, found.places_M] - 1
+    tokens_N, positions_N = found.tokens_BS[real_BS], found.positions_BS[real_BS].astype(np.int64)
+    return Rows(on_device(tokens_N, device), on_device(positions_N, device), (group,), on_device(read_M, device))

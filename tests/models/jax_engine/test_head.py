@@ -8,7 +8,7 @@ pytest.importorskip("jax")
 import jax
 import jax.numpy as jnp
 
-from models.jax_engine.head import part_count, target_log_probabilities, weighted_loss
+from models.jax_engine.head import part_count, target_log_probabilities, target_scores, weighted_loss
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 3, 11, 6, 17
 
@@ -46,6 +46,20 @@ def test_log_probabilities_are_those_of_all_targets(parts: int) -> None:
     logs = jax.nn.log_softmax(x @ head.T)
     expected = np.take_along_axis(np.asarray(logs), np.asarray(targets)[..., None], -1)[..., 0]
     np.testing.assert_allclose(target_log_probabilities(x, head, targets, parts), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_likeliest_of_equals_is_the_first(parts: int) -> None:
+    random = np.random.default_rng(0)
+    x, head = random.integers(-2, 3, (ROWS, LENGTH, 2)), random.integers(-2, 3, (VOCABULARY, 2))
+    logits, targets = x @ head.T, random.integers(0, VOCABULARY, (ROWS, LENGTH))
+    targets[0] = logits[0].argmax(-1)
+    given = (jnp.array(x, jnp.float32), jnp.array(head, jnp.float32), jnp.array(targets, jnp.int32), parts)
+    logs, greedy = target_scores(*given)
+    np.testing.assert_array_equal(greedy, logits.argmax(-1) == targets)
+    chosen = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    assert (np.asarray(greedy) < (chosen == logits.max(-1))).any()
+    np.testing.assert_array_equal(logs, target_log_probabilities(*given))
 
 
 def test_sums_over_the_vocabulary_are_fp32_for_bf16_products() -> None:

@@ -1,5 +1,6 @@
 """The head's loss in parts, against MLX's own over all logits at once."""
 
+import numpy as np
 import pytest
 
 pytest.importorskip("models.mlx_engine")
@@ -67,6 +68,17 @@ def test_halves_are_as_near_to_fp32_as_those_of_mlx(dtype: str) -> None:
     for best, other, found in zip(exact, theirs, ours, strict=True):
         error, allowed = (float(mx.linalg.norm(value.astype(mx.float32) - best)) for value in (found, other))
         assert error < 1.5 * allowed + 1e-6
+
+
+def test_the_likeliest_of_equals_is_the_first() -> None:
+    random = np.random.default_rng(0)
+    logits = random.integers(-2, 3, (50, VOCABULARY))
+    targets = random.integers(0, VOCABULARY, 50)
+    targets[:25] = logits[:25].argmax(-1)
+    logs, greedy = head.target_scores(mx.array(logits.astype(np.float32)), mx.array(targets))
+    np.testing.assert_array_equal(greedy, logits.argmax(-1) == targets)
+    assert (np.array(greedy) < (logits[range(50), targets] == logits.max(-1))).any()
+    assert mx.array_equal(logs, head.target_log_probabilities(mx.array(logits.astype(np.float32)), mx.array(targets)))
 
 
 def test_large_logits_overflow_nothing() -> None:

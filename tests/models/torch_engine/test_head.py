@@ -48,6 +48,21 @@ def test_bf16_is_as_near_to_fp32_as_that_of_pytorch(part: int, monkeypatch: pyte
         assert error < 1.5 * allowed + 1e-6
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_the_likeliest_of_equals_is_the_first(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(head._LOGITS, "cpu", 1)
+    monkeypatch.setitem(head._POSITIONS, "cpu", part)
+    torch.manual_seed(0)
+    x, weight = torch.randint(-2, 3, (50, 2)).float(), torch.randint(-2, 3, (11, 2)).float()
+    targets = torch.randint(0, 11, (50,))
+    logits = (x @ weight.T).numpy()  # whole numbers: many are equal
+    targets[:25] = torch.from_numpy(logits[:25].argmax(-1))
+    logs, greedy = head.target_scores(x, weight, targets)
+    assert torch.equal(greedy, torch.from_numpy(logits.argmax(-1)) == targets)
+    assert (greedy.numpy() < (logits[range(50), targets] == logits.max(-1))).any()
+    assert torch.equal(logs, head.target_log_probabilities(x, weight, targets))
+
+
 def test_large_logits_overflow_nothing() -> None:
     x, weight, targets = inputs(4, torch.float32)
     loss = head.summed_loss(x * 1e4, weight, targets, 1.0)

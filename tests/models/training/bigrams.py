@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.config import ModelConfig
-from models.engine import Batch, EngineName, Given, InferenceEngine, State, StepResult
+from models.engine import Batch, EngineName, Given, InferenceEngine, Scored, State, StepResult
 from models.optimizer import OptimizerConfig
 from models.training.batches import Batches
 from models.training.config import TrainingConfig
@@ -153,6 +153,10 @@ class _BigramInference:
 
     def decode(self, cache: Any, tokens_B: NDArray[np.int32]) -> tuple[Any, NDArray[np.float32]]:
         return cache, self.logits(tokens_B)
+
+    def continuations(self, cache: Any, batch: Batch) -> Scored:
+        likeliest_BT = self.logits(batch.tokens_BT).argmax(-1)
+        return Scored(self.log_probabilities(batch), likeliest_BT == batch.targets_BT)
 
     def select(self, cache: Any, rows: NDArray[np.int64]) -> Any:
         return cache
