@@ -16,7 +16,7 @@ from artifacts.record import Record
 from flows.plan import Step
 from flows.view import LogView
 from tasks.evaluate import shown_groups
-from tasks.events import Event, Listener, event_line
+from tasks.events import Event, Listener, event_line, part_done
 
 
 class ConsoleView(AbstractContextManager["ConsoleView"]):
@@ -54,10 +54,11 @@ class ConsoleView(AbstractContextManager["ConsoleView"]):
             line = event_line(event)
             if line is None:
                 return
-            if event["event"] == "Progress":
+            part = part_done(event)
+            if part is not None:
                 if stage not in self._bars:
-                    self._bars[stage] = self._progress.add_task("", stage=stage, detail="", total=event["steps"])
-                self._progress.update(self._bars[stage], completed=event["step"], detail=line)
+                    self._bars[stage] = self._progress.add_task("", stage=stage, detail="", total=part[1])
+                self._progress.update(self._bars[stage], completed=part[0], detail=line)
             else:
                 self._line(stage, line)
 

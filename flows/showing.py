@@ -18,7 +18,7 @@ from artifacts.record import Record
 from artifacts.store import Store
 from tasks.compare import COMPARISON_PICTURE
 from tasks.encoding.card import DATA_CARD, LENGTHS_PICTURE
-from tasks.events import Event, progress_line
+from tasks.events import Event, event_line, part_done
 
 LOSS_CURVE = "loss.png"
 PICTURES = {
@@ -42,12 +42,13 @@ class LiveProgress:
 
     def listen(self, event: Event) -> None:
         """Takes a stage's events."""
-        last = event["event"] == "Progress" and event["step"] == event["steps"]
-        if event["event"] != "Progress" or (time.monotonic() - self._at < _LIVE_SECONDS and not last):
+        part = part_done(event)
+        if part is None or (time.monotonic() - self._at < _LIVE_SECONDS and part[0] < part[1]):
             return
+        done, total = part
         # A page shows several spaces as one.
-        line = " · ".join(progress_line(event).split("  "))
-        _quietly("progress", lambda: self._show(100 * event["step"] / event["steps"], line))
+        line = " · ".join(str(event_line(event)).split("  "))
+        _quietly("progress", lambda: self._show(100 * done / total, line))
         self._at = time.monotonic()
 
     def _show(self, percent: float, line: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from artifacts.record import Record
-from tasks.events import Event, Listener, event_line
+from tasks.events import Event, Listener, event_line, part_done
 
 LOG_SECONDS = 10.0
 logger = logging.getLogger("cairn.flows")
@@ -42,7 +42,7 @@ class LogView:
             line = event_line(event)
             if line is None:
                 return
-            if event["event"] == "Progress":
+            if part_done(event) is not None:
                 if time.monotonic() - self._said.get(stage, -LOG_SECONDS) < LOG_SECONDS:
                     return
                 self._said[stage] = time.monotonic()

@@ -3,7 +3,7 @@
 B rows of a batch, T positions, V vocabulary.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,15 @@ def generate(
     sampling: SamplingConfig,
     stop_ids: Collection[int],
     batch_size: int = 1024,
+    ended: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, in the order of the prompts, with the stop token that ended them, if one did.
 
-    A row ends at a stop token, after `max_new_tokens`, or when prompt and continuation fill the model's
-    `max_position_embeddings`. Neither `batch_size` nor the other prompts change what a row gets, beyond what an
-    engine's rounding of other shapes may. Raises ValueError for a prompt that is empty or too long.
+    A row ends at a stop token, where `ended` says so of its new tokens, after `max_new_tokens`, or when prompt and
+    continuation fill the model's `max_position_embeddings`. Neither `batch_size` nor the other prompts change what a
+    row gets, beyond what an engine's rounding of other shapes may.
+
+    Raises ValueError for a prompt that is empty or too long.
     """
     longest = engine.config.max_position_embeddings
     for number, prompt in enumerate(prompts):
@@ -34,7 +37,7 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         numbers = np.array(order[start : start + batch_size], np.int64)
-        _continue_rows(engine, prompts, numbers, sampling, frozenset(stop_ids), answers)
+        _continue_rows(engine, prompts, numbers, sampling, frozenset(stop_ids), answers, ended)
     return answers
 
 
@@ -45,6 +48,7 @@ def _continue_rows(
     sampling: SamplingConfig,
     stop_ids: frozenset[int],
     answers: list[list[int]],
+    ended: Callable[[Sequence[int]], bool] | None,
 ) -> None:
     """Appends to the answers of the prompts `numbers_B`, which are one batch."""
     limit = engine.config.max_position_embeddings
@@ -66,6 +70,8 @@ def _continue_rows(
         new_B = ~np.isin(tokens_B, stops)
         for number, token in zip(numbers_B.tolist(), tokens_B.tolist(), strict=True):
             answers[number].append(token)
+        if ended is not None:
+            new_B &= [not ended(answers[number]) for number in numbers_B.tolist()]
         lengths_B = lengths_B + 1
         going = np.flatnonzero(new_B & (lengths_B < limit))
         if not left or not going.size:

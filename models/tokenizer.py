@@ -19,6 +19,8 @@ CHAT_SETTING = "cairn_template"
 """The key of `tokenizer_config.json` that names the chat template."""
 TEXT_EOS = "text_eos"
 """Beside a template whose closing token is another: what closes a text."""
+ADD_BOS = "add_bos_token"
+"""The key of `tokenizer_config.json` that says of a tokenizer that it puts <bos> before a text."""
 ENCODED_AT_ONCE = 1 << 18
 """Characters that are encoded at once where only the ids are kept."""
 
@@ -113,6 +115,12 @@ def begin_with_eos(folder: Path) -> None:
     write_settings(path, {**settings, "bos_token": settings.get("eos_token")})
 
 
+def adds_bos(folder: Path) -> bool:
+    """Whether the tokenizer in a folder is of those that put <bos> before every text by themselves, as its settings
+    say; `Tokenizer` never does. Raises UserError where the folder holds no readable tokenizer."""
+    return read_settings(folder / TOKENIZER_CONFIG).get(ADD_BOS) is True
+
+
 def read_backend(path: Path) -> Backend:
     """A `tokenizer.json`. Raises UserError where it is not one."""
     try:
@@ -156,6 +164,12 @@ class Tokenizer:
         self.stop_ids = tuple(dict.fromkeys((self.eos_id, self.text_eos_id)))
         """Where generation ends."""
         self._size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+
+    def special_aware(self) -> Backend:
+        """The same tokenizer as `transformers` uses it: special tokens that are written out in a text count as such."""
+        backend = Backend.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
 
     def _id(self, token: str, path: Path) -> int:
         found: int | None = self.backend.token_to_id(token)

@@ -1,7 +1,7 @@
 """Progress events as JSON objects, so that they pass from a child process to whoever shows them, and as lines."""
 
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 from artifacts.store import DamagedObject
@@ -28,6 +28,19 @@ _KINDS: dict[str, type[UserError]] = {"damaged": DamagedObject, "transient": Tra
 """The most special first."""
 
 
+@dataclass(frozen=True)
+class Counted:
+    """How far something is that goes on by counting."""
+
+    what: str
+    done: int
+    total: int
+    unit: str
+    """What is counted, in the plural."""
+    seconds: float
+    """Since it began."""
+
+
 def as_event(event: object) -> Event:
     """A dataclass as an object with its class's name under `event`; such an object as it is."""
     if isinstance(event, dict) and "event" in event:
@@ -37,10 +50,19 @@ def as_event(event: object) -> Event:
     return {"event": type(event).__name__, **asdict(event)}
 
 
+def part_done(event: Event) -> tuple[int, int] | None:
+    """How much of how much is done, of an event that says so, many of which follow each other."""
+    if event["event"] == "Progress":
+        return event["step"], event["steps"]
+    return (event["done"], event["total"]) if event["event"] == "Counted" else None
+
+
 def event_line(event: Event) -> str | None:
     """An event in a line; nothing for what people need not see."""
     if event["event"] == "Progress":
         return progress_line(event)
+    if event["event"] == "Counted":
+        return counted_line(event)
     if event["event"] == "Validation":
         exact = "" if event["exact_match"] is None else f", exact match {event['exact_match']:.2%}"
         preferences = event.get("preferences")
@@ -53,6 +75,13 @@ def event_line(event: Event) -> str | None:
     if event["event"] == "Note":
         return str(event["text"])
     return None
+
+
+def counted_line(event: Event) -> str:
+    """A count in a line: how many of how many, and time to go."""
+    left = event["seconds"] * (event["total"] - event["done"]) / max(1, event["done"])
+    minutes, seconds = divmod(round(left), 60)
+    return f"{event['what']}: {event['done']:,} of {event['total']:,} {event['unit']}, ETA {minutes}:{seconds:02d}"
 
 
 def progress_line(event: Event) -> str:

@@ -2,6 +2,7 @@
 
 from common.errors import UserError, suggestion
 from tasks import (
+    benchmark,
     compare,
     documents,
     dpo,
@@ -29,6 +30,7 @@ STAGES: dict[str, Stage] = {
         sft,
         dpo,
         evaluate,
+        benchmark,
         perplexity,
         publish,
         compare,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tasks.events import as_event, event_line
+from tasks.events import as_event, event_line, part_done
 
 NAME = "stage.log"
 _PROGRESS_SECONDS = 10.0
@@ -53,7 +53,8 @@ class _Log(logging.FileHandler):
     def tell(self, event: object, report: Callable[[object], None]) -> None:
         known = as_event(event)
         line = event_line(known)
-        if known["event"] == "Progress" and known["step"] < known["steps"]:
+        part = part_done(known)
+        if part is not None and part[0] < part[1]:
             if time.monotonic() - self._said < _PROGRESS_SECONDS:
                 line = None
             else:

@@ -1,0 +1,224 @@
+"""Stage `benchmark`: one task of lm-eval, asked of a model on any engine.
+
+lm-eval makes the requests and the metrics; the engine answers them. Each task is an artifact of its own, so that none
+is done again because another was added, and an interrupted evaluation goes on at the task where it stopped.
+"""
+
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from common.config import FrozenModel
+from common.errors import StageInterrupted, UserError
+from common.files import canonical_json
+from models.engine import Bits, EngineName, Precision, inference_engine
+from models.tokenizer import Tokenizer, adds_bos
+from models.training.events import Note
+from models.weights import whole_pieces
+from tasks.checkpoint import read_model, tokenizer_of
+from tasks.events import Counted
+from tasks.harness.catalogue import definition, harness_version, leaves, task_path
+from tasks.harness.data import check_unchanged, data_sets, identities, offline_first
+from tasks.scores import RESULTS, SAMPLES
+from tasks.stage import Context, Kind, Metrics, Stage
+
+REPORT_SECONDS = 1.0
+FEWSHOT_SEED, RANDOM_SEED, NUMPY_SEED = 1234, 0, 1234
+"""lm-eval's own defaults, by which examples are drawn and a few tasks shuffle their choices."""
+BOOTSTRAPS = 1000
+"""Draws behind a standard error that has no formula."""
+_TEMPLATE = ("description", "doc_to_text", "doc_to_target", "doc_to_choice", "target_delimiter", "fewshot_delimiter")
+_LEVELLED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
+
+
+class Config(FrozenModel):
+    """What is asked, and with what it is answered."""
+
+    engine: EngineName = "torch"
+    """The engine that answers."""
+    precision: Precision = "float32"
+    """What it computes in."""
+    bits: Bits | None = Field(default=None, exclude_if=lambda bits: bits is None)
+    """Bits per weight in inference; null for whole weights; MLX alone."""
+    task: str = Field(min_length=1)
+    """A task of lm-eval by its name, such as `arc_easy`."""
+    limit: int | None = Field(default=None, gt=0)
+    """Documents that are asked, the first ones; null for all."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Examples before each question; null for as many as the task says, and none where it says nothing."""
+    bos: bool | None = None
+    """Whether <bos> stands before every text; null for as the model's tokenizer does it by itself."""
+    batch_tokens: int = Field(default=4096, gt=0)
+    """Positions that go through the model at once."""
+    harness: str | None = None
+    """The version of lm-eval; null for the one that is installed, which then stands here."""
+    data: dict[str, str] | None = None
+    """What tells the contents of the task's data sets, digest or commit by id; null for those of now."""
+
+
+def resolved(config: Config) -> Config:
+    """The config with the version of lm-eval, and what tells the task's data.
+
+    Raises UserError for a task that does not exist, and data that are nowhere to be had.
+    """
+    version = harness_version()
+    if config.harness is not None and config.harness != version:
+        raise UserError(f"the task is of lm-eval {config.harness}, and lm-eval {version} is installed")
+    (leaf, *more) = leaves([config.task])
+    if more or leaf.name != config.task:
+        members = ", ".join(member.name for member in (leaf, *more)[:6])
+        raise UserError(f"'{config.task}' is a group of tasks ({members}, …); a stage asks one of them")
+    data = identities(data_sets(definition(task_path(config.task))))
+    if config.data is not None and config.data != data:
+        raise UserError(f"the data of '{config.task}' are not what they were; take `data` out of the recipe")
+    return config.model_copy(update={"harness": version, "data": data})
+
+
+def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
+    """Writes `results.json` and `samples.parquet` with every prompt, target, answer and its log-probabilities.
+
+    Raises UserError for a task whose answers would be run as programs, and for one of pictures; where another version
+    of lm-eval is installed or the data have changed since; and where what the model says is no number.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from tasks.harness.results import levels, sample_columns, scores, told
+
+    version = harness_version()
+    if config.harness not in (None, version):
+        raise UserError(f"the stage wants lm-eval {config.harness}, and this machine has {version}")
+    check_unchanged(config.data or {})
+    model = read_model(inputs["model"])
+    tokenizer = tokenizer_of(inputs["model"], model.config)
+    bos = adds_bos(inputs["model"] / "tokenizer") if config.bos is None else config.bos
+    task = _task(config)
+    engine = inference_engine(
+        config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
+    )
+    asked = _Asked(engine, tokenizer, bos, config.batch_tokens, _watch(config.task, context))
+    found = asked.evaluate(task, config.limit)
+    samples = found["samples"][config.task]
+    floor = levels(task, samples, asked.uniform)
+    made = scores(
+        config.task,
+        {**found["results"][config.task], "higher_is_better": found["higher_is_better"][config.task]},
+        samples,
+        floor,
+    )
+    columns = sample_columns(task, samples)
+    pq.write_table(pa.table(columns), context.output / SAMPLES, compression="zstd")
+    results: dict[str, Any] = {
+        "measure": "benchmark",
+        "task": config.task,
+        "task_version": found["versions"][config.task],
+        "lm_eval": version,
+        "data": config.data or {},
+        "n": len(columns["id"]),
+        "limit": config.limit,
+        "num_fewshot": task.get_config("num_fewshot"),
+        "template": {key: value for key in _TEMPLATE if (value := _definition(config).get(key)) is not None},
+        "bos": bos,
+        "precision": config.precision,
+        **config.model_dump(include={"bits"}),  # nothing where it is null
+        "truncated": asked.truncated,
+        "scores": [score.dumped() for score in made],
+    }
+    (context.output / RESULTS).write_bytes(canonical_json(results))
+    if asked.truncated:
+        context.report(Note(f"{asked.truncated:,} requests were longer than the model and lost their beginning"))
+    return {"summary": ", ".join(told(made)), **results, "device": engine.device}
+
+
+def _definition(config: Config) -> dict[str, Any]:
+    return definition(task_path(config.task))
+
+
+def _task(config: Config) -> Any:
+    """lm-eval's task, with its data."""
+    # Read when lm-eval brings it: a bar would garble the lines of a run, and a pool would fork an engine's threads.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    datasets.disable_progress_bars()
+    with offline_first(config.data or {}):
+        loaded = TaskManager(include_defaults=False).load([str(task_path(config.task))])
+    task = loaded["tasks"][config.task]
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UserError(f"'{config.task}' runs what a model writes as a program, unfenced; Cairn does not")
+    if getattr(task, "MULTIMODAL", False) or task.OUTPUT_TYPE not in _LEVELLED:
+        raise UserError(f"'{config.task}' asks for more than text ({task.OUTPUT_TYPE})")
+    own = task.get_config("num_fewshot")
+    # As lm-eval has it: a task that says 0 means it.
+    if config.num_fewshot is not None and own != 0:
+        task.set_config(key="num_fewshot", value=config.num_fewshot)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    return task
+
+
+class _Asked:
+    """lm-eval's side of a model: made here, since a recipe is loaded where lm-eval need not be."""
+
+    def __init__(
+        self, engine: Any, tokenizer: Tokenizer, bos: bool, batch_tokens: int, watch: Callable[[int, int], None]
+    ) -> None:
+        from tasks.harness.adapter import HarnessModel
+
+        self._model = HarnessModel(engine, tokenizer, bos, batch_tokens, watch)
+        self._vocab_size = engine.config.vocab_size
+
+    @property
+    def truncated(self) -> int:
+        return self._model.truncated
+
+    def evaluate(self, task: Any, limit: int | None) -> dict[str, Any]:
+        from lm_eval.evaluator import evaluate
+
+        random.seed(RANDOM_SEED)
+        np.random.seed(NUMPY_SEED)  # what lm-eval's tasks draw from
+        name = task.config.task
+        found = evaluate(self._model, {"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=BOOTSTRAPS)
+        assert found is not None
+        return dict(found)
+
+    def uniform(self, text: str) -> float:
+        """The log-probability of a text whose tokens are all equally likely."""
+        return -len(self._model.tok_encode(text)) * math.log(self._vocab_size)
+
+
+def _watch(name: str, context: Context) -> Callable[[int, int], None]:
+    told = time.monotonic()
+    started = told
+
+    def watch(done: int, total: int) -> None:
+        nonlocal told
+        if context.should_stop():
+            raise StageInterrupted(f"the benchmark {name} was stopped")
+        now = time.monotonic()
+        if now - told > REPORT_SECONDS or done == total:
+            told = now
+            context.report(Counted(name, done, total, "requests", now - started))
+
+    return watch
+
+
+STAGE = Stage(
+    name="benchmark",
+    version=1,
+    config=Config,
+    inputs={"model": Kind.MODEL},
+    output=Kind.EVALUATION,
+    run=run,
+    resolved=resolved,
+)
