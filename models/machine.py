@@ -19,8 +19,12 @@ ENGINE_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
     # What is never kept, as the largest buffers of JAX's threads, comes in pages of 2 MB: 12% of a step.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    # Libraries' bars garble the lines of a run.
+    "TQDM_DISABLE": "1",
+    # lm-eval would fork a process that has an engine's threads.
+    "DISABLE_MULTIPROC": "1",
 }
-"""What the process of an engine is started with, for the sake of speed; variables that a user has set go before."""
+"""What the process of an engine is started with; variables that a user has set go before."""
 
 Hardware = Literal["cpu", "cuda", "tpu", "apple"]
 """What a worker's machine computes with."""

@@ -4,8 +4,8 @@ lm-eval makes the requests and the metrics; the engine answers them. Each task i
 is done again because another was added, and an interrupted evaluation goes on at the task where it stopped.
 """
 
+import logging
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -99,7 +99,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     model = read_model(inputs["model"])
     tokenizer = tokenizer_of(inputs["model"], model.config)
     bos = adds_bos(inputs["model"] / "tokenizer") if config.bos is None else config.bos
-    task = _task(config)
+    task = load_task(config)
     engine = inference_engine(
         config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
     )
@@ -141,15 +141,14 @@ def _definition(config: Config) -> dict[str, Any]:
     return definition(task_path(config.task))
 
 
-def _task(config: Config) -> Any:
+def load_task(config: Config) -> Any:
     """lm-eval's task, with its data."""
-    # Read when lm-eval brings it: a bar would garble the lines of a run, and a pool would fork an engine's threads.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     import datasets
     from lm_eval.tasks import TaskManager
 
     datasets.disable_progress_bars()
+    # Below that are remarks on defaults that its own tasks rely on.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with offline_first(config.data or {}):
         loaded = TaskManager(include_defaults=False).load([str(task_path(config.task))])
     task = loaded["tasks"][config.task]

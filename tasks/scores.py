@@ -31,7 +31,7 @@ class Score(FrozenModel):
     group: str | None = None
     """The part of the task that it is of, such as a category; null for the whole."""
     value: float | None
-    """The score; null where it is too large to be a number."""
+    """The score; null where it is too large to be a number, or none."""
     standard_error: float | None = Field(default=None, ge=0)
     """Its standard error; null where none is known."""
     n: int = Field(ge=0)

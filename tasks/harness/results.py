@@ -42,8 +42,8 @@ def scores(task: str, found: Mapping[str, Any], samples: Sequence[Sample], level
             Score(
                 task=task,
                 metric=metric_name(metric, extraction),
-                value=float(value) if math.isfinite(value) else None,
-                standard_error=float(error) if isinstance(error, float) else _ratio_error(metric, own),
+                value=_finite(value),
+                standard_error=_finite(error) if isinstance(error, float) else _ratio_error(metric, own),
                 n=len(own),
                 higher_is_better=found["higher_is_better"].get(metric, True),
                 chance=levels.chance.get(metric),
@@ -51,6 +51,11 @@ def scores(task: str, found: Mapping[str, Any], samples: Sequence[Sample], level
             )
         )
     return made
+
+
+def _finite(value: float) -> float | None:
+    """None for what is no number, as lm-eval makes it of probabilities that are all too small to be told from 0."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _ratio_error(metric: str, own: Sequence[Any]) -> float | None:
@@ -61,8 +66,7 @@ def _ratio_error(metric: str, own: Sequence[Any]) -> float | None:
     ratio, error = -losses.sum() / weights.sum(), ratio_error(-losses, weights)
     if error is None:
         return None
-    value = error / math.log(2) if metric == "bits_per_byte" else float(np.exp(ratio)) * error
-    return value if math.isfinite(value) else None
+    return _finite(error / math.log(2) if metric == "bits_per_byte" else float(np.exp(ratio)) * error)
 
 
 def levels(task: Any, samples: Sequence[Sample], uniform: Callable[[str], float]) -> Levels:
@@ -187,7 +191,7 @@ def told(made: Sequence[Score]) -> Iterator[str]:
     """Scores in words, each with its error and what guessing gives."""
     for score in made:
         if score.value is None:
-            yield f"{score.metric} ∞"
+            yield f"{score.metric} not to be told"
             continue
         is_share = score.higher_is_better and 0 <= score.value <= 1
         form = ".2%" if is_share else ",.4g"
