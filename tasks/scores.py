@@ -51,6 +51,11 @@ class Score(FrozenModel):
         better = self.value - self.chance if self.higher_is_better else self.chance - self.value
         return better <= NEAR * self.standard_error
 
+    @property
+    def is_share(self) -> bool:
+        """Whether it is read as a percentage."""
+        return self.higher_is_better and self.value is not None and 0 <= self.value <= 1
+
     def dumped(self) -> dict[str, Any]:
         """As JSON has it."""
         return {**self.model_dump(mode="json"), "near_chance": self.near_chance}

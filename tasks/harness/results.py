@@ -193,8 +193,7 @@ def told(made: Sequence[Score]) -> Iterator[str]:
         if score.value is None:
             yield f"{score.metric} not to be told"
             continue
-        is_share = score.higher_is_better and 0 <= score.value <= 1
-        form = ".2%" if is_share else ",.4g"
+        form = ".2%" if score.is_share else ",.4g"
         error = "" if score.standard_error is None else f" ± {score.standard_error:{form}}"
         mark = ", no better than chance" if score.near_chance else ""
         yield f"{score.metric} {score.value:{form}}{error}{mark}"

@@ -76,7 +76,7 @@ def random_model(place: Path, kind: str, *, bos: bool = False, **shape: object) 
         "vocab_size": len(Tokenizer(artifact / "tokenizer")),
     }
     config = ModelConfig.model_validate({**size, **SHAPES[kind], **shape})
-    write_model(artifact, ModelFolder(config, initial_weights(config, seed=1), None, None, ()))
+    write_model(artifact, ModelFolder(config, {**initial_weights(config, seed=1)}, None, None, ()))
     _publish(artifact, published)
     if bos:
         _add_bos(artifact, published)
@@ -85,7 +85,7 @@ def random_model(place: Path, kind: str, *, bos: bool = False, **shape: object) 
 
 def _publish(artifact: Path, published: Path) -> None:
     nowhere = Path(tempfile.gettempdir())
-    context = Context("published", published, nowhere, (None, ""), nowhere, Runtime(), lambda event: None)  # type: ignore[arg-type]
+    context = Context("published", published, nowhere, (None, ""), nowhere, Runtime(), lambda event: None)
     publish.run(publish.Config(title="random"), {"model": artifact}, context)
 
 

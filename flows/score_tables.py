@@ -1,0 +1,105 @@
+"""Scores as tables, and the samples behind them."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from artifacts.record import Record
+from artifacts.store import Store
+from common.errors import UserError, suggestion
+from tasks.registry import STAGES
+from tasks.scores import SAMPLES, Score
+from tasks.stage import Kind
+
+PROMPT_END = 600
+"""Characters of a prompt that are shown, the last ones: examples stand before the question."""
+
+
+def score_table(records: Sequence[Record]) -> Table:
+    """The scores of evaluations, a row each, beside what guessing gives."""
+    table = Table(header_style="dim")
+    for column in ("task", "metric"):
+        table.add_column(column, overflow="fold")
+    for column in ("score", "chance", "majority", "documents", "few-shot"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for record in records:
+        metrics: dict[str, Any] = record.metrics
+        for number, dumped in enumerate(metrics["scores"]):
+            score = scored(dumped)
+            table.add_row(
+                "" if number else Text(score.task),
+                Text(score.metric),
+                told(score, score.value, score.standard_error),
+                told(score, score.chance),
+                told(score, score.majority),
+                f"{score.n:,}",
+                str(metrics.get("num_fewshot", "")),
+                Text("no better than chance", style="yellow") if score.near_chance else "",
+                end_section=number == len(metrics["scores"]) - 1,
+            )
+    return table
+
+
+def scored(dumped: dict[str, Any]) -> Score:
+    """A score as results and records have it."""
+    return Score.model_validate({name: value for name, value in dumped.items() if name in Score.model_fields})
+
+
+def told(score: Score, value: float | None, error: float | None = None) -> str:
+    """A score, or what it is held against, as people read it."""
+    if value is None:
+        return "—"
+    form = ".2%" if score.is_share else ",.4g"
+    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form}}"
+
+
+def evaluation_of(store: Store, record: Record, task: str) -> Record:
+    """The evaluation on a task that a record is, or that a report is of. Raises UserError where it is not there."""
+    found: dict[str, Record] = {}
+    for one in [record, *(made for ref in record.inputs.values() if (made := store.read_record(ref.key)) is not None)]:
+        if one.stage in STAGES and STAGES[one.stage].output == Kind.EVALUATION:
+            found.setdefault(str(one.metrics.get("task", one.stage)), one)
+    if task not in found:
+        raise UserError(f"'{record.name}' has no samples of '{task}'{suggestion(task, found)}")
+    return found[task]
+
+
+def sample_rows(store: Store, evaluation: Record, wrong: bool) -> list[dict[str, Any]]:
+    """The samples of an evaluation, or those alone that were answered wrongly."""
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = pq.read_table(store.fetch(evaluation, [SAMPLES]) / SAMPLES).to_pylist()
+    return [row for row in rows if row.get("correct") is False] if wrong else rows
+
+
+def samples_table(rows: Iterable[dict[str, Any]]) -> Table:
+    """What was asked, what was right and what the model gave, with what it thought of each choice."""
+    table = Table(header_style="dim", show_lines=True)
+    table.add_column("prompt", overflow="fold", ratio=4)
+    table.add_column("answers", overflow="fold", ratio=3)
+    for row in rows:
+        table.add_row(Text(_end(str(row.get("prompt") or ""))), _answers(row))
+    return table
+
+
+def _end(prompt: str) -> str:
+    return prompt if len(prompt) <= PROMPT_END else f"…{prompt[-PROMPT_END:]}"
+
+
+def _answers(row: dict[str, Any]) -> Text:
+    if not row.get("choices"):
+        correct = row.get("correct")
+        mark, style = ("", "") if correct is None else ("✓", "green") if correct else ("✗", "red")
+        return Text.assemble(
+            (f"{mark} ", style), str(row.get("prediction", "")).strip(), ("\nwanted  ", "dim"), str(row.get("target"))
+        )
+    lines = Text()
+    for choice, log_probability in zip(row["choices"], row["log_probabilities"], strict=False):
+        taken, right = choice == row["prediction"], choice == row["target"]
+        style = "green" if right else "red" if taken else ""
+        lines.append(f"{'→' if taken else ' '} {log_probability:9.3f} {'✓' if right else ' '} {_end(choice)}\n", style)
+    lines.rstrip()
+    return lines
