@@ -1,7 +1,7 @@
 """Continuations of what a cache holds, without their padding: the same for every engine.
 
-B rows, T positions of a row as it is given, S those of the longest row without padding, U known positions of a cache,
-N positions that are there, M targets that count.
+B rows, T positions of a row as it is given, S those of the longest row without padding, C known positions of a cache,
+U = C + S, N positions that are there, M targets that count.
 """
 
 from typing import NamedTuple
@@ -30,14 +30,14 @@ class Continuations(NamedTuple):
     """Where they stood in the batch."""
 
     def mask_BSU(self, lengths_B: NDArray[np.int64], known: int) -> NDArray[np.bool_]:
-        """What each position may read of `known` cached ones and, behind them, of these: (B, S, U + S).
+        """What each position may read of `known` cached ones and, behind them, of these: (B, S, U).
 
         Padding reads too, so that no softmax is empty.
         """
         here_S = np.arange(self.documents_BS.shape[1])
         own_BSS = (self.documents_BS[:, :, None] == self.documents_BS[:, None]) & (here_S[:, None] >= here_S)
-        seen_BU = np.arange(known) < lengths_B[:, None]
-        return np.concatenate((np.broadcast_to(seen_BU[:, None], (*own_BSS.shape[:2], known)), own_BSS), axis=2)
+        seen_BC = np.arange(known) < lengths_B[:, None]
+        return np.concatenate((np.broadcast_to(seen_BC[:, None], (*own_BSS.shape[:2], known)), own_BSS), axis=2)
 
     def scored(self, log_probabilities_M: NDArray[np.float32], greedy_M: NDArray[np.bool_]) -> Scored:
         """What was found of each target, where it stood; 0 and False elsewhere."""

@@ -1,7 +1,7 @@
 """Causal self-attention with grouped queries, rotary positions and a key-value cache.
 
-B rows, T new positions of a row, C capacity of a cache, U known positions of a cache, D hidden_size, H heads,
-G key-value heads, K head_dim.
+B rows, T new positions of a row, C capacity of a cache, U known positions of a cache, W = U + T, D hidden_size,
+H heads, G key-value heads, K head_dim.
 """
 
 import math
@@ -35,7 +35,7 @@ class Places(NamedTuple):
     """Where the tokens of a forward pass stand."""
 
     mask_BHTT: mx.array | None
-    """Boolean, what each position may read, (B or 1, 1, T, T or U); None for all up to itself."""
+    """Boolean, what each position may read, (B or 1, 1, T, T, U or W); None for all up to itself."""
     positions_BT: mx.array | None
     """Places in their documents, for learned positions; None where a row is one document."""
     starts_B: mx.array | None
@@ -43,8 +43,8 @@ class Places(NamedTuple):
     known: int | None
     """U, where there is a cache that has been filled."""
     kept: bool = True
-    """Whether a cache takes the new positions; if not, the mask is over U and T, and positions need not follow one
-    another."""
+    """Whether a cache takes the new positions; if not, the mask is over W, and positions need not follow one another.
+    """
 
 
 def row_places(documents_BT: mx.array | None, positions_BT: mx.array | None) -> Places:
@@ -66,10 +66,10 @@ def cached_places(lengths_B: NDArray[np.int64]) -> Places:
     return Places((mx.arange(known) <= here_B[:, None])[:, None, None], here_B[:, None], here_B, known)
 
 
-def places_behind(positions_BT: NDArray[np.int32], mask_BTT: NDArray[np.bool_]) -> Places:
+def places_behind(positions_BT: NDArray[np.int32], mask_BTW: NDArray[np.bool_]) -> Places:
     """Places of tokens that are read behind a cache but not kept in it."""
-    known = mask_BTT.shape[2] - mask_BTT.shape[1]
-    return Places(mx.array(mask_BTT)[:, None], mx.array(positions_BT), None, known, kept=False)
+    known = mask_BTW.shape[2] - mask_BTW.shape[1]
+    return Places(mx.array(mask_BTW)[:, None], mx.array(positions_BT), None, known, kept=False)
 
 
 class Attention(nn.Module):

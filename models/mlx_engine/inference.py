@@ -87,6 +87,7 @@ class MlxInference:
         log_probabilities_M, greedy_M = np.empty(len(x_MD), np.float32), np.empty(len(x_MD), np.bool_)
         for part in parts_of(len(x_MD), self.config.vocab_size):
             scores = target_scores(self._model.logits(x_MD[part]), mx.array(found.targets_M[part]))
+            mx.eval(scores)  # together, from the same logits
             log_probabilities_M[part], greedy_M[part] = (np.array(score) for score in scores)
         return found.scored(log_probabilities_M, greedy_M)
 
