@@ -54,6 +54,14 @@ RefArgument = Annotated[
     str,
     typer.Argument(help="A name such as models/arithmetic@base, or the start of a key or digest."),
 ]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A name such as models/arithmetic@base, the start of a key or digest, or a folder or hub id such as "
+        "published/arithmetic or openai-community/gpt2.",
+    ),
+]
 EngineOption = Annotated[
     Literal["torch", "jax", "mlx"] | None,
     typer.Option(help="The engine; the one that suits this machine unless given.", show_default=False),
@@ -241,7 +249,7 @@ def verify(
 
 @app.command(epilog='Example: cairn generate models/arithmetic --chat --prompt "What is 554 + 456?"')
 def generate(
-    ref: RefArgument,
+    ref: ModelArgument,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="A text file with one prompt to a line.")] = None,
     chat: Annotated[
@@ -288,7 +296,7 @@ def generate(
 
 @app.command(epilog="Example: cairn evaluate models/arithmetic")
 def evaluate(
-    ref: RefArgument,
+    ref: ModelArgument,
     store: StoreOption = None,
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="The split of its documents.")] = "test",
     max_new_tokens: Annotated[

@@ -1,4 +1,5 @@
-"""Using a model that is in the store: continuing prompts, answering them, scoring it again."""
+"""Using a model: continuing prompts, answering them, scoring it again. One in a folder or on the hub is taken into the
+store first."""
 
 import json
 import logging
@@ -13,9 +14,12 @@ from artifacts.store import Store
 from common.errors import UserError
 from models.engine import EngineName, check_engine
 from models.machine import default_engine
+from tasks import pretrained
+from tasks.checkpoint import ADAPTER, WEIGHTS
 from tasks.corpus.conversations import MESSAGES
 from tasks.evaluate import CHAT_TOKENS, no_split, unaskable
 from tasks.process import engine_process
+from tasks.produce import produce
 from tasks.registry import STAGES
 from tasks.stage import Kind
 from tasks.work import Work
@@ -32,6 +36,24 @@ def model_behind(store: Store, record: Record) -> Record:
     if not found:
         raise UserError(f"'{record.name}' ({record.stage}) is no model and was made from none")
     return found[0]
+
+
+def model_record(store: Store, ref: str) -> Record:
+    """The model that a name or a key in the store stands for or was made from, or else the one in a folder, or of an id
+    on the hub, which is taken into the store unless it is there already.
+
+    Raises UserError where there is none, and for one that cannot be read.
+    """
+    if ref in store.names() or not pretrained.is_model_source(ref):
+        return model_behind(store, store.resolve(ref))
+    work = Work(
+        name=Path(ref).expanduser().resolve().name or ref,
+        stage=pretrained.STAGE.name,
+        config=pretrained.resolved(pretrained.Config(source=ref)).model_dump(mode="json"),
+        inputs={},
+        store=store.url,
+    )
+    return produce(store, work, lambda event: None).record
 
 
 def _nearest(store: Store, records: Sequence[Record], kind: Kind) -> list[Record]:
@@ -103,7 +125,7 @@ def continue_prompts(
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
-    folder = store.fetch(model_behind(store, store.resolve(ref)))
+    folder = store.fetch(model_record(store, ref))
     model = read_model(folder)
     tokenizer = tokenizer_of(folder, model.config)
     chat = chat_of(folder / "tokenizer") if as_chat else None
@@ -141,14 +163,15 @@ def evaluate_ref(
     """The records of a model's scores, by the engine that suits the machine unless one is named.
 
     It is asked the documents that evaluations in the store asked it, or else those that it was made from; where none of
-    these can be asked, those of the model that it was made from, and so on. Which ones cannot be is logged.
+    these can be asked, those of the model that it was made from, and so on. Which ones cannot be is logged. A model
+    in a folder is asked what the one of the same weights in the store would be.
 
     `max_new_tokens`: tokens after which an answer is cut off; None for what the stage `evaluate` has. Raises UserError
     where there is nothing to ask.
     """
     from models.chat import chat_of
 
-    model = model_behind(store, store.resolve(ref))
+    model = model_record(store, ref)
     engine = engine_name or default_engine()
     check_engine(engine)
     settings = {"split": split, "engine": engine, "max_new_tokens": max_new_tokens}
@@ -185,7 +208,7 @@ def _documents(store: Store, model: Record, split: str) -> Iterator[list[_Asked]
         (one for one in store.records() if one.stage == "evaluate" and one.config.get("split") == split),
         key=lambda one: one.started,
     )
-    models = [model]
+    models = _of_the_same_weights(store, model)
     while models:
         outputs = {one.output for one in models}
         asked: dict[str, _Asked] = {}
@@ -197,6 +220,22 @@ def _documents(store: Store, model: Record, split: str) -> Iterator[list[_Asked]
         yield list(asked.values())
         yield [_Asked(documents) for documents in _nearest(store, models, Kind.DOCUMENTS)]
         models = _nearest(store, models, Kind.MODEL)
+
+
+def _of_the_same_weights(store: Store, model: Record) -> list[Record]:
+    """A model, with those in the store that are the same where it was taken in from elsewhere: it knows of no documents
+    itself, and may have been published from here."""
+    if model.stage != pretrained.STAGE.name:
+        return [model]
+    return [model] + [
+        one
+        for one in store.records()
+        if one.key != model.key
+        and one.files.get(WEIGHTS) == model.files[WEIGHTS]
+        and one.stage in STAGES
+        and STAGES[one.stage].output == Kind.MODEL
+        and not any(name.startswith(f"{ADAPTER}/") for name in one.files)
+    ]
 
 
 def _evaluation(store: Store, model: Record, documents: Record, settings: dict[str, Any]) -> Work:

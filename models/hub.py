@@ -65,15 +65,24 @@ def published_names(config: ModelConfig) -> ModelConfig:
 
 def hub_weights(config: ModelConfig, weights: Mapping[str, Array]) -> dict[str, Array]:
     """Canonical weights under the names that the published class has for them."""
-    published = published_names(config)
-    if published == config:
+    return _renamed(config, published_names(config), weights)
+
+
+def from_hub_weights(config: ModelConfig, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Canonical weights out of what the published class has: the way back from `hub_weights`."""
+    return _renamed(published_names(config), config, weights)
+
+
+def _renamed(one: ModelConfig, other: ModelConfig, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """The weights of one description of a model under the names of another."""
+    if one == other:
         return dict(weights)
     pieces = [
         piece
-        for known, named in zip(parameters(config), parameters(published), strict=True)
+        for known, named in zip(parameters(one), parameters(other), strict=True)
         for piece in to_canonical(named, from_canonical(known, weights.__getitem__))
     ]
-    return assemble(pieces, canonical_shapes(published))
+    return assemble(pieces, canonical_shapes(other))
 
 
 def _gpt2(config: ModelConfig) -> dict[str, Any]:

@@ -17,6 +17,8 @@ TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG)
 SENTENCEPIECE_FILE = "tokenizer.model"
 CHAT_SETTING = "cairn_template"
 """The key of `tokenizer_config.json` that names the chat template."""
+ADD_BOS_SETTING = "add_bos_token"
+"""The key of `tokenizer_config.json` that says that a text is to have <bos> before it, as `transformers` calls it."""
 TEXT_EOS = "text_eos"
 """Beside a template whose closing token is another: what closes a text."""
 ADD_BOS = "add_bos_token"
@@ -102,6 +104,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path} is no readable tokenizer (it is no JSON object); make it again")
     return settings
+
+
+def adds_bos(folder: Path) -> bool:
+    """Whether texts had <bos> before them, by the tokenizer itself, where a model from elsewhere was made; for whoever
+    encodes a text to score it, since `Tokenizer.encode` never adds a token.
+
+    Raises UserError where the folder holds no readable tokenizer.
+    """
+    return read_settings(folder / TOKENIZER_CONFIG).get(ADD_BOS_SETTING) is True
 
 
 def begin_with_eos(folder: Path) -> None:

@@ -1,5 +1,5 @@
-"""Where data sets and tokenizers are found: below the folder `CAIRN_HUB`, laid out as on the Hugging Face hub, before
-the network is asked."""
+"""Where data sets, tokenizers and models are found: below the folder `CAIRN_HUB`, laid out as on the Hugging Face hub,
+before the network is asked."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from common.errors import UserError
 
 HUB_VARIABLE = "CAIRN_HUB"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?")
-What = Literal["dataset", "tokenizer"]
+What = Literal["dataset", "tokenizer", "model"]
 
 
 def hub_folder() -> Path | None:
@@ -24,17 +24,26 @@ def hub_folder() -> Path | None:
     return folder
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of an id on the hub."""
+    return bool(_ID.fullmatch(text)) and ".." not in text
+
+
 def local_copy(what: What, hub_id: str) -> Path | None:
-    """The folder of a data set or tokenizer below `CAIRN_HUB`; None where it is not there or the variable is not set.
+    """The folder of what has an id below `CAIRN_HUB`; None where it is not there or the variable is not set.
 
     Raises UserError for an id that is none, such as one that leads out of the folder.
     """
-    if not _ID.fullmatch(hub_id) or ".." in hub_id:
+    if not is_hub_id(hub_id):
         raise UserError(f"{hub_id!r} is no id of a {what} on the hub: it has the form owner/name")
     hub = hub_folder()
     if hub is None:
         return None
-    places = [hub / hub_id] if what == "dataset" else [hub / "models" / hub_id, hub / hub_id]
+    places = {
+        "dataset": [hub / hub_id],
+        "tokenizer": [hub / "models" / hub_id, hub / hub_id],
+        "model": [hub / "models" / hub_id],
+    }[what]
     return next((place for place in places if place.is_dir()), None)
 
 

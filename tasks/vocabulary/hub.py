@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from tokenizers import decoders
 from common.errors import UserError
 from common.files import canonical_json, sha256_bytes, sha256_file
 from models.tokenizer import (
+    ADD_BOS_SETTING,
     SENTENCEPIECE_FILE,
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
+    Roles,
     read_backend,
     read_roles,
     write_tokenizer,
@@ -65,28 +68,75 @@ def _local(config: Hub) -> Path | None:
     return folder
 
 
-def write_hub_tokenizer(source: Path, folder: Path, name: str, chat_template: str | None = None) -> list[str]:
+def write_hub_tokenizer(
+    source: Path,
+    folder: Path,
+    name: str,
+    chat_template: str | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Writes the tokenizer of a hub folder with its ids, its roles, and its chat template unless another is given;
     gives what is to be known of it.
 
-    A `tokenizer.model` is converted where there is no `tokenizer.json`, and kept. Raises UserError where neither can
-    be read, and where no token closes a text.
+    `model`: the `config.json` of its model, whose ids name the roles where the tokenizer's own files name none, as
+    those of GPT-2 do. A `tokenizer.model` is converted where there is no `tokenizer.json`, and kept. Raises UserError
+    where neither can be read, and where no token closes a text.
     """
     settings = _settings(source)
     roles, notes = read_roles(settings), list[str]()
     if (source / TOKENIZER_FILE).is_file():
         backend = read_backend(source / TOKENIZER_FILE)
     elif (source / SENTENCEPIECE_FILE).is_file():
-        model = source / SENTENCEPIECE_FILE
-        backend, own_roles, notes = convert(read_model(model.read_bytes(), str(model)), str(model))
+        sentencepiece = source / SENTENCEPIECE_FILE
+        parsed = read_model(sentencepiece.read_bytes(), str(sentencepiece))
+        backend, own_roles, notes = convert(parsed, str(sentencepiece))
         roles = roles or own_roles
-        shutil.copyfile(model, folder / SENTENCEPIECE_FILE)
+        shutil.copyfile(sentencepiece, folder / SENTENCEPIECE_FILE)
     else:
         raise UserError(f"tokenizer '{name}' has neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE} in {source}")
+    roles = roles or _roles_of(backend, model or {})
     if roles is None:
         raise UserError(f"tokenizer '{name}' names no eos_token; every tokenizer needs one")
     write_tokenizer(folder, backend, roles, chat_template or settings.get("chat_template"))
     return [*notes, *_lacking(backend)]
+
+
+def _roles_of(backend: Backend, model: Mapping[str, Any]) -> Roles | None:
+    """The roles that a model's description gives by their ids."""
+    tokens: dict[str, Any] = {}
+    for role in Roles._fields:
+        found = model.get(f"{role}_token_id")
+        # Several may end a text; the first is the one that is written.
+        first = found[0] if isinstance(found, list) and found else found
+        if type(first) is int and 0 <= first < 1 << 32:
+            tokens[f"{role}_token"] = backend.id_to_token(first)
+    return read_roles(tokens)
+
+
+def puts_bos(folder: Path, bos: str) -> bool:
+    """Whether the tokenizer of a hub folder, of which `bos` is the bos token, puts it before a text by itself: by the
+    post-processor of its `tokenizer.json`, or as its settings say; a `tokenizer.model` alone does unless they say
+    otherwise, as LlamaTokenizer has it.
+
+    Raises UserError where its files cannot be read.
+    """
+    whole = folder / TOKENIZER_FILE
+    said = _settings(folder).get(ADD_BOS_SETTING)
+    if not whole.is_file():
+        return said is not False
+    return said is True or _opens_with(json.loads(read_backend(whole).to_str())["post_processor"], bos)
+
+
+def _opens_with(processor: Any, token: str) -> bool:
+    """Whether a post-processor, as the library writes it, puts a token before a text."""
+    kind = processor.get("type") if isinstance(processor, dict) else None
+    if kind == "Sequence":
+        return any(_opens_with(part, token) for part in processor["processors"])
+    if kind == "TemplateProcessing":
+        pieces, special = processor["single"], processor["special_tokens"]
+        first = pieces[0].get("SpecialToken", {}).get("id") if pieces else None
+        return first in special and bool(special[first]["tokens"][0] == token)
+    return kind in ("BertProcessing", "RobertaProcessing") and bool(processor["cls"][0] == token)
 
 
 def _lacking(backend: Backend) -> list[str]:
@@ -137,10 +187,10 @@ def _downloaded(name: str, revision: str | None) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*FILES]))
     except Exception as error:  # the network has as many errors as libraries
-        raise not_found("tokenizer", name, _one_line(error)) from error
+        raise not_found("tokenizer", name, one_line(error)) from error
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What went wrong underneath, without the library's advice on it."""
     first = error.__cause__ or error
     return " ".join(str(first).split()) or type(first).__name__
