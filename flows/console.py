@@ -15,8 +15,8 @@ from rich.text import Text
 from artifacts.record import Record
 from flows.plan import Step
 from flows.view import LogView
-from tasks.evaluate import shown_groups
 from tasks.events import Event, Listener, event_line, part_done
+from tasks.exact_match import SHOWN_GROUPS, shown_groups, shown_lengths
 
 
 class ConsoleView(AbstractContextManager["ConsoleView"]):
@@ -152,11 +152,13 @@ def _perplexity(metrics: dict[str, Any]) -> Group:
     for column in ("per token", "per word", "bits per byte", "loss", "tokens", "words", "window / stride"):
         scores.add_column(column, justify="right")
     token, word = metrics["token_perplexity"], metrics["word_perplexity"]
+    found = {score["metric"]: score["standard_error"] for score in metrics["scores"]}
+    errors = {metric: "" if error is None else f" ± {error:.4f}" for metric, error in found.items()}
     scores.add_row(
         "∞" if token is None else f"[bold]{token:,.2f}[/]",
         "∞" if word is None else f"[bold]{word:,.1f}[/]",
-        f"{metrics['bits_per_byte']:.4f}",
-        f"{metrics['loss']:.4f}",
+        f"{metrics['bits_per_byte']:.4f}{errors['bits_per_byte']}",
+        f"{metrics['loss']:.4f}{errors['loss']}",
         f"{metrics['tokens']:,}",
         f"{metrics['words']:,}",
         f"{metrics['window']:,} / {metrics['stride']:,}",
@@ -172,13 +174,12 @@ def _perplexity(metrics: dict[str, Any]) -> Group:
 
 
 def _exact_match(metrics: dict[str, Any]) -> Group:
-    scores = Table(title=f"Exact match on the {metrics['split']} split", title_justify="left", header_style="dim")
-    for column in ("answer length", "problems", "exact match"):
-        scores.add_column(column, justify="right")
-    for group in shown_groups(metrics["by_answer_length"]):
-        scores.add_row(str(group["length"]), f"{group['n']:,}", f"{group['exact_match']:.2%}")
+    scores = _shares(f"Exact match on the {metrics['split']} split", "answer length")
+    for group in shown_lengths(metrics["by_answer_length"]):
+        scores.add_row(str(group["length"]), *_share(group))
     scores.add_section()
-    scores.add_row("all", f"{metrics['n']:,}", f"[bold]{metrics['exact_match']:.2%}[/] ± {_error(metrics)}")
+    scores.add_row("all", *_share(metrics), style="bold")
+    by = [_grouped(name, groups) for name, groups in metrics["groups"].items()]
     # A question and its answer take several lines.
     lines = "template" in metrics
     samples = Table(title="Sample predictions", title_justify="left", header_style="dim", show_lines=lines)
@@ -188,7 +189,7 @@ def _exact_match(metrics: dict[str, Any]) -> Group:
     for sample in metrics["samples"]:
         mark = "[green]✓[/]" if sample["correct"] else "[red]✗[/]"
         samples.add_row(Text(sample["prompt"]), Text(sample["prediction"]), Text(sample["target"]), mark)
-    parts: list[RenderableType] = [scores]
+    parts: list[RenderableType] = [scores, *by]
     # Scores that were made earlier do not say it.
     if metrics.get("cut_off"):
         parts.append(
@@ -202,8 +203,32 @@ def _exact_match(metrics: dict[str, Any]) -> Group:
     return Group(*parts, samples)
 
 
-def _error(metrics: Mapping[str, Any]) -> str:
-    return f"{metrics['standard_error']:.2%}"
+def _grouped(name: str, groups: Sequence[Mapping[str, Any]]) -> Table:
+    shown = shown_groups(groups)
+    worst = f": the {SHOWN_GROUPS} worst of {len(groups):,}" if len(shown) < len(groups) else ""
+    table = _shares(f"Exact match by {name}{worst}", name)
+    for group in shown:
+        table.add_row(Text(group["group"]), *_share(group))
+    return table
+
+
+def _shares(title: str, of: str) -> Table:
+    table = Table(title=title, title_justify="left", header_style="dim")
+    table.add_column(of, justify="right", overflow="fold")
+    for column in ("problems", "exact match", "95% interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _share(measured: Mapping[str, Any]) -> tuple[str, str, str]:
+    """How many problems, the share of them that is right, and the interval in which it lies."""
+    low, high = measured["interval"]
+    return f"{measured['n']:,}", _with_error(measured), f"{low:.2%} to {high:.2%}"
+
+
+def _with_error(measured: Mapping[str, Any]) -> str:
+    error = measured["standard_error"]
+    return f"{measured['exact_match']:.2%}" + ("" if error is None else f" ± {error:.2%}")
 
 
 def _marks(marks: dict[str, Any]) -> Table:
@@ -259,7 +284,7 @@ def exact_match_table(evaluations: Sequence[Scored]) -> Table | None:
                 "" if number else Text(one.documents),
                 Text(one.model),
                 f"{metrics['n']:,}",
-                f"{metrics['exact_match']:.2%} ± {_error(metrics)}",
+                _with_error(metrics),
                 style="bold" if last else None,
                 end_section=last,
             )

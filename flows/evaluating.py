@@ -1,6 +1,5 @@
-"""What is asked of a model outside of a recipe: tasks of lm-eval, and Cairn's own measures, each an artifact of its own."""
+"""What is asked of a model outside of a recipe: tasks of lm-eval and Cairn's own, each an artifact of its own."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field

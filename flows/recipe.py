@@ -213,6 +213,7 @@ def _stage(
     if "precision" in stage.config.model_fields:
         config_keys.setdefault("precision", file.precision)
     try:
+        config_keys = stage.with_defaults(config_keys, inputs)
         config = stage.config.model_validate(config_keys)
         config = stage.resolved(config) if stage.resolved and resolve else config
     except ValidationError as error:

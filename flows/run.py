@@ -19,6 +19,7 @@ from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import StageInterrupted, UserError
 from flows.console import ConsoleView, Scored, blend_table, evaluation_tables, exact_match_table, last_of_each
+from flows.entry import StageEntry
 from flows.growth_tables import comparison_table, growth_table
 from flows.pipeline import TAG, RunResult, pipeline_flow, repairing
 from flows.recipe import Recipe
@@ -120,12 +121,18 @@ def _folders(recipe: Recipe, published: Path) -> dict[str, Path]:
     return {stage: published / (recipe.name if stage == stages[-1] else f"{recipe.name}@{stage}") for stage in stages}
 
 
+def _asked(entry: StageEntry, record: Record) -> str:
+    """What a model was evaluated on: the stage that made the documents, or the data sets that it read itself."""
+    data: Any = record.metrics.get("data", {})
+    return entry.inputs.get("documents") or ", ".join(data)
+
+
 def _show_result(recipe: Recipe, records: dict[str, Record], store: Store, published: Path, console: Console) -> None:
     trained = blend_table({entry.name: records[entry.name] for entry in recipe.stages})
     if trained is not None:
         console.print(trained)
     evaluations = [
-        Scored(entry.inputs["model"], entry.inputs["documents"], records[entry.name])
+        Scored(entry.inputs["model"], _asked(entry, records[entry.name]), records[entry.name])
         for entry in recipe.stages
         if entry.definition.output == Kind.EVALUATION
     ]

@@ -8,8 +8,16 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import UserError
 from models.engine import InferenceEngine
 from models.sampling import SamplingConfig, next_tokens
+
+
+class NotFinite(UserError):
+    """What a model says of the next token is NaN or infinite, which no text and no score can be made of."""
+
+    def __init__(self, model: str = "the model") -> None:
+        super().__init__(f"what {model} says of the next token is not finite: look at the losses of its training")
 
 
 def generate(
@@ -26,7 +34,7 @@ def generate(
     continuation fill the model's `max_position_embeddings`. Neither `batch_size` nor the other prompts change what a
     row gets, beyond what an engine's rounding of other shapes may.
 
-    Raises ValueError for a prompt that is empty or too long.
+    Raises ValueError for a prompt that is empty or too long, and NotFinite where the model's logits are not finite.
     """
     longest = engine.config.max_position_embeddings
     for number, prompt in enumerate(prompts):
@@ -66,6 +74,9 @@ def _continue_rows(
         cache = engine.select(cache, np.flatnonzero(open_B))
         seen_BV = None if seen_BV is None else seen_BV[open_B]
     for left in range(sampling.max_new_tokens - 1, -1, -1):
+        # NaN is a row's maximum wherever it stands; a token that is impossible does no harm.
+        if not np.isfinite(logits_BV.max(axis=1)).all():
+            raise NotFinite
         tokens_B = next_tokens(logits_BV, sampling, seen_BV, numbers_B, lengths_B)
         new_B = ~np.isin(tokens_B, stops)
         for number, token in zip(numbers_B.tolist(), tokens_B.tolist(), strict=True):

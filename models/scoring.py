@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from models.engine import Batch, InferenceEngine
+from models.generation import NotFinite
 
 ROW_TOKENS = 256
 """Tokens of continuations that share a row: each attends to the row's context and to itself, but products are taken of
@@ -64,8 +65,8 @@ def score(
     requests have been answered. Neither the other requests nor `batch_tokens` change an answer beyond what an engine's
     rounding of other shapes may.
 
-    Raises ValueError for an empty context or continuation, and UserError for a continuation that is longer than the
-    model's positions, and where what the model says is no number.
+    Raises ValueError for an empty context or continuation, UserError for a continuation that is longer than the model's
+    positions, and NotFinite where what the model says is not.
     """
     positions = engine.config.max_position_embeddings
     cut = [_cut(request, positions) for request in requests]
@@ -88,7 +89,7 @@ def score_texts(
     """The log-probability of each continuation alone, in the order of the requests: for long ones behind short
     contexts, which share none. All have to fit into the model's positions.
 
-    `watch` is told after each batch how many have been answered. Raises UserError where the model says no number.
+    `watch` is told after each batch how many have been answered. Raises NotFinite where what the model says is not.
     """
     order = sorted(range(len(requests)), key=lambda number: -_length(requests[number]))
     found = [0.0] * len(requests)
@@ -117,14 +118,13 @@ def _read(engine: InferenceEngine, requests: Sequence[Request]) -> NDArray[np.fl
         counted_BT[row, len(request.context) - 1 : length] = True
     found_BT = engine.log_probabilities(Batch(tokens_BT, targets_BT, counted_BT))
     totals_B: NDArray[np.float64] = found_BT.sum(axis=1, dtype=np.float64, where=counted_BT)
-    check_numbers(totals_B)
+    _check_finite(totals_B)
     return totals_B
 
 
-def check_numbers(found: NDArray[np.float32] | NDArray[np.float64]) -> None:
-    """Raises UserError where log-probabilities are no numbers."""
-    if np.isnan(found).any():
-        raise UserError("the model's log-probabilities are no numbers: look at the losses of its training")
+def _check_finite(found: NDArray[np.float32] | NDArray[np.float64]) -> None:
+    if not np.isfinite(found).all():
+        raise NotFinite
 
 
 def _cut(request: Request, positions: int) -> Request:
@@ -181,7 +181,7 @@ def _answered(
         tokens_BT[place, : lengths_B[place]] = row.context
     cache, logits_BV = engine.prefill(tokens_BT, lengths_B, tokens_BT.shape[1])
     normalizer_B = _log_sum_exp(logits_BV)
-    check_numbers(normalizer_B)
+    _check_finite(normalizer_B)
     likeliest_B = logits_BV.argmax(axis=1)
     # Behind the first token, the rows alone in which one continuation goes on at least.
     longer = [place for place, row in enumerate(rows) if any(len(requests[n].continuation) > 1 for n in row.numbers)]
@@ -217,7 +217,7 @@ def _behind(
                 places[number] = (row, place)
         documents_BT[row, end:] = len(part)
     scored = engine.continuations(cache, Batch(tokens_BT, targets_BT, counted_BT, documents_BT))
-    check_numbers(scored.log_probabilities_BT[counted_BT])
+    _check_finite(scored.log_probabilities_BT[counted_BT])
     return {
         number: Answer(
             float(scored.log_probabilities_BT[place].sum(dtype=np.float64)), bool(scored.greedy_BT[place].all())

@@ -21,8 +21,6 @@ ADD_BOS_SETTING = "add_bos_token"
 """The key of `tokenizer_config.json` that says that a text is to have <bos> before it, as `transformers` calls it."""
 TEXT_EOS = "text_eos"
 """Beside a template whose closing token is another: what closes a text."""
-ADD_BOS = "add_bos_token"
-"""The key of `tokenizer_config.json` that says of a tokenizer that it puts <bos> before a text."""
 ENCODED_AT_ONCE = 1 << 18
 """Characters that are encoded at once where only the ids are kept."""
 
@@ -124,12 +122,6 @@ def begin_with_eos(folder: Path) -> None:
     path = folder / TOKENIZER_CONFIG
     settings = read_settings(path)
     write_settings(path, {**settings, "bos_token": settings.get("eos_token")})
-
-
-def adds_bos(folder: Path) -> bool:
-    """Whether the tokenizer in a folder is of those that put <bos> before every text by themselves, as its settings
-    say; `Tokenizer` never does. Raises UserError where the folder holds no readable tokenizer."""
-    return read_settings(folder / TOKENIZER_CONFIG).get(ADD_BOS) is True
 
 
 def read_backend(path: Path) -> Backend:

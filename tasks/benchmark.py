@@ -19,6 +19,7 @@ from common.config import FrozenModel
 from common.errors import StageInterrupted, UserError
 from common.files import canonical_json
 from models.engine import Bits, EngineName, Precision, inference_engine
+from models.generation import NotFinite
 from models.tokenizer import Tokenizer, adds_bos
 from models.training.events import Note
 from models.weights import whole_pieces
@@ -85,7 +86,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     """Writes `results.json` and `samples.parquet` with every prompt, target, answer and its log-probabilities.
 
     Raises UserError for a task whose answers would be run as programs, and for one of pictures; where another version
-    of lm-eval is installed or the data have changed since; and where what the model says is no number.
+    of lm-eval is installed or the data have changed since; and NotFinite where what the model says is not.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -104,7 +105,10 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
     )
     asked = _Asked(engine, tokenizer, bos, config.batch_tokens, _watch(config.task, context))
-    found = asked.evaluate(task, config.limit)
+    try:
+        found = asked.evaluate(task, config.limit)
+    except NotFinite as error:
+        raise NotFinite(f"the model '{context.labels.get('model', context.name)}'") from error
     samples = found["samples"][config.task]
     floor = levels(task, samples, asked.uniform)
     made = scores(

@@ -16,7 +16,7 @@ from models.config import ModelConfig
 from models.lora import merged
 from models.optimizer import OptimizerConfig
 from models.peft_layout import from_peft, peft_config, to_peft
-from models.tokenizer import Tokenizer
+from models.tokenizer import TOKENIZER_FILE, Tokenizer
 from models.tuning import LoraConfig
 from models.weights import Array, Piece, assemble, canonical_shapes, read_arrays, write_arrays
 from tasks.history import History, read_history, write_history
@@ -111,7 +111,10 @@ def whole(exported: Iterable[Piece], config: ModelConfig) -> dict[str, Array]:
 
 
 def tokenizer_of(folder: Path, config: ModelConfig) -> Tokenizer:
-    """A model artifact's tokenizer. Raises UserError where the model has fewer rows than it has tokens."""
+    """A model artifact's tokenizer. Raises UserError where it has none, and where the model has fewer rows than it has
+    tokens."""
+    if not (folder / "tokenizer" / TOKENIZER_FILE).is_file():
+        raise UserError(f"the model in {folder} has no tokenizer, and so reads no text; make it again")
     tokenizer = Tokenizer(folder / "tokenizer")
     check_vocabulary(len(tokenizer), config)
     return tokenizer

@@ -1,5 +1,6 @@
 """Stage `documents`: rows of text from a source, filtered, each in the split that it belongs to, as Parquet."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from tasks.corpus.pipeline import Pipeline
 from tasks.corpus.shards import shard_name
 from tasks.stage import Context, Kind, Metrics, Stage
 
-__all__ = ["STAGE", "Config", "run", "shard_name"]
+__all__ = ["STAGE", "Config", "data_of", "run", "shard_name"]
 DESCRIPTION = "documents.json"
 
 
@@ -24,6 +25,16 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     described = Pipeline(config, context).run()
     (context.output / DESCRIPTION).write_bytes(canonical_json(described))
     return {"summary": _summary(described), **_measured(described)}
+
+
+def data_of(documents: Path) -> dict[str, str | None]:
+    """What documents were made of: its name, and its digest or the commit that was read, or null where it is generated.
+    Nothing where the folder does not say."""
+    path = documents / DESCRIPTION
+    if not path.is_file():
+        return {}
+    source = json.loads(path.read_bytes())["source"]
+    return {source["name"]: source.get("digest") or source.get("revision")}
 
 
 def _summary(described: Mapping[str, Any]) -> str:
@@ -55,7 +66,7 @@ def _measured(described: Mapping[str, Any]) -> Metrics:
 
 STAGE = Stage(
     name="documents",
-    version=3,
+    version=4,
     config=Config,
     output=Kind.DOCUMENTS,
     run=run,

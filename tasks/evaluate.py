@@ -1,7 +1,5 @@
 """Stage `evaluate`: exact match by greedy generation over a whole split, and whether calculator marks are right."""
 
-import math
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -9,11 +7,11 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from common.config import FrozenModel
-from common.errors import UserError
-from common.files import canonical_json
+from common.errors import UserError, suggestion
+from common.files import canonical_json, sha256_bytes
 from models.chat import Chat, Message, Template, chat_of
 from models.engine import Bits, EngineName, Precision, inference_engine
-from models.generation import generate
+from models.generation import NotFinite, generate
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
 from models.weights import whole_pieces
@@ -21,13 +19,14 @@ from tasks.calculator import FINAL, OPEN, final_number, marks_in
 from tasks.checkpoint import read_model, tokenizer_of
 from tasks.corpus.conversations import CHOSEN, MESSAGES, REJECTED, parsed
 from tasks.corpus.sources import SPLITS
+from tasks.documents import data_of
+from tasks.exact_match import BY_DEFAULT, METRIC, READ, grouped, grouping_columns, scores, summarise
 from tasks.scores import RESULTS, SAMPLES
 from tasks.stage import Context, Kind, Metrics, Stage
 
+ID_DIGITS = 16
 TEXT_TOKENS, CHAT_TOKENS = 16, 256
 """Tokens that an answer may have where nobody says: that of a text, which is a sum, and that of a conversation."""
-SHOWN_LENGTHS = 20
-"""Lengths of answers by which exact match is shown: of texts, which have any length, it is shown as a whole alone."""
 
 
 class Config(FrozenModel):
@@ -51,6 +50,9 @@ class Config(FrozenModel):
     template: Template | None = Field(default=None, exclude_if=lambda template: template is None)
     """How a model is asked whose tokenizer has no chat template, where the documents are conversations; <bos>, or what
     stands for it, comes first."""
+    by: tuple[str, ...] | None = None
+    """What exact match is told by: columns of the documents, and, read from a problem's text, `operator` and `digits`
+    (of the longest operand). Null for what there is of these two and the column `phrasing`."""
     shown_samples: int = Field(default=10, ge=0)
     """Predictions that are shown; all of them are kept."""
 
@@ -64,6 +66,8 @@ class Questions(NamedTuple):
     """What it has to answer."""
     conversations: list[list[Message]] | None
     """Whole conversations, of which each target is the last answer; None where prompts are texts to go on with."""
+    columns: dict[str, list[Any]]
+    """The columns of the documents that exact match is told by."""
 
 
 class Encoded(NamedTuple):
@@ -75,17 +79,19 @@ class Encoded(NamedTuple):
 
 
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
-    """Writes `results.json` and `samples.parquet` with every prompt, target and prediction.
+    """Writes `results.json`, with standard errors and 95% intervals, and `samples.parquet` with every prompt, target
+    and prediction.
 
     Documents with the column `messages` are asked as conversations: the last answer is the target. A prompt that is
     longer than the model's positions counts as wrong, and so does an answer that did not end: `cut_off` counts these.
-    Raises UserError for documents without prompts and targets, and for conversations where the model's tokenizer has no
-    template and the config names none.
+    Raises UserError for documents without prompts, targets or a column that is named, for conversations where the
+    model's tokenizer has no template and the config names none, and for a model whose logits are not finite.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    questions = read_questions(inputs["documents"], config.split)
+    questions = read_questions(inputs["documents"], config.split, config.by)
+    by = grouping_columns(config.by, questions.prompts, questions.targets, questions.columns)
     model = read_model(inputs["model"])
     tokenizer = tokenizer_of(inputs["model"], model.config)
     chat = None if questions.conversations is None else _chat(config, inputs["model"] / "tokenizer", tokenizer)
@@ -96,7 +102,10 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     fitting = [row for row, (prompt, _) in enumerate(encoded) if len(prompt) <= model.config.max_position_embeddings]
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=_limit(config, questions))
     stops = {*tokenizer.stop_ids, *(() if chat is None else (chat.closing_id,))}
-    written = generate(engine, [encoded[row].prompt for row in fitting], sampling, stops, config.batch_size)
+    try:
+        written = generate(engine, [encoded[row].prompt for row in fitting], sampling, stops, config.batch_size)
+    except NotFinite as error:
+        raise NotFinite(f"the model '{context.labels.get('model', context.name)}'") from error
     answers: list[list[int]] = [[] for _ in encoded]
     for row, answer in zip(fitting, written, strict=True):
         answers[row] = answer
@@ -113,12 +122,18 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         "prediction": predictions,
         "correct": correct,
     }
-    pq.write_table(pa.table(columns), context.output / SAMPLES, compression="zstd")
+    ids = [problem_id(*problem) for problem in zip(questions.prompts, questions.targets, strict=True)]
+    metric = {METRIC: [int(right) for right in correct]}
+    pq.write_table(pa.table({"id": ids, **columns, **metric}), context.output / SAMPLES, compression="zstd")
+    summary, groups, data = summarise(questions.targets, correct), grouped(by, correct), data_of(inputs["documents"])
     results = {
         "split": config.split,
+        "data": data,
         **config.model_dump(include={"bits"}),  # nothing where it is null
         **({} if chat is None else {"template": chat.template}),
-        **summarise(questions.targets, correct),
+        **summary,
+        "groups": groups,
+        "scores": [score.dumped() for score in scores(", ".join(data) or METRIC, summary, groups)],
         "max_new_tokens": sampling.max_new_tokens,
         "cut_off": cut_off,
         **({"too_long": len(encoded) - len(fitting)} if len(fitting) < len(encoded) else {}),
@@ -176,24 +191,34 @@ def _summary(results: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def read_questions(documents: Path, split: str) -> Questions:
-    """The problems of a split: conversations where it has messages. Raises UserError where there are none."""
+def problem_id(prompt: str, target: str) -> str:
+    """What a problem is called, the same for every model: the first digits of the SHA-256 of prompt and target."""
+    return sha256_bytes(canonical_json([prompt, target]))[:ID_DIGITS]
+
+
+def read_questions(documents: Path, split: str, by: Sequence[str] | None = ()) -> Questions:
+    """The problems of a split: conversations where it has messages. Raises UserError where there are none, and for a
+    column that they are told by and have not."""
     import pyarrow.parquet as pq
 
     prompts: list[str] = []
     targets: list[str] = []
     conversations: list[list[Message]] = []
+    kept: dict[str, list[Any]] = {}
     for path in sorted(documents.glob(f"{split}-*.parquet")):
         file = pq.ParquetFile(path)
         columns = file.schema_arrow.names
         problem = unaskable(columns)
         if problem is not None:
             raise UserError(f"the documents {problem}")
+        wanted = _wanted(by, columns)
+        table = file.read(list({MESSAGES, "prompt", "target", *wanted} & {*columns}))
+        for name in wanted:
+            kept.setdefault(name, []).extend(table[name].to_pylist())
         if MESSAGES in columns:
-            for row, text in enumerate(file.read([MESSAGES])[MESSAGES].to_pylist()):
+            for row, text in enumerate(table[MESSAGES].to_pylist()):
                 conversations.append(_conversation(text, f"{path.name}, row {row}"))
             continue
-        table = file.read(["prompt", "target"])
         prompts += table["prompt"].to_pylist()
         targets += table["target"].to_pylist()
     if conversations:
@@ -201,7 +226,15 @@ def read_questions(documents: Path, split: str) -> Questions:
         targets = [messages[-1]["content"] for messages in conversations]
     if not prompts:
         raise UserError(f"the documents {no_split(split, (path.name for path in documents.iterdir()))}")
-    return Questions(prompts, targets, conversations or None)
+    return Questions(prompts, targets, conversations or None, kept)
+
+
+def _wanted(by: Sequence[str] | None, columns: Collection[str]) -> list[str]:
+    """The columns that exact match is told by, of those that the documents have."""
+    for name in by or ():
+        if name not in columns and name not in READ:
+            raise UserError(f"by: the documents have no column '{name}'{suggestion(name, {*READ, *columns})}")
+    return [name for name in (BY_DEFAULT if by is None else by) if name in columns]
 
 
 def unaskable(columns: Collection[str]) -> str | None:
@@ -227,28 +260,6 @@ def _conversation(text: str, place: str) -> list[Message]:
         return parsed(text)
     except UserError as error:
         raise UserError(f"the documents hold no conversation in {place} ({error}); make them again") from error
-
-
-def summarise(targets: Sequence[str], correct: Sequence[bool]) -> dict[str, Any]:
-    """The share of correct answers with its standard error, over all and by the answer's length in characters."""
-    by_length = defaultdict(list)
-    for target, right in zip(targets, correct, strict=True):
-        by_length[len(target)].append(right)
-    share = sum(correct) / len(correct)
-    return {
-        "n": len(correct),
-        "exact_match": share,
-        "standard_error": math.sqrt(share * (1 - share) / len(correct)),
-        "by_answer_length": [
-            {"length": length, "n": len(group), "exact_match": sum(group) / len(group)}
-            for length, group in sorted(by_length.items())
-        ],
-    }
-
-
-def shown_groups(groups: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """What `by_answer_length` has, where it is short enough to be shown."""
-    return groups if len(groups) <= SHOWN_LENGTHS else ()
 
 
 def marks_summary(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, Any]:
@@ -277,7 +288,7 @@ def _same_final_number(target: str, prediction: str) -> bool:
 
 STAGE = Stage(
     name="evaluate",
-    version=3,
+    version=4,
     config=Config,
     inputs={"model": Kind.MODEL, "documents": Kind.DOCUMENTS},
     output=Kind.EVALUATION,

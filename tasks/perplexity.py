@@ -1,33 +1,43 @@
-"""Stage `perplexity`: how well a model predicts the text of a split, and how it goes on with some prompts.
+"""Stage `perplexity`: how well a model predicts the text of a split, and how it goes on with some prompts."""
 
-B windows read at once, T positions of a window.
-"""
-
-import itertools
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple, Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from common.config import FrozenModel
 from common.errors import StageInterrupted, UserError
 from common.files import canonical_json
 from models.config import ModelConfig
-from models.engine import Batch, Bits, EngineName, InferenceEngine, Precision, inference_engine
-from models.generation import generate
+from models.engine import Bits, EngineName, InferenceEngine, Precision, inference_engine
+from models.generation import NotFinite, generate
 from models.sampling import SamplingConfig
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, in_parts
 from models.training.events import Note
 from models.weights import whole_pieces
 from tasks.checkpoint import read_model, tokenizer_of
-from tasks.scores import RESULTS
+from tasks.corpus.hub_source import HubSource
+from tasks.corpus.sources import TEXT, Reading, Rows
+from tasks.document_losses import Document, DocumentLosses
+from tasks.documents import data_of
+from tasks.scores import RESULTS, SAMPLES
+from tasks.sliding_windows import negative_log_likelihoods
 from tasks.stage import Context, Kind, Metrics, Stage
 
 REPORT_SECONDS = 10.0
+WIKITEXT_2 = HubSource(
+    kind="hub",
+    id="Salesforce/wikitext",
+    config="wikitext-2-raw-v1",
+    split="test",
+    rows="lines",
+    revision="b08601e04326c79dfdd32d625aee71d232d685c3",
+)
+"""The text of WikiText-2 (Merity et al., arXiv 1609.07843) as it was written, with no word replaced: one document."""
 
 
 class Config(FrozenModel):
@@ -41,7 +51,11 @@ class Config(FrozenModel):
     bits: Bits | None = Field(default=None, exclude_if=lambda bits: bits is None)
     """Bits per weight in inference; null for whole weights; MLX alone."""
     split: Literal["train", "validation", "test"] = "test"
-    """The split of the documents."""
+    """The split of the documents; a data set has its own under `data`."""
+    # Null stands in no key: the documents do.
+    data: HubSource | None = Field(default=None, exclude_if=lambda data: data is None)
+    """The data set of the hub that is read where no documents are given: then, unless another is named, the test split
+    of WikiText-2 raw as one document. Below `CAIRN_HUB` its digest is filled in, else the commit on the network."""
     window: int | None = Field(default=None, gt=0)
     """Positions of a window; null for as many as the model has."""
     stride: int | None = Field(default=None, gt=0)
@@ -60,23 +74,26 @@ class Config(FrozenModel):
         return self
 
 
-class Window(NamedTuple):
-    """A part of a document."""
+class _Read(NamedTuple):
+    """What is read."""
 
-    tokens: list[int]
-    """What the model reads, and the last target behind it."""
-    scored: int
-    """How many of its targets, the last ones, are scored in it."""
+    texts: Iterator[str]
+    split: str
+    data: dict[str, str | None]
+    """The data sets by their names: their digests or commits."""
 
 
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
-    """Writes `results.json`: the loss per token, the perplexity per token and per word, and bits per byte.
+    """Writes `results.json`: the loss per token, the perplexity per token and per word, bits per byte, and their
+    standard errors under `scores`; and `samples.parquet` with a row for each document that has text.
 
     Before each document stands what stood there in training (<bos>, or the <eos> of the document before), which is not
-    scored. Every token of every document is scored once, with at least window − stride tokens before it where the
-    document has them. Words are what white space separates; bytes are those of UTF-8. Raises UserError where the split
-    has no text, the window exceeds the model's positions, or what the model says is not finite.
+    scored; `bos` in the results says which token. Every token of every document is scored once, with at least window −
+    stride tokens before it where the document has them. Words are what white space separates; bytes are those of
+    UTF-8. Raises UserError where the split has no text, the window exceeds the model's positions, or what the model
+    says is not finite.
     """
+    read = _read(config, inputs)
     model = read_model(inputs["model"])
     tokenizer = tokenizer_of(inputs["model"], model.config)
     window = _window(config, model.config)
@@ -84,45 +101,82 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     engine = inference_engine(
         config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
     )
-    first = tokenizer.bos_id
-    total, tokens, words, size = 0.0, 0, 0, 0
-    told = time.monotonic()
-
-    def watch(scored: int) -> None:
-        nonlocal told
-        if context.should_stop():
-            raise StageInterrupted("the perplexity was stopped")
-        if time.monotonic() - told > REPORT_SECONDS:
-            told = time.monotonic()
-            context.report(Note(f"{tokens + scored:,} tokens read"))
-
-    for text in read_texts(inputs["documents"], config.split):
-        ids = tokenizer.encode(text)
-        total += negative_log_likelihood(engine, [first, *ids], window, stride, config.batch_size, watch)
-        tokens, words, size = tokens + len(ids), words + len(text.split()), size + len(text.encode())
-    if not tokens or not words:
-        raise UserError(f"the documents have no text in their {config.split} split to measure perplexity on")
-    if not math.isfinite(total):
-        raise UserError("the model's log-probabilities are not finite: look at the losses of its training")
+    losses = DocumentLosses(context.output / SAMPLES)
+    waiting: deque[Document] = deque()
+    documents = _encoded(read.texts, tokenizer, waiting)
+    try:
+        scored = negative_log_likelihoods(engine, documents, window, stride, config.batch_size, _Watch(context))
+        for loss in scored:
+            losses.add(waiting.popleft(), loss)
+        samples = _samples(config, engine, tokenizer)
+    except NotFinite as error:
+        raise NotFinite(f"the model '{context.labels.get('model', context.name)}'") from error
+    finally:
+        losses.close()
+    if not losses.sizes["tokens"] or not losses.sizes["words"]:
+        raise UserError(f"the documents have no text in their {read.split} split to measure perplexity on")
+    scores = losses.scores()
     results = {
         "measure": "perplexity",
-        "split": config.split,
-        "tokens": tokens,
-        "words": words,
-        "bytes": size,
-        "loss": total / tokens,
-        "token_perplexity": _exponential(total / tokens),
-        "word_perplexity": _exponential(total / words),
-        "bits_per_byte": total / size / math.log(2),
+        "split": read.split,
+        "data": read.data,
+        **losses.sizes,
+        **{score.metric: score.value for score in scores},
+        "scores": [score.dumped() for score in scores],
+        "bos": tokenizer.backend.id_to_token(tokenizer.bos_id),
         "window": window,
         "stride": stride,
         "precision": config.precision,
         **config.model_dump(include={"bits"}),  # nothing where it is null
-        "samples": _samples(config, engine, tokenizer, first),
+        "samples": samples,
     }
     (context.output / RESULTS).write_bytes(canonical_json(results))
-    summary = f"perplexity {results['token_perplexity']:,.1f} per token, {results['word_perplexity']:,.1f} per word"
-    return {"summary": summary, **results, "device": engine.device}
+    return {"summary": _summary(results), **results, "device": engine.device}
+
+
+def _summary(results: Mapping[str, Any]) -> str:
+    perplexities = ((unit, results[f"{unit}_perplexity"]) for unit in ("token", "word"))
+    return "perplexity " + ", ".join(
+        f"{'∞' if value is None else f'{value:,.1f}'} per {unit}" for unit, value in perplexities
+    )
+
+
+class _Watch:
+    """Is told how many tokens were scored: says so now and then, and stops where it is to."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._tokens = 0
+        self._told = time.monotonic()
+
+    def __call__(self, scored: int) -> None:
+        """Raises StageInterrupted where the stage was told to stop."""
+        self._tokens += scored
+        if self._context.should_stop():
+            raise StageInterrupted("the perplexity was stopped")
+        if time.monotonic() - self._told > REPORT_SECONDS:
+            self._told = time.monotonic()
+            self._context.report(Note(f"{self._tokens:,} tokens read"))
+
+
+def _encoded(texts: Iterator[str], tokenizer: Tokenizer, waiting: deque[Document]) -> Iterator[list[int]]:
+    """The tokens of each text that is not empty, behind what stands before a document; `waiting` gets what else is
+    told of it."""
+    for part in in_parts(text for text in texts if text):
+        for text, encoding in zip(part, tokenizer.encode_batch(part), strict=True):
+            ids = encoding.ids
+            waiting.append(Document.of(text, len(ids)))
+            yield [tokenizer.bos_id, *ids]
+
+
+def _read(config: Config, inputs: Mapping[str, Path]) -> _Read:
+    if ("documents" in inputs) == (config.data is not None):
+        raise UserError("perplexity is measured either on documents or on data, a data set of the hub: name one")
+    if config.data is None:
+        documents = inputs["documents"]
+        return _Read(read_texts(documents, config.split), config.split, data_of(documents))
+    data = config.data.resolved()
+    return _Read(_texts_of(data), "+".join(data.splits), {data.id: data.digest or data.revision})
 
 
 def read_texts(documents: Path, split: str) -> Iterator[str]:
@@ -133,54 +187,29 @@ def read_texts(documents: Path, split: str) -> Iterator[str]:
     if not paths:
         raise UserError(f"the documents have no {split} split")
     for path in paths:
-        for batch in pq.ParquetFile(path).iter_batches(256, columns=["text"]):
-            yield from batch["text"].to_pylist()
+        for batch in pq.ParquetFile(path).iter_batches(256, columns=[TEXT]):
+            yield from batch[TEXT].to_pylist()
 
 
-def negative_log_likelihood(
-    engine: InferenceEngine,
-    tokens: Sequence[int],
-    window: int,
-    stride: int,
-    batch_size: int,
-    watch: Callable[[int], None] = lambda scored: None,
-) -> float:
-    """The sum over all tokens but the first of −ln p(token | tokens before it in its window).
+def _texts_of(data: HubSource) -> Iterator[str]:
+    """The texts of a data set, a few in memory at a time."""
+    with TemporaryDirectory() as folder:
+        for part in data.open(Reading(folder=Path(folder))).parts:
+            if isinstance(part, Rows):
+                yield from part.table[TEXT].to_pylist()
 
-    `watch` is told after each batch how many have been scored.
+
+def resolved(config: Config) -> Config:
+    """The config with the digest of the data set that it reads, or the commit on the network.
+
+    Raises UserError where it is in neither place, or is not what its digest says.
     """
-    total, scored = 0.0, 0
-    parts = windows(tokens, window, stride)
-    while batch := list(itertools.islice(parts, batch_size)):
-        total -= _scored(engine, batch)
-        scored += sum(part.scored for part in batch)
-        watch(scored)
-    return total
-
-
-def windows(tokens: Sequence[int], window: int, stride: int) -> Iterator[Window]:
-    """Cuts a document so that each token but the first is scored exactly once: the first window scores all of its
-    own, each further one the `stride` tokens that it adds, or what is left."""
-    targets = len(tokens) - 1
-    done = 0
-    while done < targets:
-        end = min(targets, done + (stride if done else window))
-        begin = max(0, end - window)
-        yield Window(list(tokens[begin : end + 1]), end - done)
-        done = end
-
-
-def _scored(engine: InferenceEngine, parts: Sequence[Window]) -> float:
-    """The sum of the scored targets' log-probabilities."""
-    length = max(len(part.tokens) for part in parts) - 1
-    tokens_BT, targets_BT = (np.zeros((len(parts), length), np.int32) for _ in range(2))
-    scored_BT = np.zeros((len(parts), length), np.bool_)
-    for row, part in enumerate(parts):
-        own = len(part.tokens) - 1
-        tokens_BT[row, :own], targets_BT[row, :own] = part.tokens[:-1], part.tokens[1:]
-        scored_BT[row, own - part.scored : own] = True
-    found_BT = engine.log_probabilities(Batch(tokens_BT, targets_BT, scored_BT))
-    return float(found_BT.sum(dtype=np.float64, where=scored_BT))
+    if config.data is None:
+        return config
+    data = config.data.resolved()
+    if data.digest is None and data.revision is None:
+        data = data.model_copy(update={"revision": data.commit()})
+    return config.model_copy(update={"data": data})
 
 
 def _window(config: Config, model: ModelConfig) -> int:
@@ -190,16 +219,8 @@ def _window(config: Config, model: ModelConfig) -> int:
     return config.window or longest
 
 
-def _exponential(value: float) -> float | None:
-    """None where the number is too large to be one, as of a model that knows nothing and words of many tokens."""
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return None
-
-
-def _samples(config: Config, engine: InferenceEngine, tokenizer: Tokenizer, first: int) -> list[dict[str, str]]:
-    encoded = [[first, *tokenizer.encode(prompt)] for prompt in config.prompts]
+def _samples(config: Config, engine: InferenceEngine, tokenizer: Tokenizer) -> list[dict[str, str]]:
+    encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in config.prompts]
     for prompt, ids in zip(config.prompts, encoded, strict=True):
         if len(ids) > engine.config.max_position_embeddings:
             raise UserError(
@@ -223,10 +244,13 @@ def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
 
 STAGE = Stage(
     name="perplexity",
-    version=2,
+    version=3,
     config=Config,
-    inputs={"model": Kind.MODEL, "documents": Kind.DOCUMENTS},
+    inputs={"model": Kind.MODEL},
+    optional_inputs={"documents": Kind.DOCUMENTS},
+    instead={"documents": ("data", WIKITEXT_2)},
     output=Kind.EVALUATION,
     run=run,
+    resolved=resolved,
     model_of=model_of,
 )

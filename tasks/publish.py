@@ -5,8 +5,9 @@ it needs (see `models.hub`).
 """
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from models.tokenizer import tokenizer_files
 from models.tuning import LoraConfig
 from models.weights import parameter_count, write_arrays
 from tasks.checkpoint import ADAPTER, WEIGHTS, ModelFolder, read_model, tokenizer_of, write_adapters
-from tasks.evaluate import shown_groups
+from tasks.exact_match import SHOWN_GROUPS, shown_groups, shown_lengths
 from tasks.scores import RESULTS
 from tasks.stage import Context, Kind, Metrics, Stage
+
+_MARKS = re.compile(r"[\\|*_<`\[]")
+"""What Markdown would take for more than itself in a table."""
 
 
 class Config(FrozenModel):
@@ -116,14 +120,32 @@ def _kind(config: ModelConfig) -> str:
 def _results(results: dict[str, Any]) -> str:
     if results.get("measure") == "perplexity":
         return _perplexity(results)
-    groups = results["by_answer_length"]
-    rows = [f"| all | {results['n']:,} | {results['exact_match']:.2%} |"]
-    rows += [f"| {group['length']} | {group['n']:,} | {group['exact_match']:.2%} |" for group in shown_groups(groups)]
-    table = (
-        f"## Results\n\nExact match by greedy generation over the whole {results['split']} split.\n\n"
-        "| characters of the answer | problems | exact match |\n|---|---|---|\n" + "\n".join(rows)
-    )
-    return f"{table}\n\n{_marks(results['marks'])}" if "marks" in results else table
+    lengths = [("all", results), *((group["length"], group) for group in shown_lengths(results["by_answer_length"]))]
+    sections = [
+        f"## Results\n\nExact match by greedy generation over the whole {results['split']} split, with its standard "
+        "error and Wilson's 95% interval.",
+        _shares("characters of the answer", lengths),
+    ]
+    for name, groups in results["groups"].items():
+        shown = shown_groups(groups)
+        if len(shown) < len(groups):
+            sections.append(f"By {name}, the {SHOWN_GROUPS} worst of {len(groups):,}:")
+        sections.append(_shares(name, [(group["group"], group) for group in shown]))
+    if "marks" in results:
+        sections.append(_marks(results["marks"]))
+    return "\n\n".join(sections)
+
+
+def _shares(of: str, rows: Iterable[tuple[object, Mapping[str, Any]]]) -> str:
+    """A table of exact matches; what they are of may be any text."""
+    lines = [f"| {of} | problems | exact match | 95% interval |", "|---|---|---|---|"]
+    for name, measured in rows:
+        error = measured["standard_error"]
+        share = f"{measured['exact_match']:.2%}" + ("" if error is None else f" ± {error:.2%}")
+        low, high = measured["interval"]
+        cell = " ".join(_MARKS.sub(r"\\\g<0>", str(name)).split())
+        lines.append(f"| {cell} | {measured['n']:,} | {share} | {low:.2%} to {high:.2%} |")
+    return "\n".join(lines)
 
 
 def _marks(marks: dict[str, Any]) -> str:
@@ -137,14 +159,21 @@ def _marks(marks: dict[str, Any]) -> str:
 def _perplexity(results: dict[str, Any]) -> str:
     token, word = (results[f"{unit}_perplexity"] for unit in ("token", "word"))
     table = (
-        f"## Results\n\nOver the whole {results['split']} split, {results['tokens']:,} tokens, in windows of "
-        f"{results['window']:,} tokens of which each further one scores {results['stride']:,}.\n\n"
+        f"## Results\n\nOver the whole {results['split']} split{_of(results['data'])}, {results['tokens']:,} tokens, "
+        f"in windows of {results['window']:,} tokens of which each further one scores {results['stride']:,}. Before "
+        f"each document stands `{results['bos']}`, which is not scored.\n\n"
         "| perplexity per token | perplexity per word | bits per byte |\n|---|---|---|\n"
         f"| {'∞' if token is None else f'{token:,.2f}'} | {'∞' if word is None else f'{word:,.1f}'} "
         f"| {results['bits_per_byte']:.4f} |"
     )
     shown = [f"> **{sample['prompt']}**{sample['continuation']}".replace("\n", "\n> ") for sample in results["samples"]]
     return "\n\n".join([table, *(["## Samples", *shown] if shown else [])])
+
+
+def _of(data: Mapping[str, str | None]) -> str:
+    """The data sets that were read, with the start of their digests or commits."""
+    named = (f"`{name}`" + ("" if version is None else f" ({version[:12]})") for name, version in data.items())
+    return f" of {' and '.join(named)}" if data else ""
 
 
 def _writing(prompt: str) -> str:
@@ -186,7 +215,7 @@ and nothing else; read it first."""
 # The files of `models/published` are part of what comes out: the version is raised when they change.
 STAGE = Stage(
     name="publish",
-    version=3,
+    version=4,
     config=Config,
     inputs={"model": Kind.MODEL},
     optional_inputs={"evaluation": Kind.EVALUATION},

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from common.config import FrozenModel
@@ -76,12 +75,3 @@ def share(
         n=len(found),
         chance=chance,
     )
-
-
-def ratio_error(totals: NDArray[np.float64], weights: NDArray[np.float64]) -> float | None:
-    """The standard error of sum(totals) / sum(weights) over documents that were drawn with both, by the delta method
-    for a ratio estimator (Cochran, Sampling Techniques, 1977, section 2.11); None for a single document."""
-    if len(totals) < 2:
-        return None
-    residuals = totals - totals.sum() / weights.sum() * weights
-    return float(math.sqrt(len(totals) / (len(totals) - 1) * float((residuals**2).sum())) / weights.sum())

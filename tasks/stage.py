@@ -1,6 +1,6 @@
 """What a stage is: its config, the kinds of artifact that it reads and writes, and what it is given when it runs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +10,7 @@ from fsspec import AbstractFileSystem
 from pydantic import Field
 
 from common.config import FrozenModel
+from common.errors import UserError
 from models.config import ModelConfig
 from models.engine import Layout
 from models.machine import Hardware
@@ -104,6 +105,9 @@ class Stage:
     """Whether it trains with an engine, which several processes may do together, each running the whole stage."""
     inputs: Mapping[str, Kind] = field(default_factory=dict)
     optional_inputs: Mapping[str, Kind] = field(default_factory=dict)
+    instead: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    """Optional inputs that the stage reads something else without: the config field that says what, and its default,
+    which is filled in where the input is not given."""
     many: Mapping[str, str] = field(default_factory=dict)
     """Inputs that may be several artifacts, and the config field with a portion for each of them. Several reach the
     stage as `<input>.0`, `<input>.1`, … and one as `<input>`: see `gathered`."""
@@ -123,6 +127,19 @@ class Stage:
     def has_engine(self) -> bool:
         """Whether the stage computes with an engine, and so runs in a child process."""
         return "engine" in self.config.model_fields
+
+    def with_defaults(self, keys: Mapping[str, Any], inputs: Collection[str]) -> dict[str, Any]:
+        """The keys of a config, with what is read instead of inputs that are not among these.
+
+        Raises UserError where both are given.
+        """
+        found = dict(keys)
+        for name, (key, default) in self.instead.items():
+            if name not in inputs:
+                found.setdefault(key, default)
+            elif found.get(key) is not None:
+                raise UserError(f"{key}: it is read where there are no {name}; leave one of them out")
+        return found
 
 
 def gathered(inputs: Mapping[str, Path], name: str) -> dict[str, Path]:

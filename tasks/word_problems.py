@@ -100,15 +100,24 @@ THINGS = (
 """What is counted: one of it, and several."""
 
 
+class Frame(NamedTuple):
+    """Phrasings that differ in their choices."""
+
+    name: str
+    """The phrasing with the first of every choice, be it of this split or of another."""
+    phrasings: tuple[str, ...]
+    """Those of a split."""
+
+
 @functools.cache
-def phrasings(operator: Operator, split: Split) -> tuple[tuple[str, ...], ...]:
+def frames(operator: Operator, split: Split) -> tuple[Frame, ...]:
     """The phrasings of a split, frame by frame: a hash of each decides, so that it never moves. Frames that have none
     there are left out."""
+    everything = (_combinations(frame) for frame in FRAMES[operator])
     found = (
-        tuple(one for one in _combinations(frame) if SPLITS[_split_of_phrasing(one)] == split)
-        for frame in FRAMES[operator]
+        Frame(every[0], tuple(one for one in every if SPLITS[_split_of_phrasing(one)] == split)) for every in everything
     )
-    return tuple(frame for frame in found if frame)
+    return tuple(frame for frame in found if frame.phrasings)
 
 
 def _combinations(frame: str) -> list[str]:
@@ -142,8 +151,8 @@ class WordProblemSource(ProblemSource):
 
     @property
     def own_columns(self) -> tuple[str, ...]:
-        """The question, its answer, and both as a conversation."""
-        return ("prompt", "target", "messages")
+        """The question, its answer, both as a conversation, and the name of the frame that the question is put in."""
+        return ("prompt", "target", "messages", "phrasing")
 
     def possible(self, problems: Problems) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
         """Which problems come to 0 or more, (N,)."""
@@ -159,10 +168,13 @@ class WordProblemSource(ProblemSource):
         drawn_N = random.integers(0, 1 << 32, (len(problems.answers_N), 5)).tolist()
         for (a, b), (operator,), answer, draws in zip(*(part.tolist() for part in problems), drawn_N, strict=True):
             symbol = self.operators[operator]
-            prompt = _question(phrasings(symbol, split), a, b, _Draws(*draws))
+            choices = _Draws(*draws)
+            of_split = frames(symbol, split)
+            frame = of_split[choices.frame % len(of_split)]
+            prompt = _question(frame, a, b, choices)
             target = f"{a} {symbol} {b} = <<{a}{symbol}{b}={answer}>>{answer}"
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]
-            values = (f"{prompt}\n{target}", prompt, target, canonical_json(messages).decode())
+            values = (f"{prompt}\n{target}", prompt, target, canonical_json(messages).decode(), frame.name)
             for name, value in zip(names, values, strict=True):
                 columns[name].append(value)
         return pa.table({name: pa.array(column, pa.string()) for name, column in columns.items()})
@@ -178,13 +190,12 @@ class _Draws(NamedTuple):
     other: int
 
 
-def _question(frames: tuple[tuple[str, ...], ...], a: int, b: int, draws: _Draws) -> str:
+def _question(frame: Frame, a: int, b: int, draws: _Draws) -> str:
     thing, things = THINGS[draws.thing % len(THINGS)]
     name = draws.name % len(PEOPLE)
     # Not the same person twice.
     other = (name + 1 + draws.other % (len(PEOPLE) - 1)) % len(PEOPLE)
-    frame = frames[draws.frame % len(frames)]
-    return frame[draws.phrasing % len(frame)].format(
+    return frame.phrasings[draws.phrasing % len(frame.phrasings)].format(
         a=a,
         b=b,
         things=things,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.engine import Batch, TrainingEngine
-from models.generation import generate
+from models.generation import NotFinite, generate
 from models.preference import FIGURES, PreferenceFigures, pairs_that_count, summed_figures
 from models.sampling import SamplingConfig
 from models.training.batches import Batches
@@ -168,12 +168,16 @@ class Validator:
         return list(_tasks(batch, self._engine.inference().config.max_position_embeddings))
 
     def _write(self, tasks: Sequence[_Task]) -> list[list[int]]:
-        """What the model writes greedily after each prompt, as long as the answer."""
+        """What the model writes greedily after each prompt, as long as the answer; nothing where its logits are not
+        finite, of which the loss tells."""
         if not tasks:
             return []
         sampling = SamplingConfig(max_new_tokens=max(len(task.answer) for task in tasks))
         prompts = [task.prompt for task in tasks]
-        written = generate(self._engine.inference(), prompts, sampling, (), self._rows_at_once)
+        try:
+            written = generate(self._engine.inference(), prompts, sampling, (), self._rows_at_once)
+        except NotFinite:
+            return [[] for _ in tasks]
         return [tokens[: len(task.answer)] for task, tokens in zip(tasks, written, strict=True)]
 
 

@@ -79,7 +79,7 @@ class HubSource(ExternalSource):
     def open(self, reading: Reading) -> Opened:
         """Begins to read. Raises UserError for bad input, at once or while the rows are taken."""
         folder = local_copy("dataset", self.id)
-        revision = None if folder else reading.previous.get("revision") or self._commit()
+        revision = None if folder else reading.previous.get("revision") or self.commit()
         builder = self._builder(folder, revision, reading)
         files = {split: [str(file) for file in builder.config.data_files.get(split, ())] for split in self.splits}
         for split, named in files.items():
@@ -98,7 +98,7 @@ class HubSource(ExternalSource):
         }
         return Opened(description, self._parts(builder, files, reading))
 
-    def _commit(self) -> str:
+    def commit(self) -> str:
         """The commit that is read from the network. Raises UserError where the hub has no such data set."""
         import huggingface_hub
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tasks.scores import Score, ratio_error
+from tasks.document_losses import ratio
+from tasks.scores import Score
 
 _FAR = -1e4
 """A log-probability that no choice comes near to."""
@@ -63,10 +64,10 @@ def _ratio_error(metric: str, own: Sequence[Any]) -> float | None:
     if metric not in ("word_perplexity", "byte_perplexity", "bits_per_byte") or not own:
         return None
     losses, weights = (np.array(column, np.float64) for column in zip(*own, strict=True))
-    ratio, error = -losses.sum() / weights.sum(), ratio_error(-losses, weights)
+    loss, error = ratio(-losses, weights)
     if error is None:
         return None
-    return _finite(error / math.log(2) if metric == "bits_per_byte" else float(np.exp(ratio)) * error)
+    return _finite(error / math.log(2) if metric == "bits_per_byte" else float(np.exp(loss)) * error)
 
 
 def levels(task: Any, samples: Sequence[Sample], uniform: Callable[[str], float]) -> Levels:

@@ -33,12 +33,12 @@ def record(stage: str, **metrics: Any) -> Record:
 
 
 def score(model: str, documents: str, exact_match: float = 0.5, **metrics: Any) -> Scored:
+    whole = {"n": 10_000, "exact_match": exact_match, "standard_error": 0.005, "interval": [0.25, 0.75]}
     metrics = {
         "split": "test",
-        "n": 10_000,
-        "exact_match": exact_match,
-        "standard_error": 0.005,
-        "by_answer_length": [{"length": 3, "n": 10_000, "exact_match": exact_match}],
+        **whole,
+        "by_answer_length": [{"length": 3, **whole}],
+        "groups": {},
         "samples": [],
         **metrics,
     }
@@ -97,7 +97,8 @@ def test_only_the_last_score_on_the_same_documents_is_shown_whole() -> None:
 
 def test_marks_and_long_prompts_are_told() -> None:
     marks = {"n": 1319, "well_formed": 0.8125, "right": 0.75, "final_number": 0.0625}
-    many = [{"length": length, "n": 1, "exact_match": 0.125} for length in range(30)]
+    alone = {"n": 1, "exact_match": 0.125, "standard_error": None, "interval": [0.0, 0.5]}
+    many = [{"length": length, **alone} for length in range(30)]
     one = score("tuned", "gsm8k", marks=marks, too_long=1234, by_answer_length=many, template="plain")
     assert "had not ended" not in "\n".join(shown(evaluation_tables(one.record), 200))
     cut = score("tuned", "gsm8k", cut_off=1234, max_new_tokens=16)
@@ -111,3 +112,26 @@ def test_marks_and_long_prompts_are_told() -> None:
     assert "1,234 prompts are longer than the model's positions" in text
     # Answers of thirty lengths are shown as a whole alone.
     assert "12.50%" not in text
+
+
+def test_groups_are_shown_with_their_errors_and_the_worst_of_many() -> None:
+    part = {"n": 7, "standard_error": None, "interval": [0.0, 0.3543]}
+    digits = [{"group": "3", **part, "exact_match": 0.0}]
+    many = [{"group": f"put so {number}", **part, "exact_match": 1 - number / 64} for number in range(32)]
+    lines = shown(evaluation_tables(score("tuned", "questions", groups={"digits": digits, "phrasing": many}).record))
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    (row,) = (line for line in lines if "35.43%" in line and "put" not in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["3", "7", "0.00%", "0.00% to 35.43%"]
+    assert "Exact match by phrasing: the 20 worst of 32" in text
+    assert [f"put so {number} " in text for number in (11, 12, 31)] == [False, True, True]
+
+
+def test_a_perplexity_is_shown_with_its_errors() -> None:
+    scores = [{"metric": "bits_per_byte", "standard_error": 0.25}, {"metric": "loss", "standard_error": None}]
+    found = {"token_perplexity": 2.0, "word_perplexity": None, "bits_per_byte": 1.5, "loss": 0.7, "scores": scores}
+    sizes = {"split": "test", "tokens": 9, "words": 3, "window": 8, "stride": 4, "samples": []}
+    text = "\n".join(shown(evaluation_tables(record("perplexity", **found, **sizes)), 120))
+    assert "1.5000 ± 0.2500" in text
+    assert "0.7000 │" in text
+    assert "∞" in text

@@ -185,3 +185,24 @@ def test_stages_may_branch(tmp_path: Path) -> None:
     recipe = load_recipe(str(path))
     assert recipe.name == "branches"
     assert recipe.stages[-1].inputs == {"model": "base", "documents": "expressions"}
+
+
+def test_a_perplexity_reads_documents_or_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CAIRN_HUB", raising=False)
+    content = yaml.safe_load(known_recipes()["arithmetic-tiny"].read_text())
+    stages = content["stages"]
+    stages["on-documents"] = {"stage": "perplexity", "model": "base", "documents": "expressions"}
+    stages["on-wikitext"] = {"stage": "perplexity", "model": "base"}
+    path = tmp_path / "perplexities.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    entries = {entry.name: entry for entry in load_recipe(str(path)).stages}
+    # What is read from documents is in the key by their digest alone.
+    assert "data" not in entries["on-documents"].config.model_dump(mode="json")
+    data = entries["on-wikitext"].config.model_dump(mode="json")["data"]
+    assert (data["id"], data["config"], data["split"]) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+    assert len(data["revision"]) == 40
+    assert entries["on-wikitext"].inputs == {"model": "base"}
+    stages["on-documents"]["data"] = {"kind": "hub", "id": "owner/texts"}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match=r"stages\.on-documents: data: it is read where there are no documents; leave"):
+        load_recipe(str(path))

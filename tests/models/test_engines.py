@@ -10,7 +10,7 @@ from common.errors import UserError
 from models import weights
 from models.config import ModelConfig
 from models.engine import Batch, EngineName, Precision, TrainingEngine, inference_engine, training_engine
-from models.generation import generate
+from models.generation import NotFinite, generate
 from models.optimizer import OptimizerConfig
 from models.sampling import SamplingConfig
 from tests.models.reference import ReferenceOptimizer
@@ -320,6 +320,19 @@ def test_generation_ends_with_the_positions_and_refuses_odd_prompts(engine_name:
         generate(engine, [[1], []], sampling, ())
     with pytest.raises(ValueError, match="prompt 0 has 25 tokens"):
         generate(engine, [[1] * 25], sampling, ())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nothing_is_generated_from_logits_that_are_not_finite(
+    engine_name: EngineName, temperature: float, value: float
+) -> None:
+    config = tiny("llama")
+    arrays = dict(weights.initial_weights(config, 1))
+    arrays["model.norm.weight"] = np.full_like(arrays["model.norm.weight"], value)
+    engine = inference_engine(engine_name, config, "float32", pieces(arrays))
+    with pytest.raises(NotFinite, match="the model says of the next token is not finite"):
+        generate(engine, prompts(3), SamplingConfig(max_new_tokens=4, temperature=temperature), ())
 
 
 def test_the_memory_that_is_told_holds_the_weights_and_the_moments(engine_name: EngineName) -> None:

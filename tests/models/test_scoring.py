@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from models.engine import EngineName, InferenceEngine, inference_engine
+from models.generation import NotFinite
 from models.scoring import ROW_TOKENS, Answer, Request, fits, score, score_texts
 from models.weights import whole_pieces
 from tests.models.tiny import VOCABULARY, random_weights, tiny
@@ -133,7 +134,7 @@ def test_weights_that_are_no_numbers_are_an_error_that_says_so(ending: list[int]
     weights = random_weights(CONFIG, 3)
     weights["model.norm.weight"][:] = np.nan
     broken = inference_engine("torch", CONFIG, "float32", whole_pieces(weights))
-    with pytest.raises(UserError, match="no numbers"):
+    with pytest.raises(NotFinite, match="not finite"):
         score(broken, [Request([1, 2], ending)], 64)
-    with pytest.raises(UserError, match="no numbers"):
+    with pytest.raises(NotFinite, match="not finite"):
         score_texts(broken, [Request([1, 2], ending)], 64)

@@ -1,8 +1,11 @@
+import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,8 +16,9 @@ from models.engine import Bits, inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer, write_tokenizer
-from models.weights import whole_pieces
-from tasks.evaluate import marks_summary, shown_groups, summarise
+from models.weights import Array, whole_pieces
+from tasks.checkpoint import ModelFolder, write_model
+from tasks.evaluate import marks_summary
 from tasks.vocabulary.config import ROLES, Characters
 from tasks.vocabulary.written import characters_tokenizer
 from tests.tasks.conftest import RunStage
@@ -68,16 +72,6 @@ def test_few_bits_are_asked_for_and_said(run_stage: RunStage, tmp_path: Path) ->
         expected = [tokenizer.decode_after(ids, answer) for ids, answer in zip(encoded, answers, strict=True)]
         assert predictions[bits] == expected
     assert predictions[4] != predictions[None]
-
-
-def test_the_summary_by_length() -> None:
-    summary = summarise(["1", "2", "10", "20"], [True, False, True, True])
-    assert summary["exact_match"] == 0.75
-    assert summary["standard_error"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
-    assert summary["by_answer_length"] == [
-        {"length": 1, "n": 2, "exact_match": 0.5},
-        {"length": 2, "n": 2, "exact_match": 1.0},
-    ]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +285,74 @@ def test_the_final_number_stands_where_that_of_the_target_does(prediction: str, 
     assert marks_summary([target], [prediction])["marks"]["final_number"] == right
 
 
-def test_many_lengths_are_not_shown() -> None:
-    few, many = (summarise(["1" * length for length in range(count)], [True] * count) for count in (20, 21))
-    assert len(shown_groups(few["by_answer_length"])) == 20
-    assert len(shown_groups(many["by_answer_length"])) == 0
+def test_problems_are_told_apart_by_what_they_ask(run_stage: RunStage, tmp_path: Path) -> None:
+    tokenizer, _ = run_stage("tokenizer", {"vocabulary": {"kind": "bytes"}})
+    write_chat(tokenizer, "plain", bos=True)
+    model, _ = model_folder(tmp_path / "model", {**LONG, "max_position_embeddings": 512}, tokenizer)
+    source = {"kind": "word_problems", "train": 1, "validation": 1, "test": 60, "operators": ["+", "*"]}
+    documents, _ = run_stage("documents", {"source": source})
+    table = pq.read_table(documents / "test-00000.parquet")
+    folder, measured = run_stage("evaluate", {"max_new_tokens": 2}, model=model, documents=documents)
+    assert list(measured["groups"]) == ["operator", "digits", "phrasing"]
+    for groups in measured["groups"].values():
+        assert sum(group["n"] for group in groups) == 60
+        assert all(group["interval"][0] == group["exact_match"] == 0 < group["interval"][1] for group in groups)
+    assert {group["group"] for group in measured["groups"]["phrasing"]} == set(table["phrasing"].to_pylist())
+    signs = ["+" if " + " in target else "*" for target in table["target"].to_pylist()]
+    operators = {group["group"]: group["n"] for group in measured["groups"]["operator"]}
+    assert operators == {sign: signs.count(sign) for sign in "+*"}
+    assert measured["data"] == {"word_problems": None}
+    assert {score["task"] for score in measured["scores"]} == {"word_problems"}
+    assert len(measured["scores"]) == 1 + sum(map(len, measured["groups"].values()))
+    samples = pq.read_table(folder / "samples.parquet")
+    assert samples.column_names == ["id", "prompt", "target", "prediction", "correct", "exact_match"]
+    assert len(set(samples["id"].to_pylist())) == 60
+    assert samples["exact_match"].to_pylist() == [0] * 60
+    first = samples.to_pylist()[0]
+    text = json.dumps([first["prompt"], first["target"]], separators=(",", ":"), ensure_ascii=False)
+    assert first["id"] == hashlib.sha256(text.encode()).hexdigest()[:16]
+    _, other = run_stage("evaluate", {"max_new_tokens": 2, "by": ["phrasing"]}, model=model, documents=documents)
+    assert other["groups"] == {"phrasing": measured["groups"]["phrasing"]}
+    with pytest.raises(UserError, match="by: the documents have no column 'phrase'; did you mean 'phrasing'"):
+        run_stage("evaluate", {"by": ["phrase"]}, model=model, documents=documents)
+
+
+def test_right_answers_are_ones_in_the_samples(run_stage: RunStage, tmp_path: Path) -> None:
+    model, _ = model_folder(tmp_path / "model", ARCHITECTURES["gpt2"])
+    source = {"kind": "arithmetic", "train": 20, "validation": 10, "test": 200}
+    documents, _ = run_stage("documents", {"source": source})
+    folder, _ = run_stage("evaluate", {"max_new_tokens": 5}, model=model, documents=documents)
+    said = pq.read_table(folder / "samples.parquet")
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    columns = {"prompt": said["prompt"], "target": said["prediction"], "level": [1, 2] * 100}
+    pq.write_table(pa.table(columns), truth / "test-00000.parquet")
+    keys = {"max_new_tokens": 5, "by": ["level", "operator"]}
+    folder, measured = run_stage("evaluate", keys, model=model, documents=truth)
+    samples = pq.read_table(folder / "samples.parquet")
+    assert samples["exact_match"].to_pylist() == [int(right) for right in samples["correct"].to_pylist()]
+    assert 0 < sum(samples["exact_match"].to_pylist()) == measured["exact_match"] * 200
+    halves = {group["group"]: group["exact_match"] for group in measured["groups"]["level"]}
+    assert sum(halves.values()) / 2 == pytest.approx(measured["exact_match"])
+    assert halves["1"] == sum(samples["exact_match"].to_pylist()[::2]) / 100
+    # Nothing says what such documents were made of.
+    assert measured["data"] == {}
+    assert {score["task"] for score in measured["scores"]} == {"exact_match"}
+
+
+def test_a_model_that_says_nothing_finite_is_not_scored(run_stage: RunStage, tmp_path: Path) -> None:
+    model, config = model_folder(tmp_path / "model", ARCHITECTURES["llama"])
+    arrays: dict[str, Array] = dict(random_weights(config))
+    arrays["model.norm.weight"] = np.full_like(arrays["model.norm.weight"], np.nan)
+    write_model(model, ModelFolder(config, arrays, None, None, ()))
+    documents, _ = run_stage("documents", {"source": {"kind": "arithmetic", "train": 1, "validation": 1, "test": 3}})
+    with pytest.raises(UserError, match="the model 'broken' says of the next token is not finite: look at the losses"):
+        run_stage("evaluate", {}, {"model": "broken"}, model=model, documents=documents)
+
+
+def test_a_model_without_a_tokenizer_is_refused(run_stage: RunStage, tmp_path: Path) -> None:
+    model, _ = model_folder(tmp_path / "model", ARCHITECTURES["gpt2"])
+    shutil.rmtree(model / "tokenizer")
+    documents, _ = run_stage("documents", {"source": {"kind": "arithmetic", "train": 1, "validation": 1, "test": 3}})
+    with pytest.raises(UserError, match=r"^the model in .* has no tokenizer, and so reads no text; make it again$"):
+        run_stage("evaluate", {}, model=model, documents=documents)

@@ -154,6 +154,7 @@ def test_the_code_on_the_card_runs(
     shape = {**ARCHITECTURES[architecture], "max_position_embeddings": 64}
     source, config = model_folder(tmp_path / "model", shape, made)
     measured = {"measure": "perplexity", "split": "test", "tokens": 9, "window": 8, "stride": 4, "bits_per_byte": 2.0}
+    measured |= {"data": {"owner/texts": "0123456789abcdef", "made": None}, "bos": "<bos>"}
     samples = [{"prompt": PROMPT, "continuation": ""}]
     results = {**measured, "token_perplexity": 2.0, "word_perplexity": None, "samples": samples}
     (tmp_path / "evaluation").mkdir()
@@ -187,7 +188,9 @@ def test_a_chat_model_answers_in_transformers_as_it_does_here(
     question = "What is 554 + 456? “odd” \\ 'quoted'"
     samples = [{"prompt": question, "prediction": "?", "target": "1010", "correct": False}]
     marks = {"n": 7, "well_formed": 0.5, "right": 0.25, "final_number": 0.125}
-    results = {"split": "test", "n": 9, "exact_match": 0.0, "by_answer_length": [], "marks": marks, "samples": samples}
+    whole = {"n": 9, "exact_match": 0.0, "standard_error": 0.0, "interval": [0.0, 0.25]}
+    groups = {"phrasing": [{"group": f"a|b_{number}", **whole} for number in range(21)]}
+    results = {"split": "test", **whole, "by_answer_length": [], "groups": groups, "marks": marks, "samples": samples}
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "results.json").write_text(json.dumps(results))
     folder, _ = run_stage("publish", {"title": "A model"}, model=source, evaluation=tmp_path / "evaluation")
@@ -199,6 +202,10 @@ def test_a_chat_model_answers_in_transformers_as_it_does_here(
     assert stops == (eos if template == "plain" else [chat.closing_id, eos])
     card = (folder / "README.md").read_text()
     assert "| 50.00% | 25.00% | 12.50% |" in card
+    assert "| all | 9 | 0.00% ± 0.00% | 0.00% to 25.00% |" in card
+    assert "By phrasing, the 20 worst of 21:" in card
+    assert r"| a\|b\_19 | 9 |" in card
+    assert "b\\_20" not in card
     assert "A special token that is written out in a message is taken for the token" in card
     script = tmp_path / "snippet.py"
     code = card.partition("```python\n")[2].partition("```")[0]
@@ -225,7 +232,8 @@ def test_the_card_says_what_was_measured_and_where_it_came_from(run_stage: RunSt
     card = (folder / "README.md").read_text()
     assert card.startswith('---\nlicense: "mit"\n')
     assert "# Adds: two\n\nAdds.\n" in card
-    assert f"| all | 30 | {measured['exact_match']:.2%} |" in card
+    assert f"| all | 30 | {measured['exact_match']:.2%} ± {measured['standard_error']:.2%} |" in card
+    assert f"| 2 | {measured['groups']['digits'][-1]['n']} |" in card.partition("| digits |")[2]
     assert "- documents `0123456789ab`" in card
     assert metrics["exact_match"] == measured["exact_match"]
     assert json.loads((folder / "generation_config.json").read_bytes())["eos_token_id"] == 2

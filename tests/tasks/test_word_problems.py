@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.files import canonical_json
+from common.files import canonical_json, sha256_bytes
 from tasks.corpus.sources import SPLITS, Split
 from tasks.problems import Operator, generate, split_of
-from tasks.word_problems import FRAMES, THINGS, WordProblemSource, phrasings
+from tasks.word_problems import FRAMES, THINGS, WordProblemSource, frames
 from tests.tasks.conftest import RunStage
 
 OPERATORS: tuple[Operator, ...] = ("+", "-", "*", "/")
@@ -27,6 +27,10 @@ def source(**keys: object) -> WordProblemSource:
 def rows(made: WordProblemSource, split: Split) -> list[dict[str, str]]:
     found: list[dict[str, str]] = made.table(generate(made, split), split, np.random.default_rng(1)).to_pylist()
     return found
+
+
+def phrasings(operator: Operator, split: Split) -> list[str]:
+    return [phrasing for frame in frames(operator, split) for phrasing in frame.phrasings]
 
 
 def worked(target: str) -> tuple[int, str, int, int]:
@@ -67,13 +71,13 @@ def test_every_answer_is_right_and_about_the_numbers_of_its_question(
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_phrasing_is_of_one_split(operator: Operator) -> None:
-    by_split = {split: list(itertools.chain(*phrasings(operator, split))) for split in SPLITS}
+    by_split = {split: phrasings(operator, split) for split in SPLITS}
     everything = list(itertools.chain(*by_split.values()))
     assert len({phrasing.lower() for phrasing in everything}) == len(everything)
     assert 0.75 < len(by_split["train"]) / len(everything) < 0.85
     # Every way of asking is in training and in the test, in other combinations.
-    assert len(phrasings(operator, "train")) >= len(FRAMES[operator]) - 1
-    assert len(phrasings(operator, "test")) >= len(FRAMES[operator]) - 3
+    assert len(frames(operator, "train")) >= len(FRAMES[operator]) - 1
+    assert len(frames(operator, "test")) >= len(FRAMES[operator]) - 3
     for phrasing in everything:
         assert not set("[]|") & set(phrasing)
         fields = [field for _, field, *_ in Formatter().parse(phrasing) if field]
@@ -83,9 +87,9 @@ def test_every_phrasing_is_of_one_split(operator: Operator) -> None:
 
 def test_the_split_of_a_phrasing_is_pinned() -> None:
     # One that moved to another split would be tested on after it was trained on.
-    counts = {operator: [sum(map(len, phrasings(operator, split))) for split in SPLITS] for operator in OPERATORS}
+    counts = {operator: [len(phrasings(operator, split)) for split in SPLITS] for operator in OPERATORS}
     assert counts == {"+": [2156, 248, 280], "-": [276, 37, 31], "*": [262, 29, 31], "/": [139, 19, 26]}
-    assert "What is {a} + {b}?" in phrasings("+", "train")[0]
+    assert "What is {a} + {b}?" in phrasings("+", "train")
 
 
 def test_no_question_of_the_test_is_put_as_one_of_training() -> None:
@@ -100,10 +104,30 @@ def test_no_question_of_the_test_is_put_as_one_of_training() -> None:
 def test_every_frame_is_used() -> None:
     made = source(maximum=30, length_weights=(1, 1), train=3000, operators=OPERATORS)
     asked = {re.sub(r"\d+", "0", row["prompt"]) for row in rows(made, "train")}
-    for frame in itertools.chain(*(phrasings(operator, "train") for operator in OPERATORS)):
-        patterns = [re.sub(r"\\\{\w+\\\}", r"[\\w ]+", re.escape(phrasing)) for phrasing in frame]
+    for frame in itertools.chain(*(frames(operator, "train") for operator in OPERATORS)):
+        patterns = [re.sub(r"\\\{\w+\\\}", r"[\\w ]+", re.escape(phrasing)) for phrasing in frame.phrasings]
         pattern = re.compile("|".join(patterns))
         assert any(pattern.fullmatch(question) for question in asked), frame
+
+
+def test_a_question_names_the_frame_that_it_is_put_in() -> None:
+    made = source(maximum=30, train=2, test=60, operators=OPERATORS)
+    asked = rows(made, "test")
+    for row in asked:
+        (frame,) = (frame for frame in frames(worked(row["target"])[1], "test") if frame.name == row["phrasing"])
+        patterns = (re.sub(r"\\\{\w+\\\}", r"[\\w ]+", re.escape(phrasing)) for phrasing in frame.phrasings)
+        assert any(re.fullmatch(pattern, row["prompt"]) for pattern in patterns)
+    assert len({row["phrasing"] for row in asked}) > 10
+    # A frame is called the same in every split.
+    names = {split: {frame.name for frame in frames("+", split)} for split in SPLITS}
+    assert len(names["train"]) == len(frames("+", "train"))
+    assert names["test"] < names["train"] | {"What is {a} + {b}?"}
+
+
+def test_the_texts_of_documents_are_pinned() -> None:
+    # Models that were trained on them, and their scores, are of exactly these.
+    texts = [row["text"] for row in rows(source(operators=OPERATORS), "train")]
+    assert sha256_bytes(canonical_json(texts)).startswith("6f2e4336fa17e019")
 
 
 def test_one_thing_is_not_several() -> None:
@@ -125,7 +149,7 @@ def test_the_same_seed_gives_the_same_questions_and_another_does_not(run_stage: 
     assert first.read_bytes() == again.read_bytes()
     assert first.read_bytes() != other.read_bytes()
     table = pq.read_table(first)
-    assert table.column_names == ["text", "prompt", "target", "messages"]
+    assert table.column_names == ["text", "prompt", "target", "messages", "phrasing"]
     assert table.num_rows == 40
 
 

@@ -158,3 +158,15 @@ def test_an_exact_match_is_of_the_right_conversation(tmp_path: Path) -> None:
     found = Validator(sure, rows, ValidationConfig(every=1, exact_match_rows=1), 5, None).measure(lambda: False)
     assert found is not None
     assert found.exact_match == pytest.approx(2 / 3)
+
+
+def test_a_model_whose_logits_are_not_finite_writes_nothing_and_its_loss_tells(folders: list[Path]) -> None:
+    broken = engine()
+    weights = {name: np.full(shape, np.nan) for name, shape in (("weight", (VOCABULARY,) * 2), ("bias", VOCABULARY))}
+    broken.restore("weights", (Piece(f"bigram.{name}", (), array) for name, array in weights.items()))
+    settings = ValidationConfig(every=1, exact_match_rows=20, samples=2)
+    found = Validator(broken, blended(folders[:1], 1.0), settings, 5, None).measure(lambda: False)
+    assert found is not None
+    assert math.isnan(found.loss)
+    assert found.exact_match == 0
+    assert [sample.continuation for sample in found.samples] == ["", ""]

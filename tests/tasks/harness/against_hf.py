@@ -18,7 +18,7 @@ from tokenizers import processors
 
 from models.config import ModelConfig
 from models.engine import EngineName, inference_engine
-from models.tokenizer import ADD_BOS, TOKENIZER_CONFIG, TOKENIZER_FILE, Tokenizer, read_settings, write_settings
+from models.tokenizer import ADD_BOS_SETTING, TOKENIZER_CONFIG, TOKENIZER_FILE, Tokenizer, read_settings, write_settings
 from models.weights import initial_weights, whole_pieces
 from tasks import publish
 from tasks.benchmark import BOOTSTRAPS, Config, load_task, resolved
@@ -92,7 +92,7 @@ def _publish(artifact: Path, published: Path) -> None:
 def _add_bos(artifact: Path, published: Path) -> None:
     """Makes both sides' tokenizer one that puts <bos> before every text."""
     settings = artifact / "tokenizer" / TOKENIZER_CONFIG
-    write_settings(settings, {**read_settings(settings), ADD_BOS: True})
+    write_settings(settings, {**read_settings(settings), ADD_BOS_SETTING: True})
     tokenizer = Tokenizer(artifact / "tokenizer")
     backend = Backend.from_file(str(published / TOKENIZER_FILE))
     bos = str(backend.id_to_token(tokenizer.bos_id))

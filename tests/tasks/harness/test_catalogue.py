@@ -49,7 +49,7 @@ def test_a_group_may_say_how_many_examples_there_are() -> None:
 
 
 def test_unknown_names_are_told_the_three_nearest() -> None:
-    with pytest.raises(UserError, match="has no task 'arc_eazy'; the nearest names are: .*arc_easy") as raised:
+    with pytest.raises(UserError, match=r"has no task 'arc_eazy'; the nearest names are: .*arc_easy") as raised:
         leaves(["arc_eazy"])
     assert str(raised.value).count(",") == 2
     with pytest.raises(UserError, match="has no task 'mmlu_stemm'"):
