@@ -10,6 +10,7 @@ from tasks import (
     pretrain,
     publish,
     refine,
+    report,
     sft,
     stack,
     tokenizer,
@@ -32,6 +33,7 @@ STAGES: dict[str, Stage] = {
         perplexity,
         publish,
         compare,
+        report,
     )
 }
 
