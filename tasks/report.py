@@ -10,11 +10,12 @@ from pydantic import Field, ValidationError, field_validator
 
 from common.config import FrozenModel
 from common.errors import UserError
-from common.files import canonical_json
+from common.files import canonical_json, sha256_file
 from tasks.reporting.markdown import to_markdown
 from tasks.reporting.page import to_html
 from tasks.reporting.reading import read_evaluation, told_apart
-from tasks.reporting.report_data import Evaluation, Reference, Report, Snapshot
+from tasks.reporting.references import REFERENCES, reference_scores
+from tasks.reporting.report_data import Evaluation, Published, Report, Snapshot
 from tasks.reporting.significance import LEVEL, Difference, differences
 from tasks.stage import Context, Kind, Metrics, Stage, gathered
 
@@ -38,6 +39,8 @@ class Config(FrozenModel):
     """The digest of the model, by which the history tells a new model from the same one; null to go by scores alone."""
     level: float = Field(default=LEVEL, gt=0, lt=1)
     """The p below which a difference is called significant."""
+    references: str | None = None
+    """The digest of the published values that the model is set beside; set where the recipe is loaded."""
     names: tuple[str, ...] = ()
     """What the stages that made the evaluations are called; set where the recipe is loaded."""
     other_names: tuple[str, ...] = ()
@@ -62,8 +65,10 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
 
     A task that several of the evaluations have is told apart by the names of their stages; such evaluations are
     compared with the others of the same task in their order. Raises UserError for an evaluation without scores, and for
-    a previous report that is none of this model.
+    a previous report that is none of this model, and where the published values are not those of the config.
     """
+    if config.references not in (None, sha256_file(REFERENCES)):
+        raise UserError("the published values here are other ones than where the recipe was loaded; load it again")
     own = _read(inputs, "evaluations", config.names)
     others = _read(inputs, "others", config.other_names)
     evaluations = told_apart([one for _, one in own])
@@ -104,9 +109,25 @@ def _read(inputs: Mapping[str, Path], key: str, names: Sequence[str]) -> list[tu
     ]
 
 
-def _references(evaluations: Sequence[Evaluation]) -> tuple[Reference, ...]:
-    """What was published of other models in the measures of some evaluations."""
-    return ()
+def _references(evaluations: Sequence[Evaluation]) -> tuple[Published, ...]:
+    """What was published of other models in the measures of whole tasks."""
+    measures = dict.fromkeys(
+        (score.task, score.metric) for one in evaluations for score in one.scores if score.group is None
+    )
+    return tuple(
+        Published(
+            model=model,
+            task=task,
+            metric=metric,
+            certain=score.metric == metric,
+            value=score.value,
+            few_shot=score.few_shot,
+            source=source.title,
+            url=source.url,
+        )
+        for task, metric in measures
+        for model, score, source in reference_scores(task, metric)
+    )
 
 
 def _differences(
@@ -138,6 +159,11 @@ def _earlier(inputs: Mapping[str, Path], model: str) -> tuple[Snapshot, ...]:
     return previous.history
 
 
+def resolved(config: Config) -> Config:
+    """The config with the digest of the published values, for what is made of other ones is another report."""
+    return config.model_copy(update={"references": sha256_file(REFERENCES)})
+
+
 STAGE = Stage(
     name="report",
     version=1,
@@ -147,4 +173,5 @@ STAGE = Stage(
     named={"evaluations": "names", "others": "other_names"},
     output=Kind.REPORT,
     run=run,
+    resolved=resolved,
 )

@@ -10,7 +10,7 @@ from html import escape
 from typing import NamedTuple
 
 from tasks.reporting import wording
-from tasks.reporting.report_data import Reference, Snapshot
+from tasks.reporting.report_data import Published, Snapshot
 from tasks.reporting.significance import Difference
 from tasks.scores import NEAR, Score
 
@@ -38,7 +38,7 @@ class Axis(NamedTuple):
         return self.begin + min(max(part, 0.0), 1.0) * (self.end - self.begin)
 
 
-def bar(score: Score, references: Sequence[Reference] = (), narrow: bool = False) -> str:
+def bar(score: Score, references: Sequence[Published] = (), narrow: bool = False) -> str:
     """A score as a bar with two standard errors to either side, chance and majority class across it, and what was
     published of others as ticks above it. A share is drawn from 0 to 100%, anything else from 0 to the largest."""
     if score.value is None:
@@ -68,7 +68,7 @@ def bar(score: Score, references: Sequence[Reference] = (), narrow: bool = False
                 f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 3}" y2="{bottom + 3}">'
                 f"<title>{told}</title></line>"
             )
-    parts += [_tick(axis.at(one.value), f"{one.model}: {wording.reference_text(one, share)}") for one in references]
+    parts += [_tick(axis.at(one.value), f"{one.model}: {wording.published_text(one, share)}") for one in references]
     return _svg(width, height, _said(score), parts)
 
 
@@ -76,7 +76,7 @@ def _said(score: Score) -> str:
     return escape(f"{score.task if score.group is None else score.group}: {wording.score_text(score)}")
 
 
-def _largest(score: Score, references: Sequence[Reference]) -> float:
+def _largest(score: Score, references: Sequence[Published]) -> float:
     values = [score.value, score.chance, score.majority, *(one.value for one in references)]
     return 1.1 * max((value for value in values if value is not None), default=0.0) or 1.0
 

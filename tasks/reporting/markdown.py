@@ -42,6 +42,8 @@ def _scores(report: Report) -> Iterator[str]:
     yield "## Scores"
     yield _table(heads, [_score_row(report, one, score, models) for one, score in report.wholes], left=(0, 1, 7))
     yield wording.LEGEND
+    if not all(one.certain for one in report.references):
+        yield wording.UNCERTAIN
     left_out = report.reference_models()[SHOWN_REFERENCES:]
     if left_out:
         yield f"Not in the table: what was published of {', '.join(map(markdown, left_out))}."
@@ -49,7 +51,12 @@ def _scores(report: Report) -> Iterator[str]:
 
 def _score_row(report: Report, evaluation: Evaluation, score: Score, models: Sequence[str]) -> Row:
     share = wording.is_share(score)
-    published = {one.model: wording.reference_text(one, share) for one in report.references_of(score)}
+    published = {
+        model: ", ".join(
+            wording.published_text(one, share) for one in report.references_of(score) if one.model == model
+        )
+        for model in models
+    }
     return [
         markdown(score.task),
         _metric(score.metric, score.higher_is_better),
@@ -59,7 +66,7 @@ def _score_row(report: Report, evaluation: Evaluation, score: Score, models: Seq
         wording.figure(score.chance, share),
         wording.figure(score.majority, share),
         wording.mark(score),
-        *(published.get(model, wording.NONE) for model in models),
+        *(published[model] or wording.NONE for model in models),
     ]
 
 

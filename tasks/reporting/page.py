@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from tasks.reporting import drawing, wording
-from tasks.reporting.report_data import Evaluation, Reference, Report
+from tasks.reporting.report_data import Evaluation, Published, Report
 from tasks.reporting.significance import INTERVAL, Difference
 from tasks.reporting.style import STYLE
 from tasks.scores import Score
@@ -196,7 +196,8 @@ def _published(report: Report) -> Iterator[str]:
     if not measured:
         return
     yield "<h2>Published values</h2>"
-    yield "<p>As they were published, which may be with other prompts and other versions of the data.</p>"
+    uncertain = "" if all(one.certain for one in report.references) else f" {wording.UNCERTAIN}"
+    yield f"<p>As they were published, which may be with other prompts and other versions of the data.{uncertain}</p>"
     heads = "".join(f'<th class="number">{escape(name)}</th>' for name in (report.model, *models))
     rows = "\n".join(_published_row(score, report.references_of(score), models) for score in measured)
     yield _table(f"<th>task</th>{heads}", rows)
@@ -206,19 +207,14 @@ def _published(report: Report) -> Iterator[str]:
     yield f"<ul>\n{items}\n</ul>"
 
 
-def _published_row(score: Score, references: Sequence[Reference], models: Sequence[str]) -> str:
+def _published_row(score: Score, references: Sequence[Published], models: Sequence[str]) -> str:
     share = wording.is_share(score)
-    published = {one.model: one for one in references}
-    cells = "".join(f'<td class="number">{_published_value(published.get(model), share)}</td>' for model in models)
+    found = {
+        model: [wording.published_text(one, share) for one in references if one.model == model] for model in models
+    }
+    cells = "".join(f'<td class="number">{"<br>".join(found[model]) or wording.NONE}</td>' for model in models)
     own = f'<td class="number own">{wording.figure(score.value, share)}</td>'
     return f"<tr>{_task_cell(score.task, score)}{own}{cells}</tr>"
-
-
-def _published_value(one: Reference | None, share: bool) -> str:
-    if one is None:
-        return wording.NONE
-    shots = "" if one.few_shot is None else f' <span class="quiet">{one.few_shot}-shot</span>'
-    return f"{wording.figure(one.value, share)}{shots}"
 
 
 def _link(title: str, url: str) -> str:

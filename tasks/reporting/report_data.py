@@ -47,8 +47,8 @@ class Evaluation(FrozenModel):
         return found
 
 
-class Reference(FrozenModel):
-    """What was published of another model."""
+class Published(FrozenModel):
+    """A score that was published of another model."""
 
     model: str
     """The model's name."""
@@ -56,6 +56,8 @@ class Reference(FrozenModel):
     """What it was asked."""
     metric: str
     """What of it was measured."""
+    certain: bool = True
+    """Whether the source says that it is this metric, and not only one of its kind."""
     value: float
     """The score, in the unit of `tasks.scores.Score`."""
     few_shot: int | None = None
@@ -90,7 +92,7 @@ class Report(FrozenModel):
     """The p below which a difference is called significant."""
     evaluations: tuple[Evaluation, ...]
     """What was measured, in the order of its tables."""
-    references: tuple[Reference, ...] = ()
+    references: tuple[Published, ...] = ()
     """What was published of other models, in the order of its tables."""
     history: tuple[Snapshot, ...] = ()
     """The model's scores over time, the newest last."""
@@ -107,7 +109,7 @@ class Report(FrozenModel):
         """The scores of whole tasks, each with its evaluation."""
         return tuple((one, score) for one in self.evaluations for score in one.scores if score.group is None)
 
-    def references_of(self, score: Score) -> tuple[Reference, ...]:
+    def references_of(self, score: Score) -> tuple[Published, ...]:
         """What was published of the same measure of the whole task."""
         return tuple(
             one

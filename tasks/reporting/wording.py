@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection
 
-from tasks.reporting.report_data import Provenance, Reference, Snapshot
+from tasks.reporting.report_data import Provenance, Published, Snapshot
 from tasks.reporting.significance import Difference
 from tasks.scores import NEAR, Score
 
@@ -13,6 +13,7 @@ LEGEND = (
     "± is one standard error. Near chance: within two standard errors of what guessing gives; below chance: worse than "
     "that; near majority: within two standard errors of always giving the commonest answer, or worse."
 )
+UNCERTAIN = "A question mark: the source does not say which of several such metrics it means."
 _DIGEST = 12
 
 
@@ -101,9 +102,10 @@ def shots(few_shot: int | None) -> str:
     return NONE if few_shot is None else str(few_shot)
 
 
-def reference_text(one: Reference, share: bool) -> str:
-    """A published value, with its few-shot count where that is known."""
-    shown = figure(one.value, share)
+def published_text(one: Published, share: bool) -> str:
+    """A published value, with a question mark where its source does not say whether it is of this very metric, and its
+    few-shot count where that is known."""
+    shown = figure(one.value, share) + ("" if one.certain else "?")
     return shown if one.few_shot is None else f"{shown} ({one.few_shot}-shot)"
 
 
