@@ -5,7 +5,7 @@ from typing import Self
 
 from common.config import FrozenModel
 from tasks.reporting.significance import GROUP_COLON, LEVEL, Difference
-from tasks.scores import Score
+from tasks.scores import NEAR, Score
 
 
 class Provenance(FrozenModel):
@@ -153,7 +153,9 @@ class Report(FrozenModel):
         wholes = [score for _, score in self.wholes]
         told = [_count(len(tasks), "task") + (f" with {len(wholes)} scores" if len(wholes) > len(tasks) else "")]
         if any(score.chance is not None for score in wholes):
-            told.append(f"{sum(score.near_chance for score in wholes)} within two standard errors of chance")
+            near = [score for score in wholes if score.near_chance]
+            below = any(below_chance(score) for score in near)
+            told.append(f"{len(near)} within two standard errors of chance{' or below' if below else ''}")
         compared = [one for one in self.differences if one.group is None]
         if compared:
             told += self._against(compared, "")
@@ -168,6 +170,13 @@ class Report(FrozenModel):
         below = f"{_count(falls, what) if what else falls} significantly below {self.other}"
         above = f"{_count(rises, what) if what else rises} significantly above it"
         return [below, *([above] if rises else [])]
+
+
+def below_chance(score: Score) -> bool:
+    """Whether a score is worse than guessing by more than two standard errors."""
+    if score.value is None or score.chance is None or score.standard_error is None:
+        return False
+    return score.near_chance and abs(score.value - score.chance) > NEAR * score.standard_error
 
 
 def _count(number: int, what: str) -> str:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection
 
-from tasks.reporting.report_data import Provenance, Published, Snapshot
+from tasks.reporting.report_data import Provenance, Published, Snapshot, below_chance
 from tasks.reporting.significance import Difference
 from tasks.scores import NEAR, Score
 
@@ -67,9 +67,8 @@ def mark(score: Score) -> str:
     """What a reader has to know before believing in a score; nothing where there is nothing."""
     if score.value is None or score.standard_error is None:
         return ""
-    if score.near_chance and score.chance is not None:
-        away = abs(score.value - score.chance)
-        return "near chance" if away <= NEAR * score.standard_error else "below chance"
+    if score.near_chance:
+        return "below chance" if below_chance(score) else "near chance"
     if score.majority is not None:
         better = score.value - score.majority if score.higher_is_better else score.majority - score.value
         return "near majority" if better <= NEAR * score.standard_error else ""

@@ -51,7 +51,7 @@ def score(task: str = "arc_easy", value: float | None = 0.4, error: float | None
     )
 
 
-def difference(first: float = 0.4, second: float = 0.5, p: float = 0.001, **fields: Any) -> Difference:
+def difference(first: float = 0.4, second: float = 0.5, p: float = 0.0004, **fields: Any) -> Difference:
     known = {"task": "arc_easy", "metric": "acc", "first": first, "second": second, "difference": first - second}
     return Difference.model_validate(known | {"standard_error": 0.02, "p": p, "n": 2376} | fields)
 
