@@ -13,6 +13,7 @@ from prefect import tags
 from prefect.client.schemas.objects import State
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from artifacts.lineage import to_text, tree
 from artifacts.record import Record
@@ -23,11 +24,13 @@ from flows.entry import StageEntry
 from flows.growth_tables import comparison_table, growth_table
 from flows.pipeline import TAG, RunResult, pipeline_flow, repairing
 from flows.recipe import Recipe
+from flows.report_table import report_table
 from flows.server import prefect_server, wait_until_stored
 from flows.showing import LOSS_CURVE
 from models.engine import EngineName
 from tasks.compare import COMPARISON_PICTURE
 from tasks.remote import refuse_password
+from tasks.report import REPORT_DATA, REPORT_PAGE, read_report
 from tasks.stage import Kind
 
 
@@ -146,13 +149,22 @@ def _show_result(recipe: Recipe, records: dict[str, Record], store: Store, publi
         console.print(grown)
     for entry in recipe.stages:
         if entry.definition.output == Kind.REPORT:
-            console.print(comparison_table(records[entry.name]))
+            record = records[entry.name]
+            console.print(comparison_table(record) if entry.stage == "compare" else _report(store, record))
     for folder in _folders(recipe, published).values():
         console.print(f"[dim]published[/]   {escape(str(folder.absolute()))}", highlight=False, soft_wrap=True)
     for entry in recipe.stages:
         attached = store.attachments(records[entry.name].key)
-        for name, what in ((LOSS_CURVE, "loss curve"), (COMPARISON_PICTURE, "comparison")):
+        for name, what in (
+            (LOSS_CURVE, "loss curve"),
+            (COMPARISON_PICTURE, "comparison"),
+            (REPORT_PAGE, "report"),
+        ):
             if name in attached:
                 line = f"[dim]{what}[/]  {escape(entry.name)}: {escape(attached[name])}"
                 console.print(line, highlight=False, soft_wrap=True)
     console.print(f"\n{escape(to_text(tree(store, records[recipe.stages[-1].name])))}", highlight=False, soft_wrap=True)
+
+
+def _report(store: Store, record: Record) -> Table:
+    return report_table(read_report(store.fetch(record, [REPORT_DATA]) / REPORT_DATA))

@@ -19,6 +19,7 @@ from artifacts.store import Store
 from tasks.compare import COMPARISON_PICTURE
 from tasks.encoding.card import DATA_CARD, LENGTHS_PICTURE
 from tasks.events import Event, event_line, part_done
+from tasks.report import REPORT_MARKDOWN
 
 LOSS_CURVE = "loss.png"
 PICTURES = {
@@ -91,6 +92,9 @@ def show_stage(recipe: str, stage: str, store: Store, record: Record) -> None:
             for name, data in pictures.items():
                 card = card.replace(f"]({name})", f"]({data})")
             create_markdown_artifact(card, key=f"{key}-card", description="Data card")
+        if REPORT_MARKDOWN in attached:
+            report = store.attachment(record.key, REPORT_MARKDOWN).decode()
+            create_markdown_artifact(report, key=f"{key}-report", description="Report")
 
     _quietly(f"artifacts of stage '{stage}'", show)
 

@@ -12,6 +12,7 @@ from tasks import (
     pretrained,
     publish,
     refine,
+    report,
     sft,
     stack,
     tokenizer,
@@ -36,6 +37,7 @@ STAGES: dict[str, Stage] = {
         perplexity,
         publish,
         compare,
+        report,
     )
 }
 

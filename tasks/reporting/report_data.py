@@ -1,0 +1,183 @@
+"""What a report over evaluations says, apart from how it looks: the page and the Markdown are two views of it."""
+
+from collections.abc import Sequence
+from typing import Self
+
+from common.config import FrozenModel
+from tasks.reporting.significance import GROUP_COLON, LEVEL, Difference
+from tasks.scores import NEAR, Score
+
+
+class Provenance(FrozenModel):
+    """How scores came about, as far as the evaluation says."""
+
+    num_fewshot: int | None = None
+    """Worked examples that stood before each question; null where that is not said."""
+    template: str | None = None
+    """The prompt's template."""
+    task_version: str | None = None
+    """The version of the task."""
+    lm_eval: str | None = None
+    """The version of lm-eval that defines it."""
+    data: dict[str, str] = {}  # noqa: RUF012 - frozen
+    """The digest of each data set, by its id."""
+
+
+class Evaluation(FrozenModel):
+    """The scores of one evaluation, and how they came about."""
+
+    name: str
+    """What the evaluation is called in the report."""
+    provenance: Provenance = Provenance()
+    """How the scores came about."""
+    scores: tuple[Score, ...]
+    """What was measured."""
+    kinds: dict[str, str] = {}  # noqa: RUF012 - frozen
+    """What the parts of its task are of, by the part's name: of the category geography, knowledge."""
+
+    def divided(self) -> dict[tuple[str, str], dict[str, list[tuple[str, Score]]]]:
+        """The scores of parts of tasks, each with the part's name, by task and metric, and by what the parts are of:
+        their kind, of a group such as `digits: 3` the digits, else nothing."""
+        found: dict[tuple[str, str], dict[str, list[tuple[str, Score]]]] = {}
+        for score in self.scores:
+            if score.group is not None:
+                division, colon, part = score.group.partition(GROUP_COLON)
+                kind, name = (division, part) if colon else (self.kinds.get(score.group, ""), score.group)
+                found.setdefault((score.task, score.metric), {}).setdefault(kind, []).append((name, score))
+        return found
+
+
+class Published(FrozenModel):
+    """A score that was published of another model."""
+
+    model: str
+    """The model's name."""
+    task: str
+    """What it was asked."""
+    metric: str
+    """What of it was measured."""
+    certain: bool = True
+    """Whether the source says that it is this metric, and not only one of its kind."""
+    value: float
+    """The score, in the unit of `tasks.scores.Score`."""
+    few_shot: int | None = None
+    """Worked examples that stood before each question; null where the source does not say."""
+    source: str
+    """The title of what it was published in."""
+    url: str
+    """Where that is."""
+
+
+class Snapshot(FrozenModel):
+    """What a model was given at one time."""
+
+    at: str | None = None
+    """When it was measured, ISO 8601; null where nobody said."""
+    digest: str | None = None
+    """The digest of the model; null where nobody said."""
+    scores: tuple[Score, ...]
+    """Its scores."""
+
+
+class Report(FrozenModel):
+    """A report over evaluations of one model."""
+
+    title: str
+    """Its title."""
+    model: str
+    """The model's name."""
+    other: str = "other"
+    """What the differences are against."""
+    level: float = LEVEL
+    """The p below which a difference is called significant."""
+    evaluations: tuple[Evaluation, ...]
+    """What was measured, in the order of its tables."""
+    references: tuple[Published, ...] = ()
+    """What was published of other models, in the order of its tables."""
+    history: tuple[Snapshot, ...] = ()
+    """The model's scores over time, the newest last."""
+    differences: tuple[Difference, ...] = ()
+    """How far the model lies from the other one."""
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """The scores of all evaluations."""
+        return tuple(score for one in self.evaluations for score in one.scores)
+
+    @property
+    def wholes(self) -> tuple[tuple[Evaluation, Score], ...]:
+        """The scores of whole tasks, each with its evaluation."""
+        return tuple((one, score) for one in self.evaluations for score in one.scores if score.group is None)
+
+    def references_of(self, score: Score) -> tuple[Published, ...]:
+        """What was published of the same measure of the whole task."""
+        return tuple(
+            one
+            for one in self.references
+            if score.group is None and (one.task, one.metric) == (score.task, score.metric)
+        )
+
+    def reference_models(self) -> list[str]:
+        """The models that anything was published of, in the order of the references."""
+        return list(dict.fromkeys(one.model for one in self.references))
+
+    def sources(self) -> list[tuple[str, str, list[str]]]:
+        """Where the references come from: title, address and models of each source."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for one in self.references:
+            models = found.setdefault((one.source, one.url), [])
+            if one.model not in models:
+                models.append(one.model)
+        return [(title, url, models) for (title, url), models in found.items()]
+
+    def lines(self) -> dict[tuple[str, str], list[tuple[Snapshot, Score]]]:
+        """The whole scores over time that have more than one point, by task and metric."""
+        found: dict[tuple[str, str], list[tuple[Snapshot, Score]]] = {}
+        for snapshot in self.history:
+            for score in snapshot.scores:
+                if score.group is None and score.value is not None:
+                    found.setdefault((score.task, score.metric), []).append((snapshot, score))
+        return {key: points for key, points in found.items() if len(points) > 1}
+
+    def with_history(self, earlier: Sequence[Snapshot], at: str | None, digest: str | None) -> Self:
+        """The report with its own scores behind earlier ones; the same scores of the same model are not told twice."""
+        newest = Snapshot(at=at, digest=digest, scores=self.scores)
+        last = earlier[-1] if earlier else None
+        same = last is not None and (last.digest, last.scores) == (newest.digest, newest.scores)
+        return self.model_copy(update={"history": (*earlier, *(() if same else (newest,)))})
+
+    @property
+    def summary(self) -> str:
+        """The report in a line."""
+        tasks = {score.task for score in self.scores}
+        wholes = [score for _, score in self.wholes]
+        told = [_count(len(tasks), "task") + (f" with {len(wholes)} scores" if len(wholes) > len(tasks) else "")]
+        if any(score.chance is not None for score in wholes):
+            near = [score for score in wholes if score.near_chance]
+            below = any(below_chance(score) for score in near)
+            told.append(f"{len(near)} within two standard errors of chance{' or below' if below else ''}")
+        compared = [one for one in self.differences if one.group is None]
+        if compared:
+            told += self._against(compared, "")
+        parts = [one for one in self.differences if one.group is not None]
+        if parts:
+            told += self._against(parts, "part")
+        return ", ".join(told)
+
+    def _against(self, found: Sequence[Difference], what: str) -> list[str]:
+        falls = sum(one.is_fall(self.level) for one in found)
+        rises = sum(one.is_rise(self.level) for one in found)
+        below = f"{_count(falls, what) if what else falls} significantly below {self.other}"
+        above = f"{_count(rises, what) if what else rises} significantly above it"
+        return [below, *([above] if rises else [])]
+
+
+def below_chance(score: Score) -> bool:
+    """Whether a score is worse than guessing by more than two standard errors."""
+    if score.value is None or score.chance is None or score.standard_error is None:
+        return False
+    return score.near_chance and abs(score.value - score.chance) > NEAR * score.standard_error
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

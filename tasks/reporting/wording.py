@@ -1,0 +1,131 @@
+"""Scores in words and figures, the same in every view of a report."""
+
+import re
+from collections.abc import Collection
+
+from tasks.reporting.report_data import Provenance, Published, Snapshot, below_chance
+from tasks.reporting.significance import Difference
+from tasks.scores import NEAR, Score
+
+NONE = "—"
+"""What stands where nothing is known."""
+LEGEND = (
+    "± is one standard error. Near chance: within two standard errors of what guessing gives; below chance: worse than "
+    "that; near majority: within two standard errors of always giving the commonest answer, or worse."
+)
+UNCERTAIN = "A question mark: the source does not say which of several such metrics it means."
+_DIGEST = 12
+
+
+def is_share(score: Score | Difference) -> bool:
+    """Whether it is a share of something, which is written in per cent: more is better, and it lies between 0 and 1."""
+    value = score.value if isinstance(score, Score) else score.first
+    return score.higher_is_better and value is not None and 0 <= value <= 1
+
+
+def figure(value: float | None, share: bool) -> str:
+    """A number: per cent with a place behind the point, or four figures."""
+    if value is None:
+        return NONE
+    if share:
+        return f"{100 * value:.1f}%"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def error_figure(error: float, share: bool) -> str:
+    """A standard error in the unit of its score, with two figures where that is none of per cent."""
+    return f"{100 * error:.1f}" if share else f"{error:.2g}"
+
+
+def score_text(score: Score) -> str:
+    """`31.2% ± 1.0`, in points of per cent where the score is a share."""
+    if score.value is None:
+        return "∞"
+    shown = figure(score.value, is_share(score))
+    # An error of nothing, of answers that are all right or all wrong, says that there are few, and not that it is sure.
+    return f"{shown} ± {error_figure(score.standard_error, is_share(score))}" if score.standard_error else shown
+
+
+def signed(value: float, share: bool) -> str:
+    """A difference with its sign, in points of per cent where it is one of shares."""
+    shown = f"{100 * value:+.1f}" if share else f"{value:+.3g}"
+    return shown.replace("-", "−") if float(shown) else shown[1:]
+
+
+def interval_text(one: Difference) -> str:
+    """The 95% interval of a difference."""
+    low, high = one.interval
+    return f"{signed(low, is_share(one))} to {signed(high, is_share(one))}"
+
+
+def p_text(p: float) -> str:
+    """A p as people write it."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def mark(score: Score) -> str:
+    """What a reader has to know before believing in a score; nothing where there is nothing."""
+    if score.value is None or score.standard_error is None:
+        return ""
+    if score.near_chance:
+        return "below chance" if below_chance(score) else "near chance"
+    if score.majority is not None:
+        better = score.value - score.majority if score.higher_is_better else score.majority - score.value
+        return "near majority" if better <= NEAR * score.standard_error else ""
+    return ""
+
+
+def verdict(one: Difference, level: float) -> str:
+    """Whether a difference is significant, in a word."""
+    if one.is_fall(level):
+        return "worse"
+    return "better" if one.is_rise(level) else ""
+
+
+def by_chance(count: int, level: float) -> str:
+    """What a level says of many comparisons."""
+    return (
+        f"Marked where p < {level:g}; of {count} comparisons without any difference, {count * level:.2g} would be. "
+        "Of few documents p is exact, and the interval is not."
+    )
+
+
+def asked(scores: Collection[Score]) -> str:
+    """How many documents each of some scores is of."""
+    fewest, most = min(score.n for score in scores), max(score.n for score in scores)
+    return f"{fewest:,} documents" if fewest == most else f"{fewest:,} to {most:,} documents"
+
+
+def shots(few_shot: int | None) -> str:
+    """A few-shot count."""
+    return NONE if few_shot is None else str(few_shot)
+
+
+def published_text(one: Published, share: bool) -> str:
+    """A published value, with a question mark where its source does not say whether it is of this very metric, and its
+    few-shot count where that is known."""
+    shown = figure(one.value, share) + ("" if one.certain else "?")
+    return shown if one.few_shot is None else f"{shown} ({one.few_shot}-shot)"
+
+
+def provenance_rows(provenance: Provenance) -> list[tuple[str, str]]:
+    """How scores came about: what is known of it, by name."""
+    data = ", ".join(f"{identity} {digest[:_DIGEST]}" for identity, digest in sorted(provenance.data.items()))
+    rows = [
+        ("few-shot", "" if provenance.num_fewshot is None else str(provenance.num_fewshot)),
+        ("template", provenance.template or ""),
+        ("task version", provenance.task_version or ""),
+        ("lm-eval", provenance.lm_eval or ""),
+        ("data", data),
+    ]
+    return [(name, text) for name, text in rows if text]
+
+
+def moment(snapshot: Snapshot, number: int) -> str:
+    """When a snapshot was taken: its day, or its number, counted from 1."""
+    return f"#{number}" if snapshot.at is None else snapshot.at[:10]
+
+
+def markdown(text: str) -> str:
+    """Text in which Markdown and HTML find nothing of theirs, on one line."""
+    return re.sub(r"[\\`*_\[\]<>&#|~!$]", r"\\\g<0>", " ".join(text.split()))

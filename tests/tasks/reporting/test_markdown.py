@@ -1,0 +1,89 @@
+"""The Markdown of a report: tables that hold together whatever they are told."""
+
+import re
+
+import pytest
+
+from tasks.reporting.markdown import SHOWN_REFERENCES, to_markdown
+from tasks.reporting.report_data import Evaluation, Report
+from tests.tasks.reporting.made import BAD, published, report, score
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The cells of each table, row by row."""
+    found: list[list[list[str]]] = []
+    for block in text.split("\n\n"):
+        if block.startswith("| "):
+            rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.split("\n")]
+            found.append([[cell.strip() for cell in row] for row in rows])
+    return found
+
+
+@pytest.mark.parametrize("name", ["elite-112m", BAD])
+def test_every_row_has_the_cells_of_its_head(name: str) -> None:
+    found = tables(to_markdown(report(name)))
+    assert len(found) == 4
+    for head, rule, *rows in found:
+        assert rows
+        assert {len(row) for row in rows} == {len(head)} == {len(rule)}
+        assert all(re.fullmatch(r"-+:?", cell) for cell in rule)
+
+
+def test_names_are_text() -> None:
+    text = to_markdown(report(BAD))
+    assert "\\<script\\>alert(1)\\</script\\>" in text
+    assert not re.search(r"(?<!\\)<(?!https://| 0)", text)
+    assert not re.search(r"(?<!\\)\]\(", text)
+    assert not re.search(r"(?<!\\)`", text)
+
+
+def test_scores_stand_beside_chance_and_what_was_published() -> None:
+    head, _, first, second, *_ = tables(to_markdown(report()))[0]
+    assert head == ["task", "metric", "score", "n", "few-shot", "chance", "majority", "", "elite-112m", "OPT-125M"]
+    assert first == [
+        "elite-112m",
+        "acc",
+        "**40.0% ± 1.0**",
+        "2,376",
+        "5",
+        "25.0%",
+        "27.0%",
+        "",
+        "43.8% (0-shot)",
+        "41.0%?",
+    ]
+    assert second[7] == "near chance"
+
+
+def test_differences_history_parts_and_sources_follow() -> None:
+    text = to_markdown(report())
+    _, differences, history, parts = tables(text)
+    assert differences[0][2:4] == ["elite-112m", "elite-112m"]
+    assert differences[2][2:] == ["40.0%", "50.0%", "−10.0", "−13.9 to −6.1", "< 0.001", "2,376", "**worse**"]
+    assert [row[-1] for row in differences[2:]] == ["**worse**", "**better**", "", "**worse**", "**worse**"]
+    assert history[0] == ["task", "metric", "2026-10-01", "#2"]
+    assert history[2] == ["elite-112m", "acc", "36.0% ± 1.0", "40.0% ± 1.0"]
+    assert parts[2][:3] == ["elite-112m", "elite-112m", "25.0% ± 1.0"]
+    assert parts[3][:3] == ["digits", "3", "100.0%"]
+    assert "- elite-112m: elite-112m, <https://example.org/card>" in text
+    assert "few-shot 5; template elite-112m; task version 1.0; lm-eval 0.4.13; data elite-112m abababababab" in text
+
+
+def test_only_so_many_models_have_a_column() -> None:
+    models = [f"model {number}" for number in range(SHOWN_REFERENCES + 2)]
+    text = to_markdown(report(references=tuple(published(model, task="elite-112m") for model in models)))
+    assert tables(text)[0][0][8:] == models[:SHOWN_REFERENCES]
+    assert "Not in the table: what was published of model 6, model 7." in text
+
+
+def test_two_values_of_one_model_are_both_shown() -> None:
+    both = (published(task="elite-112m", value=0.4), published(task="elite-112m", value=0.41, source="another"))
+    assert tables(to_markdown(report(references=both)))[0][2][-1] == "40.0% (0-shot), 41.0% (0-shot)"
+
+
+def test_a_report_of_one_score_is_short() -> None:
+    bare = Report(title="t", model="m", evaluations=(Evaluation(name="e", scores=(score(),)),))
+    text = to_markdown(bare)
+    assert text.startswith("# t\n\n**m**: 1 task.\n\n## Scores\n\n| task")
+    assert len(tables(text)) == 1
+    assert text.count("## ") == 1
