@@ -194,12 +194,22 @@ def show(
     ref: RefArgument,
     store: StoreOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="The record as it is stored.")] = False,
+    samples: Annotated[
+        str | None, typer.Option(metavar="TASK", help="Of an evaluation or a report: the samples of a task instead.")
+    ] = None,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Those samples alone that were answered wrongly.")] = False,
+    count: Annotated[int, typer.Option(min=1, help="Samples that are shown.")] = 20,
 ) -> None:
-    """Shows what an artifact is: its record, files and measurements."""
+    """Shows what an artifact is: its record, files and measurements, or the samples of an evaluation."""
     from flows.console import record_table
 
     opened = Store.open(store)
     record = opened.resolve(ref)
+    if samples is not None:
+        from flows.score_tables import show_samples
+
+        show_samples(opened, record, samples, wrong, count, console)
+        return
     if as_json:
         sys.stdout.write(record.to_json().decode())
         return
@@ -294,10 +304,26 @@ def generate(
         console.print(f"[dim]{escape(before)}[/]{between}{escape(text)}", highlight=False, soft_wrap=True)
 
 
-@app.command(epilog="Example: cairn evaluate models/arithmetic")
+@app.command(epilog="Example: cairn evaluate published/elite-112m --tasks seed,perplexity,behaviour")
 def evaluate(
     ref: ModelArgument,
     store: StoreOption = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks, groups or tags of lm-eval, the group seed, perplexity and behaviour, with commas between; the "
+            "model's own documents unless given.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; all unless given.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question; as the task says unless given.")
+    ] = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option("--bos/--no-bos", help="Puts <bos> before every text; as its tokenizer does unless given."),
+    ] = None,
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="The split of its documents.")] = "test",
     max_new_tokens: Annotated[
         int | None,
@@ -305,8 +331,14 @@ def evaluate(
     ] = None,
     engine: EngineOption = None,
 ) -> None:
-    """Scores a model on the documents that it was evaluated on, or else on those that it was made from; a score that is
-    in the store is not made again."""
+    """Scores a model on benchmarks, or on the documents that it was evaluated on, or else on those that it was made
+    from; a score that is in the store is not made again."""
+    if tasks is not None:
+        from flows.evaluation_command import evaluate_on
+
+        keys = {"tasks": tasks, "limit": limit, "num_fewshot": num_fewshot, "bos": bos, "engine": engine}
+        evaluate_on(Store.open(store), ref, keys, console)
+        return
     from flows.console import evaluation_tables
     from flows.inference import evaluate_ref
 

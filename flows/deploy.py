@@ -15,6 +15,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
 from common.errors import UserError
+from flows.evaluation import REGRESSED
 from flows.pipeline import TAG
 from tasks.remote import DAMAGED, REFUSED, STOPPED
 
@@ -29,6 +30,7 @@ POOLS = {
 """The pools: how many runs each has at a time, which may be changed later, and what it is for."""
 SILENT_SECONDS = 90
 PENDING_SECONDS = 300
+WORSE = "a model is significantly worse than it was; the log and the report say in what"
 _STATES = ("Completed", "Failed", "Cancelled", "Crashed", "AwaitingRetry", "Scheduled", REFUSED, DAMAGED, STOPPED)
 _ENDINGS = {f"prefect.flow-run.{state}" for state in _STATES}
 """Events that say of a run that nobody need listen for it any more; each bears the name of the run's state."""
@@ -83,7 +85,7 @@ def _make_automation(client: SyncPrefectClient, automation: AutomationCore) -> s
 
 
 def automations() -> list[AutomationCore]:
-    """What ends runs that would wait or run for ever."""
+    """What ends runs that would wait or run for ever, and what tells of models that became worse."""
     return [
         _crash(
             "Cairn: silent runs have crashed",
@@ -99,6 +101,21 @@ def automations() -> list[AutomationCore]:
             after={"prefect.flow-run.Pending"},
             expect={"prefect.flow-run.Running", *_ENDINGS},
             seconds=PENDING_SECONDS,
+        ),
+        AutomationCore(
+            name="Cairn: an evaluation that found a model worse has failed",
+            description="Marks the flow run, so that it is seen, and so that whatever tells of failed runs tells of it.",
+            trigger=EventTrigger(
+                match={"prefect.resource.id": "cairn.model.*"},
+                expect={REGRESSED},
+                posture=Posture.Reactive,
+                threshold=1,
+                within=timedelta(0),
+            ),
+            actions=[
+                # It may be over by then: an end is changed by force alone.
+                ChangeFlowRunState(state=StateType.FAILED, name="Regressed", message=WORSE, force=True)
+            ],
         ),
     ]
 

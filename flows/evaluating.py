@@ -1,6 +1,10 @@
 """What is asked of a model outside of a recipe: tasks of lm-eval and Cairn's own, each an artifact of its own."""
 
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -8,12 +12,18 @@ from artifacts.record import InputReference, Record
 from artifacts.store import Store
 from common.config import FrozenModel
 from common.errors import UserError
+from common.files import canonical_json
+from flows.inference import model_record
 from models.engine import EngineName, Precision, check_engine
 from models.machine import default_engine, engine_for
 from tasks.harness.catalogue import leaves
 from tasks.registry import STAGES
+from tasks.reporting.significance import LEVEL, Difference
 from tasks.stage import Runtime, Worker
 from tasks.work import Work
+
+Do = Callable[[Work], Record]
+"""Does a work unless it is done, here or elsewhere."""
 
 MEASURES = ("perplexity", "behaviour")
 """What is no task of lm-eval: the kinds of stage that measure it."""
@@ -36,6 +46,136 @@ class Asking(FrozenModel):
     """What it computes in."""
     worker: Worker = "local"
     """Where it computes: here, or on a worker of a pool."""
+
+
+class Evaluated(NamedTuple):
+    """What became of a model's evaluation."""
+
+    evaluations: list[Record]
+    """One for each task, in order."""
+    report: Record
+    """The report on them, which has the history."""
+    is_news: bool
+    """Whether anything is in it that was not known before."""
+    falls: list[Difference]
+    """Where the model is significantly worse than it was at the time before."""
+
+
+def evaluate(store: Store, ref: str, asking: Asking, do: Do, level: float = LEVEL, run: str | None = None) -> Evaluated:
+    """Evaluates a model on all that it is asked, and reports it beside what it was given the time before.
+
+    What the store has is not done again, and where it has all, the report is the last one. A name, a folder or a hub id
+    has a history of its own, in the reports that are called `evaluations/<ref>`. Compared are tasks that were asked in
+    the same way, of the same data, by the same version of lm-eval. `level`: the p below which a difference counts.
+    `run`: the Prefect run that asks.
+
+    Raises what `works` raises, and what doing them raises.
+    """
+    model = model_record(store, ref)
+    asked = works(store, model, asking, run)
+    made = [do(work) for work in asked]
+    name = report_name(ref)
+    key = store.names().get(name)
+    previous = None if key is None else store.read_record(key)
+    before = _before(store, previous)
+    if previous is not None and all(_is_of(before.get(_asked_as(one)), one) for one in made):
+        return Evaluated(made, previous, False, [])
+    others = [old for one in made if (old := before.get(_asked_as(one))) is not None and not _is_of(old, one)]
+    tasks = {_task(one) for one in made}
+    kept = [one for one in _evaluations(store, previous) if _task(one) not in tasks and _is_about(one, model)]
+    report = do(_report(store, ref, model, [*made, *kept], others, previous, level, run))
+    store.set_name(name, report.key)
+    marked: Any = report.metrics["differences"]
+    found = [Difference.model_validate(one) for one in marked]
+    return Evaluated(made, report, True, [one for one in found if one.is_fall(level)])
+
+
+def report_name(ref: str) -> str:
+    """What the reports on a model are called in the store: folders by their last two parts."""
+    path = Path(ref).expanduser()
+    shown = "/".join(path.parts[-2:]) if path.is_absolute() or ref.startswith((".", "~")) else ref
+    parts = [re.sub(r"[^A-Za-z0-9._@-]+", "-", part).strip(".-@") for part in shown.split("/")]
+    return "/".join(["evaluations", *(part for part in parts if part)])
+
+
+def _report(
+    store: Store,
+    ref: str,
+    model: Record,
+    evaluations: Sequence[Record],
+    others: Sequence[Record],
+    previous: Record | None,
+    level: float,
+    run: str | None,
+) -> Work:
+    inputs = {f"evaluations.{number}": one for number, one in enumerate(evaluations)}
+    inputs |= {f"others.{number}": one for number, one in enumerate(others)}
+    inputs |= {} if previous is None else {"previous": previous}
+    config = {
+        "title": f"Evaluation of {ref}",
+        "model": ref,
+        "other": "the time before",
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "digest": model.output,
+        "level": level,
+        "names": [one.name for one in evaluations],
+        "other_names": [one.name for one in others],
+    }
+    return Work(
+        name=report_name(ref),
+        stage="report",
+        config=_config("report", config),
+        inputs={name: InputReference(digest=one.output, key=one.key) for name, one in inputs.items()},
+        store=store.url,
+        flow_run_id=run,
+    )
+
+
+def _evaluations(store: Store, report: Record | None) -> list[Record]:
+    """What a report is of, as far as the store still has it."""
+    if report is None:
+        return []
+    keys = [reference.key for name, reference in report.inputs.items() if name.partition(".")[0] == "evaluations"]
+    return [found for key in keys if (found := store.find(key)) is not None]
+
+
+def _reports(store: Store, last: Record | None) -> Iterator[Record]:
+    while last is not None:
+        yield last
+        earlier = last.inputs.get("previous")
+        last = None if earlier is None else store.read_record(earlier.key)
+
+
+def _before(store: Store, previous: Record | None) -> dict[str, Record]:
+    """The last evaluation of each task, by how it was asked."""
+    found: dict[str, Record] = {}
+    for report in _reports(store, previous):
+        for one in _evaluations(store, report):
+            found.setdefault(_asked_as(one), one)
+    return found
+
+
+_HOW_LOUD = ("engine", "precision", "bits", "batch_tokens", "batch_size", "shown_samples")
+"""What has no part in what is asked: the same scores come of all of these."""
+
+
+def _asked_as(evaluation: Record) -> str:
+    """What was asked and how, by which evaluations at two times may be compared."""
+    config = {name: value for name, value in evaluation.config.items() if name not in _HOW_LOUD}
+    return canonical_json([evaluation.stage, evaluation.version, config]).decode()
+
+
+def _task(evaluation: Record) -> str:
+    return str(evaluation.config.get("task", evaluation.stage))
+
+
+def _is_of(old: Record | None, new: Record) -> bool:
+    """Whether two evaluations are one, or of models with the same output and the same answers."""
+    return old is not None and old.output == new.output and old.inputs["model"].digest == new.inputs["model"].digest
+
+
+def _is_about(evaluation: Record, model: Record) -> bool:
+    return evaluation.inputs["model"].digest == model.output
 
 
 def works(store: Store, model: Record, asking: Asking, flow_run_id: str | None = None) -> list[Work]:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -10,21 +12,23 @@ from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import UserError, suggestion
 from tasks.registry import STAGES
+from tasks.reporting.significance import Difference
 from tasks.scores import SAMPLES, Score
 from tasks.stage import Kind
 
+MARK = "*"
+"""Stands behind a score that is no better than chance."""
 PROMPT_END = 600
 """Characters of a prompt that are shown, the last ones: examples stand before the question."""
 
 
 def score_table(records: Sequence[Record]) -> Table:
     """The scores of evaluations, a row each, beside what guessing gives."""
-    table = Table(header_style="dim")
-    for column in ("task", "metric"):
-        table.add_column(column, overflow="fold")
-    for column in ("score", "chance", "majority", "documents", "few-shot"):
+    table = Table(header_style="dim", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("task", overflow="fold")
+    table.add_column("metric", no_wrap=True)
+    for column in ("score", "chance", "majority", "n", "shots"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
     for record in records:
         metrics: dict[str, Any] = record.metrics
         for number, dumped in enumerate(metrics["scores"]):
@@ -32,14 +36,14 @@ def score_table(records: Sequence[Record]) -> Table:
             table.add_row(
                 "" if number else Text(score.task),
                 Text(score.metric),
-                told(score, score.value, score.standard_error),
+                Text(f"{told(score, score.value, score.standard_error)}{MARK if score.near_chance else ' '}"),
                 told(score, score.chance),
                 told(score, score.majority),
                 f"{score.n:,}",
                 str(metrics.get("num_fewshot", "")),
-                Text("no better than chance", style="yellow") if score.near_chance else "",
-                end_section=number == len(metrics["scores"]) - 1,
             )
+    table.caption = f"{MARK} no more than two standard errors better than chance"
+    table.caption_justify = "left"
     return table
 
 
@@ -54,6 +58,16 @@ def told(score: Score, value: float | None, error: float | None = None) -> str:
         return "—"
     form = ".2%" if score.is_share else ",.4g"
     return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form}}"
+
+
+def show_samples(store: Store, record: Record, task: str, wrong: bool, count: int, console: Console) -> None:
+    """Prints the first samples of a task, of an evaluation or of one that a report is of. Raises UserError where there
+    is none."""
+    rows = sample_rows(store, evaluation_of(store, record, task), wrong)
+    kind = "wrong " if wrong else ""
+    if rows:
+        console.print(samples_table(rows[:count]))
+    console.print(f"{min(count, len(rows)):,} of {len(rows):,} {kind}samples of {task}", highlight=False, markup=False)
 
 
 def evaluation_of(store: Store, record: Record, task: str) -> Record:
@@ -103,3 +117,18 @@ def _answers(row: dict[str, Any]) -> Text:
         lines.append(f"{'→' if taken else ' '} {log_probability:9.3f} {'✓' if right else ' '} {_end(choice)}\n", style)
     lines.rstrip()
     return lines
+
+
+def differences_table(report: Record) -> Table:
+    """Where a model differs significantly from what it is held against."""
+    marked: Any = report.metrics["differences"]
+    table = Table(title="Significantly different from before", title_justify="left", header_style="dim")
+    for column in ("task", "metric", "before", "now", "p"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right", overflow="fold")
+    for found in (Difference.model_validate(one) for one in marked):
+        name = found.metric if found.group is None else f"{found.metric}, {found.group}"
+        style = "red" if found.is_fall(1.0) else "green"
+        table.add_row(
+            Text(found.task), Text(name), f"{found.second:.4g}", Text(f"{found.first:.4g}", style), f"{found.p:.2g}"
+        )
+    return table
