@@ -104,7 +104,7 @@ def automations() -> list[AutomationCore]:
         ),
         AutomationCore(
             name="Cairn: an evaluation that found a model worse has failed",
-            description="Marks the flow run, so that it is seen, and so that whatever tells of failed runs tells of it.",
+            description="Marks the flow run, so that it is seen, and what tells of failed runs tells of it.",
             trigger=EventTrigger(
                 match={"prefect.resource.id": "cairn.model.*"},
                 expect={REGRESSED},
