@@ -14,8 +14,9 @@ from common.errors import UserError
 from models.engine import EngineName, check_engine
 from models.machine import default_engine
 from tasks.corpus.conversations import MESSAGES
-from tasks.evaluate import CHAT_TOKENS, no_split, unaskable
+from tasks.evaluate import CHAT_TOKENS
 from tasks.process import engine_process
+from tasks.questions import no_split, unaskable
 from tasks.registry import STAGES
 from tasks.stage import Kind
 from tasks.work import Work
