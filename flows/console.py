@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
@@ -148,9 +148,10 @@ def evaluation_tables(record: Record) -> Group:
 
 
 def _perplexity(metrics: dict[str, Any]) -> Group:
-    scores = Table(title=f"Perplexity on the {metrics['split']} split", title_justify="left", header_style="dim")
+    title = Text(f"Perplexity on the {metrics['split']} split of {', '.join(metrics['data']) or 'the documents'}")
+    scores = Table(title=title, title_justify="left", header_style="dim")
     for column in ("per token", "per word", "bits per byte", "loss", "tokens", "words", "window / stride"):
-        scores.add_column(column, justify="right")
+        scores.add_column(column, justify="right", overflow="fold")
     token, word = metrics["token_perplexity"], metrics["word_perplexity"]
     found = {score["metric"]: score["standard_error"] for score in metrics["scores"]}
     errors = {metric: "" if error is None else f" ± {error:.4f}" for metric, error in found.items()}
@@ -179,7 +180,8 @@ def _exact_match(metrics: dict[str, Any]) -> Group:
         scores.add_row(str(group["length"]), *_share(group))
     scores.add_section()
     scores.add_row("all", *_share(metrics), style="bold")
-    by = [_grouped(name, groups) for name, groups in metrics["groups"].items()]
+    # A single group is the whole once more.
+    by = [_grouped(name, groups) for name, groups in metrics["groups"].items() if len(groups) > 1]
     # A question and its answer take several lines.
     lines = "template" in metrics
     samples = Table(title="Sample predictions", title_justify="left", header_style="dim", show_lines=lines)
@@ -206,15 +208,15 @@ def _exact_match(metrics: dict[str, Any]) -> Group:
 def _grouped(name: str, groups: Sequence[Mapping[str, Any]]) -> Table:
     shown = shown_groups(groups)
     worst = f": the {SHOWN_GROUPS} worst of {len(groups):,}" if len(shown) < len(groups) else ""
-    table = _shares(f"Exact match by {name}{worst}", name)
+    table = _shares(f"Exact match by {name}{worst}", name, "left")
     for group in shown:
         table.add_row(Text(group["group"]), *_share(group))
     return table
 
 
-def _shares(title: str, of: str) -> Table:
+def _shares(title: str, of: str, justify: JustifyMethod = "right") -> Table:
     table = Table(title=title, title_justify="left", header_style="dim")
-    table.add_column(of, justify="right", overflow="fold")
+    table.add_column(of, justify=justify, overflow="fold")
     for column in ("problems", "exact match", "95% interval"):
         table.add_column(column, justify="right", no_wrap=True)
     return table

@@ -211,7 +211,7 @@ def works(store: Store, model: Record, asking: Asking, flow_run_id: str | None =
 
 def _config(kind: str, keys: dict[str, Any]) -> dict[str, Any]:
     stage = STAGES[kind]
-    config = stage.config.model_validate(keys)
+    config = stage.config.model_validate(stage.with_defaults(keys, ("evaluations", "model")))
     try:
         config = stage.resolved(config) if stage.resolved else config
     except UserError as error:

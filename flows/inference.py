@@ -17,9 +17,10 @@ from models.machine import default_engine
 from tasks import pretrained
 from tasks.checkpoint import ADAPTER, WEIGHTS
 from tasks.corpus.conversations import MESSAGES
-from tasks.evaluate import CHAT_TOKENS, no_split, unaskable
+from tasks.evaluate import CHAT_TOKENS
 from tasks.process import engine_process
 from tasks.produce import produce
+from tasks.questions import no_split, unaskable
 from tasks.registry import STAGES
 from tasks.stage import Kind
 from tasks.work import Work

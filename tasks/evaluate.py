@@ -1,30 +1,28 @@
 """Stage `evaluate`: exact match by greedy generation over a whole split, and whether calculator marks are right."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from common.config import FrozenModel
-from common.errors import UserError, suggestion
-from common.files import canonical_json, sha256_bytes
-from models.chat import Chat, Message, Template, chat_of
-from models.engine import Bits, EngineName, Precision, inference_engine
+from common.errors import UserError
+from common.files import canonical_json
+from models.chat import Chat, Template, chat_of
+from models.engine import Bits, EngineName, InferenceEngine, Precision, inference_engine
 from models.generation import NotFinite, generate
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
 from models.weights import whole_pieces
 from tasks.calculator import FINAL, OPEN, final_number, marks_in
 from tasks.checkpoint import read_model, tokenizer_of
-from tasks.corpus.conversations import CHOSEN, MESSAGES, REJECTED, parsed
-from tasks.corpus.sources import SPLITS
 from tasks.documents import data_of
-from tasks.exact_match import BY_DEFAULT, METRIC, READ, grouped, grouping_columns, scores, summarise
+from tasks.exact_match import METRIC, grouped, grouping_columns, scores, summarise
+from tasks.questions import Questions, problem_id, read_questions
 from tasks.scores import RESULTS, SAMPLES
 from tasks.stage import Context, Kind, Metrics, Stage
 
-ID_DIGITS = 16
 TEXT_TOKENS, CHAT_TOKENS = 16, 256
 """Tokens that an answer may have where nobody says: that of a text, which is a sum, and that of a conversation."""
 
@@ -57,19 +55,6 @@ class Config(FrozenModel):
     """Predictions that are shown; all of them are kept."""
 
 
-class Questions(NamedTuple):
-    """What a model is asked."""
-
-    prompts: list[str]
-    """As people read them: of a conversation, what is said before the last answer, a line each."""
-    targets: list[str]
-    """What it has to answer."""
-    conversations: list[list[Message]] | None
-    """Whole conversations, of which each target is the last answer; None where prompts are texts to go on with."""
-    columns: dict[str, list[Any]]
-    """The columns of the documents that exact match is told by."""
-
-
 class Encoded(NamedTuple):
     """A problem as tokens."""
 
@@ -99,24 +84,19 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     engine = inference_engine(
         config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
     )
-    fitting = [row for row, (prompt, _) in enumerate(encoded) if len(prompt) <= model.config.max_position_embeddings]
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=_limit(config, questions))
     stops = {*tokenizer.stop_ids, *(() if chat is None else (chat.closing_id,))}
     try:
-        written = generate(engine, [encoded[row].prompt for row in fitting], sampling, stops, config.batch_size)
+        answers = _answers(engine, encoded, sampling, stops, config.batch_size)
     except NotFinite as error:
         raise NotFinite(f"the model '{context.labels.get('model', context.name)}'") from error
-    answers: list[list[int]] = [[] for _ in encoded]
-    for row, answer in zip(fitting, written, strict=True):
-        answers[row] = answer
-    cut_off = sum(not answer or answer[-1] not in stops for answer in written)
     # Tokens, not text: decoding leaves special tokens out, and an answer that did not end is not the answer.
     correct = [answer == problem.answer for answer, problem in zip(answers, encoded, strict=True)]
     predictions = [
-        tokenizer.decode_after(problem.prompt, answer) if chat is None else chat.answer(answer)
+        tokenizer.decode_after(problem.prompt, answer or []) if chat is None else chat.answer(answer or [])
         for problem, answer in zip(encoded, answers, strict=True)
     ]
-    columns: dict[str, list[Any]] = {
+    columns: dict[str, Sequence[Any]] = {
         "prompt": questions.prompts,
         "target": questions.targets,
         "prediction": predictions,
@@ -125,26 +105,55 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     ids = [problem_id(*problem) for problem in zip(questions.prompts, questions.targets, strict=True)]
     metric = {METRIC: [int(right) for right in correct]}
     pq.write_table(pa.table({"id": ids, **columns, **metric}), context.output / SAMPLES, compression="zstd")
-    summary, groups, data = summarise(questions.targets, correct), grouped(by, correct), data_of(inputs["documents"])
+    shown = min(config.shown_samples, len(encoded))
     results = {
         "split": config.split,
-        "data": data,
         **config.model_dump(include={"bits"}),  # nothing where it is null
         **({} if chat is None else {"template": chat.template}),
-        **summary,
-        "groups": groups,
-        "scores": [score.dumped() for score in scores(", ".join(data) or METRIC, summary, groups)],
+        **_scored(questions.targets, correct, by, data_of(inputs["documents"])),
         "max_new_tokens": sampling.max_new_tokens,
-        "cut_off": cut_off,
-        **({"too_long": len(encoded) - len(fitting)} if len(fitting) < len(encoded) else {}),
+        **_unanswered(answers, stops),
         **marks_summary(questions.targets, predictions),
-        "samples": [
-            {name: column[row] for name, column in columns.items()}
-            for row in range(min(config.shown_samples, len(encoded)))
-        ],
+        "samples": [{name: column[row] for name, column in columns.items()} for row in range(shown)],
     }
     (context.output / RESULTS).write_bytes(canonical_json(results))
     return {"summary": _summary(results), **results, "device": engine.device}
+
+
+def _answers(
+    engine: InferenceEngine,
+    problems: Sequence[Encoded],
+    sampling: SamplingConfig,
+    stops: Collection[int],
+    batch_size: int,
+) -> list[list[int] | None]:
+    """What the model writes on each problem; None where the prompt is longer than its positions."""
+    longest = engine.config.max_position_embeddings
+    fitting = [row for row, problem in enumerate(problems) if len(problem.prompt) <= longest]
+    written = generate(engine, [problems[row].prompt for row in fitting], sampling, stops, batch_size)
+    answers: list[list[int] | None] = [None for _ in problems]
+    for row, answer in zip(fitting, written, strict=True):
+        answers[row] = answer
+    return answers
+
+
+def _unanswered(answers: Sequence[list[int] | None], stops: Collection[int]) -> dict[str, int]:
+    """How many answers did not end, and, where there are any, how many prompts are too long to be answered."""
+    too_long = sum(answer is None for answer in answers)
+    cut_off = sum(answer is not None and (not answer or answer[-1] not in stops) for answer in answers)
+    return {"cut_off": cut_off, **({"too_long": too_long} if too_long else {})}
+
+
+def _scored(
+    targets: Sequence[str],
+    correct: Sequence[bool],
+    by: Mapping[str, Sequence[Any]],
+    data: Mapping[str, str | None],
+) -> dict[str, Any]:
+    """What the results say of exact match. The task is called after the data, where that has a name."""
+    summary, groups = summarise(targets, correct), grouped(by, correct)
+    found = scores(", ".join(data) or METRIC, summary, groups)
+    return {"data": data, **summary, "groups": groups, "scores": [score.dumped() for score in found]}
 
 
 def _limit(config: Config, questions: Questions) -> int:
@@ -189,77 +198,6 @@ def _summary(results: Mapping[str, Any]) -> str:
     if "too_long" in results:
         parts.append(f"{results['too_long']:,} prompts longer than the model's positions")
     return ", ".join(parts)
-
-
-def problem_id(prompt: str, target: str) -> str:
-    """What a problem is called, the same for every model: the first digits of the SHA-256 of prompt and target."""
-    return sha256_bytes(canonical_json([prompt, target]))[:ID_DIGITS]
-
-
-def read_questions(documents: Path, split: str, by: Sequence[str] | None = ()) -> Questions:
-    """The problems of a split: conversations where it has messages. Raises UserError where there are none, and for a
-    column that they are told by and have not."""
-    import pyarrow.parquet as pq
-
-    prompts: list[str] = []
-    targets: list[str] = []
-    conversations: list[list[Message]] = []
-    kept: dict[str, list[Any]] = {}
-    for path in sorted(documents.glob(f"{split}-*.parquet")):
-        file = pq.ParquetFile(path)
-        columns = file.schema_arrow.names
-        problem = unaskable(columns)
-        if problem is not None:
-            raise UserError(f"the documents {problem}")
-        wanted = _wanted(by, columns)
-        table = file.read(list({MESSAGES, "prompt", "target", *wanted} & {*columns}))
-        for name in wanted:
-            kept.setdefault(name, []).extend(table[name].to_pylist())
-        if MESSAGES in columns:
-            for row, text in enumerate(table[MESSAGES].to_pylist()):
-                conversations.append(_conversation(text, f"{path.name}, row {row}"))
-            continue
-        prompts += table["prompt"].to_pylist()
-        targets += table["target"].to_pylist()
-    if conversations:
-        prompts = ["\n".join(message["content"] for message in messages[:-1]) for messages in conversations]
-        targets = [messages[-1]["content"] for messages in conversations]
-    if not prompts:
-        raise UserError(f"the documents {no_split(split, (path.name for path in documents.iterdir()))}")
-    return Questions(prompts, targets, conversations or None, kept)
-
-
-def _wanted(by: Sequence[str] | None, columns: Collection[str]) -> list[str]:
-    """The columns that exact match is told by, of those that the documents have."""
-    for name in by or ():
-        if name not in columns and name not in READ:
-            raise UserError(f"by: the documents have no column '{name}'{suggestion(name, {*READ, *columns})}")
-    return [name for name in (BY_DEFAULT if by is None else by) if name in columns]
-
-
-def unaskable(columns: Collection[str]) -> str | None:
-    """Why documents with such columns cannot be asked, to be said of them; None where they can."""
-    if {MESSAGES, CHOSEN, REJECTED} <= set(columns):
-        return "are preferences, of which neither answer is one to be met; exact match needs conversations or problems"
-    if MESSAGES in columns:
-        return None
-    missing = [name for name in ("prompt", "target") if name not in columns]
-    return f"have no column '{missing[0]}'; exact match needs prompts and targets" if missing else None
-
-
-def no_split(split: str, files: Iterable[str]) -> str:
-    """That documents with such files lack a split, to be said of them, and which others they have."""
-    splits = {name.partition("-")[0] for name in files} - {split}
-    others = " and ".join(one for one in SPLITS if one in splits)
-    return f"have no {split} split to evaluate" + (f"; they have {others}" if others else "")
-
-
-def _conversation(text: str, place: str) -> list[Message]:
-    """The messages in a cell. Raises UserError where they are no conversation that ends with an answer."""
-    try:
-        return parsed(text)
-    except UserError as error:
-        raise UserError(f"the documents hold no conversation in {place} ({error}); make them again") from error
 
 
 def marks_summary(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def _results(results: dict[str, Any]) -> str:
         "error and Wilson's 95% interval.",
         _shares("characters of the answer", lengths),
     ]
-    for name, groups in results["groups"].items():
+    # A single group is the whole once more.
+    for name, groups in ((name, groups) for name, groups in results["groups"].items() if len(groups) > 1):
         shown = shown_groups(groups)
         if len(shown) < len(groups):
             sections.append(f"By {name}, the {SHOWN_GROUPS} worst of {len(groups):,}:")

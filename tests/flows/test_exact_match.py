@@ -116,12 +116,15 @@ def test_marks_and_long_prompts_are_told() -> None:
 
 def test_groups_are_shown_with_their_errors_and_the_worst_of_many() -> None:
     part = {"n": 7, "standard_error": None, "interval": [0.0, 0.3543]}
-    digits = [{"group": "3", **part, "exact_match": 0.0}]
+    digits = [{"group": str(number), **part, "exact_match": 0.0} for number in (2, 3)]
+    alone = [{"group": "only one", **part, "exact_match": 0.0}]
     many = [{"group": f"put so {number}", **part, "exact_match": 1 - number / 64} for number in range(32)]
-    lines = shown(evaluation_tables(score("tuned", "questions", groups={"digits": digits, "phrasing": many}).record))
+    groups = {"digits": digits, "operator": alone, "phrasing": many}
+    lines = shown(evaluation_tables(score("tuned", "questions", groups=groups).record))
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
-    (row,) = (line for line in lines if "35.43%" in line and "put" not in line)
+    row = [line for line in lines if "35.43%" in line and "put" not in line][1]
+    assert "only one" not in text
     assert [cell.strip() for cell in row.strip("│").split("│")] == ["3", "7", "0.00%", "0.00% to 35.43%"]
     assert "Exact match by phrasing: the 20 worst of 32" in text
     assert [f"put so {number} " in text for number in (11, 12, 31)] == [False, True, True]
@@ -130,8 +133,17 @@ def test_groups_are_shown_with_their_errors_and_the_worst_of_many() -> None:
 def test_a_perplexity_is_shown_with_its_errors() -> None:
     scores = [{"metric": "bits_per_byte", "standard_error": 0.25}, {"metric": "loss", "standard_error": None}]
     found = {"token_perplexity": 2.0, "word_perplexity": None, "bits_per_byte": 1.5, "loss": 0.7, "scores": scores}
-    sizes = {"split": "test", "tokens": 9, "words": 3, "window": 8, "stride": 4, "samples": []}
+    sizes = {
+        "split": "test",
+        "data": {"owner/texts": None},
+        "tokens": 9,
+        "words": 3,
+        "window": 8,
+        "stride": 4,
+        "samples": [],
+    }
     text = "\n".join(shown(evaluation_tables(record("perplexity", **found, **sizes)), 120))
+    assert "Perplexity on the test split of owner/texts" in text
     assert "1.5000 ± 0.2500" in text
     assert "0.7000 │" in text
     assert "∞" in text
