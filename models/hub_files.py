@@ -8,6 +8,7 @@ before they are read, and nothing but safetensors is opened. The index is descri
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,9 @@ _BUFFER = re.compile(
 )
 """What older releases of `transformers` saved beside the weights, and make themselves."""
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_HEAD = "lm_head.weight"
 _TOLD = 8
+"""Faults that an error names."""
 
 
 class _Entry(NamedTuple):
@@ -91,9 +94,19 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Array]:
         raise UserError(
             f"{folder} has {len(entries)} arrays, too few for the {config.num_hidden_layers} layers of its config.json"
         )
-    published = published_names(config)
-    shapes = canonical_shapes(published)
-    prefix = "transformer." if published.architecture == "gpt2" else "model."
+    shapes = canonical_shapes(published_names(config))
+    named = _named(folder, config, shapes, entries)
+    arrays = {name: _read(entry) for name, entry in named.items()}
+    if config.tie_word_embeddings and _HEAD in entries:
+        _check_tied(folder, entries[_HEAD], arrays[next(iter(shapes))])
+    return from_hub_weights(config, arrays)
+
+
+def _named(
+    folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], entries: Mapping[str, _Entry]
+) -> dict[str, _Entry]:
+    """The arrays by the names of the published class. Raises UserError that says which ones do not fit."""
+    prefix = "transformer." if published_names(config).architecture == "gpt2" else "model."
     named: dict[str, _Entry] = {}
     faults = []
     for name, entry in entries.items():
@@ -102,7 +115,7 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Array]:
             faults.append(f"{known} is there twice")
         elif known in shapes:
             named[known] = entry
-        elif not (name == "lm_head.weight" and config.tie_word_embeddings):
+        elif not (name == _HEAD and config.tie_word_embeddings):
             faults.append(f"{name} is unexpected")
     for name, shape in shapes.items():
         if name not in named:
@@ -114,16 +127,13 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Array]:
     if faults:
         more = f" and {len(faults) - _TOLD} more" if len(faults) > _TOLD else ""
         raise UserError(f"the weights in {folder} are not of its config.json: {'; '.join(faults[:_TOLD])}{more}")
-    arrays = {name: _read(entry) for name, entry in named.items()}
-    if config.tie_word_embeddings and "lm_head.weight" in entries:
-        _check_tied(folder, entries["lm_head.weight"], arrays[next(iter(shapes))])
-    return from_hub_weights(config, arrays)
+    return named
 
 
 def _check_tied(folder: Path, head: _Entry, embedding: Array) -> None:
     if head.dtype not in _DTYPES or head.shape != embedding.shape or not np.array_equal(_read(head), embedding):
         raise UserError(
-            f"{folder} has a lm_head.weight that is not the token embedding, though its config.json says "
+            f"{folder} has a {_HEAD} that is not the token embedding, though its config.json says "
             "tie_word_embeddings: one of them is wrong"
         )
 

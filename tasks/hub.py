@@ -29,6 +29,13 @@ def is_hub_id(text: str) -> bool:
     return bool(_ID.fullmatch(text)) and ".." not in text
 
 
+def folder_named(text: str) -> Path | None:
+    """The folder that a text stands for where an id may stand too: one that begins as a path does, whether or not it
+    is there, or that is there; None for what can only be an id. ~ is the user's home."""
+    path = Path(text).expanduser()
+    return path if text.startswith((".", "~", "/")) or path.is_dir() else None
+
+
 def local_copy(what: What, hub_id: str) -> Path | None:
     """The folder of what has an id below `CAIRN_HUB`; None where it is not there or the variable is not set.
 

@@ -25,7 +25,7 @@ from models.tokenizer import (
 from models.weights import parameter_count
 from tasks.checkpoint import ModelFolder, tokenizer_of, write_model
 from tasks.corpus.digests import files_digest
-from tasks.hub import is_hub_id, local_copy, not_found
+from tasks.hub import folder_named, is_hub_id, local_copy, not_found
 from tasks.stage import Context, Kind, Metrics, Stage
 from tasks.vocabulary.hub import FILES, one_line, puts_bos, write_hub_tokenizer
 
@@ -51,7 +51,7 @@ def is_model_source(text: str) -> bool:
     """Whether a text stands for a folder with a model, or may be the id of one on the hub, `owner/name`. What begins
     with `models/` is the name of an artifact, and no id."""
     owner, slash, _ = text.partition("/")
-    return _is_folder(text) or bool(slash and owner != "models" and is_hub_id(text))
+    return folder_named(text) is not None or bool(slash and owner != "models" and is_hub_id(text))
 
 
 def resolved(config: Config) -> Config:
@@ -95,18 +95,14 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     return {"summary": summary, "parameters": parameters, "notes": notes}
 
 
-def _is_folder(source: str) -> bool:
-    return source.startswith((".", "~", "/")) or Path(source).is_dir()
-
-
 def _local(config: Config) -> Path | None:
     """The folder of a model on this machine; None for one on the network, as a commit without a digest is, whatever
     else is called so here. Raises UserError where it has to be here and is not what the digest says."""
     source, digest = config.source, config.digest
-    if config.revision and not digest and not source.startswith((".", "~", "/")):
+    if config.revision and not digest and is_hub_id(source):
         return None
-    folder: Path | None = Path(source).expanduser()
-    if not _is_folder(source):
+    folder = folder_named(source)
+    if folder is None:
         folder = local_copy("model", source)
         # A tokenizer may lie there alone.
         folder = folder if folder is not None and (folder / HUB_CONFIG).is_file() else None
@@ -133,7 +129,7 @@ def _digest(folder: Path, source: str) -> str:
 def _check(folder: Path, source: str) -> None:
     """Raises UserError where a model has no description that can be read, or no tokenizer."""
     if not (folder / HUB_CONFIG).is_file():
-        raise UserError(f"there is no model in {folder}: it has no {HUB_CONFIG}")
+        raise UserError(f"there is no model in {source}: it has no {HUB_CONFIG}")
     _described(folder)
     if not any((folder / name).is_file() for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE)):
         raise UserError(

@@ -123,17 +123,17 @@ class SentencePiece(WithFallback):
 
 
 class Hub(FrozenModel):
-    """A tokenizer of the Hugging Face hub, with the ids that it has there."""
+    """A tokenizer of the Hugging Face hub, or in a folder as the hub has it, with the ids that it has there."""
 
     kind: Literal["hub"]
     """One that is fetched."""
     id: str
-    """Its id, such as `HuggingFaceTB/SmolLM2-135M`."""
+    """Its id, such as `HuggingFaceTB/SmolLM2-135M`, or a folder, such as that of a published model."""
     revision: str | None = None
     """The commit (40 hexadecimal digits), branch or tag that is fetched from the network; Cairn fills in the commit.
-    What lies below `CAIRN_HUB` is told by its digest."""
+    What lies on this machine is told by its digest."""
     digest: str | None = None
-    """SHA-256 over the names and bytes of its files; Cairn fills it in where they lie below `CAIRN_HUB`, and refuses
+    """SHA-256 over the names and bytes of its files; Cairn fills it in where they are on this machine, and refuses
     files that are not what it says."""
 
 

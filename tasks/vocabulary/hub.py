@@ -1,4 +1,4 @@
-"""Tokenizers of the Hugging Face hub: below `CAIRN_HUB`, else from the network."""
+"""Tokenizers of the Hugging Face hub: in a folder, below `CAIRN_HUB`, else from the network."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from models.tokenizer import (
     read_roles,
     write_tokenizer,
 )
-from tasks.hub import local_copy, not_found
+from tasks.hub import folder_named, local_copy, not_found
 from tasks.vocabulary.config import Hub
 from tasks.vocabulary.sentencepiece_conversion import convert, read_model
 from tasks.vocabulary.written import byte_characters
@@ -54,7 +54,7 @@ def files_of(config: Hub) -> Path:
 
 
 def _local(config: Hub) -> Path | None:
-    folder = local_copy("tokenizer", config.id)
+    folder = folder_named(config.id) or local_copy("tokenizer", config.id)
     if config.digest is None:
         return folder
     if folder is None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,11 +18,13 @@ from artifacts.record import InputReference, Record
 from artifacts.store import Store
 from common.errors import UserError
 from flows import inference
-from flows.inference import continue_prompts, evaluate_ref, read_prompts
+from flows.inference import continue_prompts, evaluate_ref, model_record, read_prompts
 from models.chat import Template
 from tasks.events import Listener
 from tasks.produce import produce
+from tasks.registry import stage_named
 from tasks.work import Outcome, Work
+from tests.tasks.conftest import context_in, empty_hub
 from tests.tasks.test_evaluate import LONG, exchange, letters_tokenizer
 from tests.tasks.test_publish import model_folder
 
@@ -29,6 +32,8 @@ CONVERSATIONS = {"messages": [json.dumps(exchange("1+1", "2"))]}
 PROBLEMS = {"prompt": ["1+1="], "target": ["2"]}
 PREFERENCES = {"messages": [json.dumps(exchange("1+1", "2")[:1])], "chosen": ["2"], "rejected": ["3"]}
 TEXTS = {"text": ["1+1=2"]}
+
+__all__ = ["empty_hub"]
 
 
 class InThisProcess:
@@ -88,7 +93,11 @@ class Made:
 
     def asked(self, name: str, split: str = "test") -> list[str]:
         """The documents that `cairn evaluate` puts to a model."""
-        records = evaluate_ref(self.store, f"models/{name}", split, "torch", 4)
+        return self.asked_of(f"models/{name}", split)
+
+    def asked_of(self, ref: str, split: str = "test") -> list[str]:
+        """The same of any model."""
+        records = evaluate_ref(self.store, ref, split, "torch", 4)
         found = [self.store.read_record(record.inputs["documents"].key) for record in records]
         return [one.name for one in found if one is not None]
 
@@ -191,3 +200,63 @@ def test_a_chat_answers_at_as_much_length_as_in_an_evaluation(
     for settings in ({"max_new_tokens": None}, {}, {"max_new_tokens": 7}):
         continue_prompts(made.store, "models/tuned", ["1+1"], settings, "torch", as_chat)
     assert found == [limit, limit, 7]
+
+
+def published(made: Made, model: Record, folder: Path) -> Path:
+    """A model laid out as `cairn run` does it."""
+    context = context_in(folder, "publish")
+    stage = stage_named("publish")
+    stage.run(stage.config.model_validate({"title": "A model"}), {"model": made.store.fetch(model)}, context)
+    return context.output
+
+
+def test_a_folder_is_used_as_the_model_that_was_published_into_it(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tuned(made)
+    folder = published(made, model, tmp_path / "laid-out")
+    ref = "laid-out/output"
+    texts = continue_prompts(made.store, ref, ["1+1", "2"], {"max_new_tokens": 5}, "torch")
+    assert texts == continue_prompts(made.store, "models/tuned", ["1+1", "2"], {"max_new_tokens": 5}, "torch")
+    record = model_record(made.store, ref)
+    assert (record.stage, record.name, record.inputs) == ("pretrained", "output", {})
+    keys = {one.key for one in made.store.records()}
+    assert model_record(made.store, ref) == record
+    # By another path it is the same artifact, and so are its scores.
+    assert model_record(made.store, str(folder)).output == record.output
+    assert {one.key for one in made.store.records()} - keys == {model_record(made.store, str(folder)).key}
+    assert made.asked_of(ref) == ["questions"]
+    before = len(list(made.store.records()))
+    assert made.asked_of(str(folder)) == ["questions"]
+    assert len(list(made.store.records())) == before
+
+
+def test_names_go_before_folders(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tuned(made)
+    (tmp_path / "models" / "tuned").mkdir(parents=True)
+    assert model_record(made.store, "models/tuned") == model
+    assert model_record(made.store, model.key[:8]) == model
+    with pytest.raises(UserError, match=r"there is no model in \./models/tuned|it has no config\.json"):
+        model_record(made.store, "./models/tuned")
+    # What looks like the name of an artifact is not looked for on the network.
+    with pytest.raises(UserError, match=r"is called 'models/tune'; did you mean 'models/tuned'\?"):
+        model_record(made.store, "models/tune")
+    with pytest.raises(UserError, match=r"is called 'nothing'"):
+        model_record(made.store, "nothing")
+
+
+def test_a_model_from_elsewhere_that_nothing_is_known_of_has_nothing_to_be_asked(
+    made: Made, tmp_path: Path, empty_hub: Path
+) -> None:
+    model = tuned(made)
+    folder = published(made, model, tmp_path / "laid-out")
+    place = empty_hub / "models" / "some" / "model"
+    shutil.copytree(folder, place)
+    other = Store.open(str(tmp_path / "other"))
+    assert model_record(other, "some/model").output == model_record(made.store, str(folder)).output
+    with pytest.raises(UserError, match=r"the documents that 'some/model' was made from are not in the store"):
+        evaluate_ref(other, "some/model", "test", "torch", 4)
+    with pytest.raises(UserError, match=r"model 'some/other' was not found: not below CAIRN_HUB="):
+        model_record(other, "some/other")

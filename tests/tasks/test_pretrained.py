@@ -1,7 +1,10 @@
 """Models in the layout of `transformers` become artifacts: those published here, and those that it writes itself."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,12 @@ from models.weights import whole_pieces
 from tasks.checkpoint import read_model
 from tasks.pretrained import Config, model_of, resolved
 from tests.tasks.conftest import RunStage
+from tests.tasks.corpus.fake_hub import COMMITS, FakeHub
 from tests.tasks.test_publish import ARCHITECTURES, EQUAL, model_folder
 from tests.tasks.test_published_code import COMPOSITIONS
 from tests.tasks.vocabulary.test_sentencepiece import foreign
 
+ROOT = Path(__file__).parents[2]
 COMMON: dict[str, Any] = {
     "vocab_size": 40,
     "bos_token_id": 1,
@@ -330,3 +335,59 @@ def test_a_chat_model_stays_one(run_stage: RunStage, tmp_path: Path) -> None:
     write_settings(published / "tokenizer_config.json", {**settings, "cairn_template": {"name": "evil", "bos": 1}})
     with pytest.raises(UserError, match="which names no template"):
         run_stage("pretrained", {"source": str(published)})
+
+
+CLIENT = """
+import json, sys
+from pathlib import Path
+from common.errors import UserError
+from tasks.pretrained import Config, model_of, resolved, run
+from tests.tasks.conftest import context_in
+try:
+    config = Config.model_validate(json.loads(sys.argv[1]))
+    config = resolved(config) if sys.argv[2] == "load" else config
+    model = model_of(config, {})
+    metrics = run(config, {}, context_in(Path(sys.argv[3]), "base")) if sys.argv[2] == "run" else {}
+    print(json.dumps({"config": config.model_dump(), "layers": model.num_hidden_layers, "metrics": metrics}))
+except UserError as error:
+    print(json.dumps({"error": str(error)}))
+"""
+
+
+def test_what_is_on_the_network_is_fetched_at_a_commit(tmp_path: Path, tokenizer: Path, empty_hub: Path) -> None:
+    for commit in COMMITS:
+        place = tmp_path / "network" / commit / "far" / "model"
+        written(place, "llama", tokenizer, max_shard_size="12KB")
+        for name in ("pytorch_model.bin", "consolidated.safetensors", "modeling_far.py"):
+            (place / name).write_bytes(b"not to be fetched")
+    shards = {path.name: path.stat().st_size for path in place.glob("model-*.safetensors")}
+    # The server tells files of one commit by their sizes.
+    assert len(set(shards.values())) == len(shards) > 1
+    runs = iter(range(100))
+
+    def ask(network: FakeHub, keys: dict[str, Any], when: str, **environment: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-c", CLIENT, json.dumps(keys), when, str(tmp_path / f"run-{next(runs)}")],
+            cwd=ROOT,
+            env={**os.environ, "HF_ENDPOINT": network.url, "HF_HOME": str(tmp_path / "home"), **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    with FakeHub(tmp_path / "network").served() as network:
+        loaded = ask(network, {"source": "far/model"}, "load")
+        assert loaded["config"] == {"source": "far/model", "revision": COMMITS[-1], "digest": None}
+        assert loaded["layers"] == 2
+        assert not any(".safetensors" in asked and "index" not in asked for asked in network.asked)
+        made = ask(network, loaded["config"], "run")
+        fetched = {asked.split()[1].rpartition("/")[2] for asked in network.asked if asked.startswith("GET")}
+        assert {name for name in fetched if name.startswith("model-")} == shards.keys()
+        assert not fetched & {"pytorch_model.bin", "consolidated.safetensors", "modeling_far.py"}
+        # What was fetched needs no network, whatever lies below a worker's own folder.
+        written(empty_hub / "models" / "far" / "model", "gpt2", tokenizer)
+        assert ask(network, loaded["config"], "run", HF_HUB_OFFLINE="1")["metrics"] == made["metrics"]

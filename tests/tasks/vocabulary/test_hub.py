@@ -117,6 +117,18 @@ def test_the_digest_is_that_of_what_is_read(place: Path) -> None:
         files_of(hub(id="some/bytes", digest=digest))
 
 
+def test_a_folder_stands_for_the_tokenizer_in_it(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = resolved(hub(id="some/bytes")).digest
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place, tmp_path / "published" / "bytes")
+    for text in ("published/bytes", "./published/bytes", str(tmp_path / "published" / "bytes")):
+        found = resolved(hub(id=text))
+        assert found.digest == digest
+        assert files_of(found).samefile(tmp_path / "published" / "bytes")
+    with pytest.raises(UserError, match=r"tokenizer '\./missing' has none of tokenizer\.json, "):
+        resolved(hub(id="./missing"))
+
+
 def test_what_is_nowhere_is_refused_at_once(place: Path) -> None:
     with pytest.raises(
         UserError, match=r"tokenizer 'some/other' was not found: not below CAIRN_HUB=.*/hub, and the Hug"
@@ -126,8 +138,8 @@ def test_what_is_nowhere_is_refused_at_once(place: Path) -> None:
         UserError, match=r"was not found: .* it was not asked, for the recipe has the digest of a local"
     ):
         resolved(hub(id="some/other", digest="0" * 64))
-    with pytest.raises(UserError, match=r"'\.\./bytes' is no id"):
-        resolved(hub(id="../bytes"))
+    with pytest.raises(UserError, match=r"'some/\.\./bytes' is no id"):
+        resolved(hub(id="some/../bytes"))
     shutil.rmtree(place)
     place.mkdir()
     with pytest.raises(UserError, match=r"tokenizer 'some/bytes' has none of tokenizer\.json, "):
