@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import groupby
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -15,6 +16,7 @@ from rich.text import Text
 from artifacts.record import Record
 from flows.plan import Step
 from flows.view import LogView
+from tasks.asking.questions import KINDS as CATEGORY_KINDS
 from tasks.evaluate import shown_groups
 from tasks.events import Event, Listener, event_line
 
@@ -143,7 +145,8 @@ def _last_validation(record: Record) -> tuple[str, dict[str, str]]:
 
 def evaluation_tables(record: Record) -> Group:
     """What an evaluation found, and samples of what the model writes."""
-    return _perplexity(record.metrics) if record.stage == "perplexity" else _exact_match(record.metrics)
+    tables = {"perplexity": _perplexity, "behaviour": _behaviour}
+    return tables.get(record.stage, _exact_match)(record.metrics)
 
 
 def _perplexity(metrics: dict[str, Any]) -> Group:
@@ -185,20 +188,59 @@ def _exact_match(metrics: dict[str, Any]) -> Group:
         samples.add_column(column, overflow="fold")
     samples.add_column("", no_wrap=True)
     for sample in metrics["samples"]:
-        mark = "[green]✓[/]" if sample["correct"] else "[red]✗[/]"
-        samples.add_row(Text(sample["prompt"]), Text(sample["prediction"]), Text(sample["target"]), mark)
+        texts = (Text(sample[name]) for name in ("prompt", "prediction", "target"))
+        samples.add_row(*texts, _mark(sample))
     parts: list[RenderableType] = [scores]
     # Scores that were made earlier do not say it.
     if metrics.get("cut_off"):
-        parts.append(
-            f"{metrics['cut_off']:,} answers had not ended at {metrics['max_new_tokens']:,} tokens or the model's last "
-            "position, and count as wrong"
-        )
+        parts.append(f"{_cut_off(metrics)}, and count as wrong")
     if "too_long" in metrics:
-        parts.append(f"{metrics['too_long']:,} prompts are longer than the model's positions, and count as wrong")
+        parts.append(_too_long(metrics))
     if "marks" in metrics:
         parts.append(_marks(metrics["marks"]))
     return Group(*parts, samples)
+
+
+def _cut_off(metrics: Mapping[str, Any]) -> str:
+    limit = f"{metrics['max_new_tokens']:,} tokens or the model's last position"
+    return f"{metrics['cut_off']:,} answers had not ended at {limit}"
+
+
+def _too_long(metrics: Mapping[str, Any]) -> str:
+    return f"{metrics['too_long']:,} prompts are longer than the model's positions, and count as wrong"
+
+
+def _behaviour(metrics: dict[str, Any]) -> Group:
+    scores = Table(title="Questions answered rightly", title_justify="left", header_style="dim")
+    for column in ("kind", "category"):
+        scores.add_column(column, overflow="fold")
+    for column in ("questions", "right", "95% interval"):
+        scores.add_column(column, justify="right", no_wrap=True)
+    groups = sorted(metrics["categories"], key=lambda group: CATEGORY_KINDS.index(group["kind"]))
+    for kind, of_kind in groupby(groups, key=lambda group: str(group["kind"])):
+        for number, group in enumerate(of_kind):
+            scores.add_row("" if number else kind, Text(group["category"]), *_right(group))
+        scores.add_section()
+    questions, right, interval = _right(metrics)
+    scores.add_row("all", "", questions, f"[bold]{right}[/]", interval)
+    samples = Table(title="Sample answers", title_justify="left", header_style="dim", show_lines=True)
+    for column in ("category", "question", "answer", "asked for"):
+        samples.add_column(column, overflow="fold")
+    samples.add_column("", no_wrap=True)
+    for sample in metrics["samples"]:
+        texts = (Text(sample[name]) for name in ("category", "prompt", "prediction", "target"))
+        samples.add_row(*texts, _mark(sample))
+    notes = [said(metrics) for name, said in (("cut_off", _cut_off), ("too_long", _too_long)) if metrics[name]]
+    return Group(scores, *notes, *([samples] if metrics["samples"] else []))
+
+
+def _right(counted: Mapping[str, Any]) -> tuple[str, str, str]:
+    low, high = counted["interval"]
+    return f"{counted['n']:,}", f"{counted['correct'] / counted['n']:.1%}", f"{low:.1%} – {high:.1%}"
+
+
+def _mark(sample: Mapping[str, Any]) -> str:
+    return "[green]✓[/]" if sample["correct"] else "[red]✗[/]"
 
 
 def _error(metrics: Mapping[str, Any]) -> str:

@@ -125,7 +125,7 @@ def _show_result(recipe: Recipe, records: dict[str, Record], store: Store, publi
     if trained is not None:
         console.print(trained)
     evaluations = [
-        Scored(entry.inputs["model"], entry.inputs["documents"], records[entry.name])
+        Scored(entry.inputs["model"], entry.inputs.get("documents", ""), records[entry.name])
         for entry in recipe.stages
         if entry.definition.output == Kind.EVALUATION
     ]

@@ -2,6 +2,7 @@
 
 from common.errors import UserError, suggestion
 from tasks import (
+    behaviour,
     compare,
     documents,
     dpo,
@@ -30,6 +31,7 @@ STAGES: dict[str, Stage] = {
         dpo,
         evaluate,
         perplexity,
+        behaviour,
         publish,
         compare,
     )
