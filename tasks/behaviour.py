@@ -1,6 +1,7 @@
 """Stage `behaviour`: questions of many categories, answered by greedy generation and scored by programs."""
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ BEHAVIOUR, CORRECT = "behaviour", "correct"
 BEFORE, BEHIND = "Question: ", "\nAnswer:"
 """What stands around a question to a model whose tokenizer has no chat template."""
 REPORT_SECONDS = 10.0
+_ENDS = re.compile(rf"\n\s*\n|\n{BEFORE.strip()}")
 _DEVIATIONS = 1.959963984540054  # of a normal distribution, within which 95% of it lie
 
 
@@ -100,10 +102,7 @@ def _message(ask: str) -> Message:
 
 def first_answer(text: str) -> str:
     """What stands in a text before the first blank line behind something, or before the next question."""
-    found, _, _ = text.strip().partition(f"\n{BEFORE.rstrip()}")
-    lines = found.splitlines()
-    blank = next((number for number, line in enumerate(lines) if not line.strip()), len(lines))
-    return "\n".join(lines[:blank])
+    return _ENDS.split(text.strip(), maxsplit=1)[0].strip()
 
 
 def resolved(config: Config) -> Config:
