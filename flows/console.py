@@ -262,13 +262,14 @@ class Scored(NamedTuple):
     model: str
     """The stage that made the model."""
     documents: str
-    """The stage that made the documents."""
+    """The stage that made the documents; empty for the behaviour suite, which has none."""
     record: Record
 
     @property
     def what(self) -> tuple[str, str]:
         """What was measured, and on what: scores of which these are the same may be compared."""
-        return (self.documents, str(self.record.metrics.get("split")) + self.record.stage)
+        metrics = self.record.metrics
+        return (self.documents, f"{metrics.get('split')} {metrics.get('suite')} {self.record.stage}")
 
 
 def last_of_each(evaluations: Sequence[Scored]) -> list[Scored]:

@@ -57,6 +57,9 @@ def test_cut_answers_and_long_questions_are_told() -> None:
 
 
 def test_the_last_one_of_a_run_is_shown_and_not_compared_as_exact_match() -> None:
-    suites = [Scored(model, "", record("behaviour", **metrics())) for model in ("refined", "tuned")]
-    assert last_of_each(suites) == suites[1:]
-    assert exact_match_table(suites) is None
+    whole, part, again = (
+        Scored(model, "", record("behaviour", **metrics(suite=suite)))
+        for model, suite in (("refined", "ab"), ("refined", "cd"), ("tuned", "ab"))
+    )
+    assert last_of_each([whole, part, again]) == [part, again]
+    assert exact_match_table([whole, part, again]) is None
