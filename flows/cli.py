@@ -339,7 +339,7 @@ def evaluate(
         keys = {"tasks": tasks, "limit": limit, "num_fewshot": num_fewshot, "bos": bos, "engine": engine}
         evaluate_on(Store.open(store), ref, keys, console)
         return
-    from flows.console import evaluation_tables
+    from flows.evaluation_tables import evaluation_tables
     from flows.inference import evaluate_ref
 
     for record in evaluate_ref(Store.open(store), ref, split, engine, max_new_tokens):

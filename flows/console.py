@@ -1,12 +1,12 @@
 """What a person sees of a run: a line per stage, a progress bar while one trains, and the result at the end."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, JustifyMethod, RenderableType
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
@@ -16,7 +16,6 @@ from artifacts.record import Record
 from flows.plan import Step
 from flows.view import LogView
 from tasks.events import Event, Listener, event_line, part_done
-from tasks.exact_match import SHOWN_GROUPS, shown_groups, shown_lengths
 
 
 class ConsoleView(AbstractContextManager["ConsoleView"]):
@@ -140,157 +139,6 @@ def _last_validation(record: Record) -> tuple[str, dict[str, str]]:
         return "", {}
     by_source = {source: f"{float(loss):.4f}" for source, loss in validations[-1]["by_source"].items()}
     return f"{float(validations[-1]['loss']):.4f}", by_source
-
-
-def evaluation_tables(record: Record) -> Group:
-    """What an evaluation found, and samples of what the model writes."""
-    return _perplexity(record.metrics) if record.stage == "perplexity" else _exact_match(record.metrics)
-
-
-def _perplexity(metrics: dict[str, Any]) -> Group:
-    title = Text(f"Perplexity on the {metrics['split']} split of {', '.join(metrics['data']) or 'the documents'}")
-    scores = Table(title=title, title_justify="left", header_style="dim")
-    for column in ("per token", "per word", "bits per byte", "loss", "tokens", "words", "window / stride"):
-        scores.add_column(column, justify="right", overflow="fold")
-    token, word = metrics["token_perplexity"], metrics["word_perplexity"]
-    found = {score["metric"]: score["standard_error"] for score in metrics["scores"]}
-    errors = {metric: "" if error is None else f" ± {error:.4f}" for metric, error in found.items()}
-    scores.add_row(
-        "∞" if token is None else f"[bold]{token:,.2f}[/]",
-        "∞" if word is None else f"[bold]{word:,.1f}[/]",
-        f"{metrics['bits_per_byte']:.4f}{errors['bits_per_byte']}",
-        f"{metrics['loss']:.4f}{errors['loss']}",
-        f"{metrics['tokens']:,}",
-        f"{metrics['words']:,}",
-        f"{metrics['window']:,} / {metrics['stride']:,}",
-    )
-    if not metrics["samples"]:
-        return Group(scores)
-    samples = Table(title="What it writes", title_justify="left", header_style="dim", show_lines=True)
-    samples.add_column("prompt", overflow="fold", ratio=1)
-    samples.add_column("continuation", overflow="fold", ratio=3)
-    for sample in metrics["samples"]:
-        samples.add_row(Text(sample["prompt"]), Text(sample["continuation"].strip()))
-    return Group(scores, samples)
-
-
-def _exact_match(metrics: dict[str, Any]) -> Group:
-    scores = _shares(f"Exact match on the {metrics['split']} split", "answer length")
-    for group in shown_lengths(metrics["by_answer_length"]):
-        scores.add_row(str(group["length"]), *_share(group))
-    scores.add_section()
-    scores.add_row("all", *_share(metrics), style="bold")
-    # A single group is the whole once more.
-    by = [_grouped(name, groups) for name, groups in metrics["groups"].items() if len(groups) > 1]
-    # A question and its answer take several lines.
-    lines = "template" in metrics
-    samples = Table(title="Sample predictions", title_justify="left", header_style="dim", show_lines=lines)
-    for column in ("prompt", "prediction", "target"):
-        samples.add_column(column, overflow="fold")
-    samples.add_column("", no_wrap=True)
-    for sample in metrics["samples"]:
-        mark = "[green]✓[/]" if sample["correct"] else "[red]✗[/]"
-        samples.add_row(Text(sample["prompt"]), Text(sample["prediction"]), Text(sample["target"]), mark)
-    parts: list[RenderableType] = [scores, *by]
-    # Scores that were made earlier do not say it.
-    if metrics.get("cut_off"):
-        parts.append(
-            f"{metrics['cut_off']:,} answers had not ended at {metrics['max_new_tokens']:,} tokens or the model's last "
-            "position, and count as wrong"
-        )
-    if "too_long" in metrics:
-        parts.append(f"{metrics['too_long']:,} prompts are longer than the model's positions, and count as wrong")
-    if "marks" in metrics:
-        parts.append(_marks(metrics["marks"]))
-    return Group(*parts, samples)
-
-
-def _grouped(name: str, groups: Sequence[Mapping[str, Any]]) -> Table:
-    shown = shown_groups(groups)
-    worst = f": the {SHOWN_GROUPS} worst of {len(groups):,}" if len(shown) < len(groups) else ""
-    table = _shares(f"Exact match by {name}{worst}", name, "left")
-    for group in shown:
-        table.add_row(Text(group["group"]), *_share(group))
-    return table
-
-
-def _shares(title: str, of: str, justify: JustifyMethod = "right") -> Table:
-    table = Table(title=title, title_justify="left", header_style="dim")
-    table.add_column(of, justify=justify, overflow="fold")
-    for column in ("problems", "exact match", "95% interval"):
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _share(measured: Mapping[str, Any]) -> tuple[str, str, str]:
-    """How many problems, the share of them that is right, and the interval in which it lies."""
-    low, high = measured["interval"]
-    return f"{measured['n']:,}", _with_error(measured), f"{low:.2%} to {high:.2%}"
-
-
-def _with_error(measured: Mapping[str, Any]) -> str:
-    error = measured["standard_error"]
-    return f"{measured['exact_match']:.2%}" + ("" if error is None else f" ± {error:.2%}")
-
-
-def _marks(marks: dict[str, Any]) -> Table:
-    table = Table(title="Answers with calculator marks", title_justify="left", header_style="dim")
-    for column in ("answers", "marks well-formed", "all of them right", "final number right"):
-        table.add_column(column, justify="right")
-    shares = (f"{marks[name]:.2%}" for name in ("well_formed", "right", "final_number"))
-    table.add_row(f"{marks['n']:,}", *shares)
-    return table
-
-
-class Scored(NamedTuple):
-    """An evaluation in a run."""
-
-    model: str
-    """The stage that made the model."""
-    documents: str
-    """The stage that made the documents."""
-    record: Record
-
-    @property
-    def what(self) -> tuple[str, str]:
-        """What was measured, and on what: scores of which these are the same may be compared."""
-        return (self.documents, str(self.record.metrics.get("split")) + self.record.stage)
-
-
-def last_of_each(evaluations: Sequence[Scored]) -> list[Scored]:
-    """The last evaluation on each of the documents."""
-    last = {one.what: one for one in evaluations}
-    return [one for one in evaluations if last[one.what] is one]
-
-
-def exact_match_table(evaluations: Sequence[Scored]) -> Table | None:
-    """Exact match on the same documents, model by model; None where no documents were put to several models."""
-    scored: dict[tuple[str, str], list[Scored]] = {}
-    for one in evaluations:
-        if "exact_match" in one.record.metrics:
-            scored.setdefault(one.what, []).append(one)
-    several = [group for group in scored.values() if len(group) > 1]
-    if not several:
-        return None
-    title = "Exact match, model by model"
-    table = Table(title=title, title_justify="left", header_style="dim", box=SIMPLE_HEAD)
-    for column in ("documents", "model"):
-        table.add_column(column, overflow="fold")
-    for column in ("problems", "exact match"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for group in several:
-        for number, one in enumerate(group):
-            metrics = one.record.metrics
-            last = number == len(group) - 1
-            table.add_row(
-                "" if number else Text(one.documents),
-                Text(one.model),
-                f"{metrics['n']:,}",
-                _with_error(metrics),
-                style="bold" if last else None,
-                end_section=last,
-            )
-    return table
 
 
 def record_table(record: Record) -> Table:

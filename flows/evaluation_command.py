@@ -10,8 +10,9 @@ from rich.markup import escape
 from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import UserError
-from flows.console import ConsoleView, evaluation_tables
+from flows.console import ConsoleView
 from flows.evaluating import Asking, evaluate
+from flows.evaluation_tables import evaluation_tables
 from flows.problems import first_problem
 from flows.score_tables import differences_table, score_table
 from tasks.events import as_event

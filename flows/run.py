@@ -19,8 +19,9 @@ from artifacts.lineage import to_text, tree
 from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import StageInterrupted, UserError
-from flows.console import ConsoleView, Scored, blend_table, evaluation_tables, exact_match_table, last_of_each
+from flows.console import ConsoleView, blend_table
 from flows.entry import StageEntry
+from flows.evaluation_tables import Scored, evaluation_tables, exact_match_table, last_of_each
 from flows.growth_tables import comparison_table, growth_table
 from flows.pipeline import TAG, RunResult, pipeline_flow, repairing
 from flows.recipe import Recipe

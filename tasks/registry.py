@@ -2,6 +2,7 @@
 
 from common.errors import UserError, suggestion
 from tasks import (
+    behaviour,
     benchmark,
     compare,
     documents,
@@ -35,6 +36,7 @@ STAGES: dict[str, Stage] = {
         evaluate,
         benchmark,
         perplexity,
+        behaviour,
         publish,
         compare,
         report,

@@ -1,0 +1,1 @@
+"""The behaviour suite: questions in files, their scorers, and the sandbox in which answers in Python run."""

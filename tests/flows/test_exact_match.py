@@ -9,7 +9,7 @@ from rich.console import Console
 
 from artifacts.identity import FileEntry, content_digest
 from artifacts.record import Record
-from flows.console import Scored, evaluation_tables, exact_match_table, last_of_each
+from flows.evaluation_tables import Scored, evaluation_tables, exact_match_table, last_of_each
 
 
 def record(stage: str, **metrics: Any) -> Record:
