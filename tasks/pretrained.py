@@ -71,7 +71,7 @@ def resolved(config: Config) -> Config:
 
 def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
     """The description of the model that comes out."""
-    return _described(_local(config) or _downloaded(config, _SMALL))
+    return _described(_here(config) or _downloaded(config, _SMALL))
 
 
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
@@ -80,7 +80,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     Its history is empty, for nothing is known of its past. Adapters beside the weights are not read: a published
     folder has them in the weights. Raises UserError where the model is not to be had, and for what cannot be read.
     """
-    folder = _local(config)
+    folder = _here(config)
     if folder is None:
         small = _downloaded(config, _SMALL)
         shards = weight_files(small) if (small / HUB_INDEX).is_file() else ()
@@ -95,12 +95,16 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     return {"summary": summary, "parameters": parameters, "notes": notes}
 
 
+def _here(config: Config) -> Path | None:
+    """The folder of a model on this machine, or None for one on the network, by a config that is resolved: a commit
+    without a digest is on the network, whatever a worker has under the same name."""
+    return None if config.revision and not config.digest else _local(config)
+
+
 def _local(config: Config) -> Path | None:
-    """The folder of a model on this machine; None for one on the network, as a commit without a digest is, whatever
-    else is called so here. Raises UserError where it has to be here and is not what the digest says."""
+    """The folder of a model on this machine; None where it may be on the network. Raises UserError where it has to be
+    here, and is not or is not what the digest says."""
     source, digest = config.source, config.digest
-    if config.revision and not digest and is_hub_id(source):
-        return None
     folder = folder_named(source)
     if folder is None:
         folder = local_copy("model", source)
@@ -151,7 +155,7 @@ def _write_tokenizer(source: Path, folder: Path, name: str) -> list[str]:
     kept: dict[str, Any] = {ADD_BOS_SETTING: True} if puts_bos(source, settings["bos_token"]) else {}
     if (source / TOKENIZER_CONFIG).is_file():
         own = read_settings(source / TOKENIZER_CONFIG)
-        kept |= {key: own[key] for key in (CHAT_SETTING,) if key in own}
+        kept |= {CHAT_SETTING: own[CHAT_SETTING]} if CHAT_SETTING in own else {}
     write_settings(path, {**settings, **kept})
     chat_of(folder)  # raises UserError for a template that is none
     return notes

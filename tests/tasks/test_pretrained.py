@@ -199,6 +199,8 @@ def test_below_the_hub_folder_it_is_found_by_its_id(
     written(empty_hub / "models" / "some" / "model", "gpt2", tokenizer)
     config = resolved(Config(source="some/model"))
     assert config.digest == resolved(Config(source=str(empty_hub / "models" / "some" / "model"))).digest
+    # A revision says what is fetched, where anything has to be.
+    assert resolved(Config(source="some/model", revision="main")).digest == config.digest
     folder, metrics = run_stage("pretrained", config.model_dump())
     assert metrics["summary"] == "gpt2, 7,744 parameters, from some/model"
     assert len(Tokenizer(folder / "tokenizer")) == 18
