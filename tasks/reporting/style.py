@@ -19,6 +19,8 @@ h2 {{ font-size: 1.15rem; margin: 2.5rem 0 .5rem; overflow-wrap: anywhere; }}
 h3 {{ font-size: .95rem; margin: 0; overflow-wrap: anywhere; }}
 p {{ margin: .25rem 0 .75rem; color: var(--quiet); max-width: 62rem; }}
 a {{ color: var(--mark); }}
+sup {{ font-size: .7em; line-height: 0; margin-left: .15em; }}
+sup a {{ text-decoration: none; }}
 .quiet {{ color: var(--quiet); font-weight: 400; }}
 .card {{ border: 1px solid var(--line); border-radius: 12px; background: var(--stone); padding: .75rem 1rem;
   overflow-x: auto; }}

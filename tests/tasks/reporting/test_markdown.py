@@ -76,6 +76,14 @@ def test_only_so_many_models_have_a_column() -> None:
     assert "Not in the table: what was published of model 6, model 7." in text
 
 
+def test_the_models_with_a_column_are_those_that_most_was_published_of() -> None:
+    few = [published(f"model {number}", task="elite-112m") for number in range(SHOWN_REFERENCES)]
+    much = [published("last", task=task) for task in ("elite-112m", "copa")]
+    text = to_markdown(report(references=(*few, *much)))
+    assert tables(text)[0][0][-1] == "last"
+    assert "Not in the table: what was published of model 5." in text
+
+
 def test_two_values_of_one_model_are_both_shown() -> None:
     both = (published(task="elite-112m", value=0.4), published(task="elite-112m", value=0.41, source="another"))
     assert tables(to_markdown(report(references=both)))[0][2][-1] == "40.0% (0-shot), 41.0% (0-shot)"
