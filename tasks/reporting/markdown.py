@@ -133,11 +133,15 @@ def _groups(report: Report) -> Iterator[str]:
         for (task, metric), kinds in evaluation.divided().items():
             yield f"## {markdown(task)} by part, {markdown(metric)}"
             rows = [
-                [markdown(kind), markdown(name), wording.score_text(score), f"{score.n:,}", wording.mark(score)]
+                [
+                    *(markdown(kind), markdown(part.name), wording.part_text(part)),
+                    *(f"{part.score.n:,}", wording.mark(part.score)),
+                ]
                 for kind, parts in kinds.items()
-                for name, score in parts
+                for part in parts
             ]
             yield _table(["of", "part", "score", "n", ""], rows, left=(0, 1, 4))
+            yield wording.parts_legend([part for parts in kinds.values() for part in parts])
 
 
 def _sources(report: Report) -> Iterator[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from tasks.reporting import drawing, wording
-from tasks.reporting.report_data import Evaluation, Published, Report
+from tasks.reporting.report_data import Evaluation, Part, Published, Report
 from tasks.reporting.significance import INTERVAL, Difference
 from tasks.reporting.style import STYLE
 from tasks.scores import Score
@@ -171,22 +171,23 @@ def _history(report: Report) -> Iterator[str]:
 def _groups(report: Report) -> Iterator[str]:
     for evaluation in report.evaluations:
         for (task, metric), kinds in evaluation.divided().items():
-            scores = [score for parts in kinds.values() for _, score in parts]
+            every = [part for parts in kinds.values() for part in parts]
             yield f'<h2>{escape(task)} by part <span class="quiet">{escape(metric)}</span></h2>'
-            yield f"<p>Each of {wording.asked(scores)}. Bars of shares reach from 0 to 100%.</p>"
+            yield f"<p>{wording.parts_legend(every)} Bars of shares reach from 0 to 100%.</p>"
             blocks = "\n".join(_parts(kind, parts) for kind, parts in kinds.items())
             yield f'<div class="card parts">\n{blocks}\n</div>'
 
 
-def _parts(kind: str, parts: Sequence[tuple[str, Score]]) -> str:
-    rows = "\n".join(_part(name, score) for name, score in parts)
+def _parts(kind: str, parts: Sequence[Part]) -> str:
+    rows = "\n".join(map(_part, parts))
     return f'<section class="kind"><h3>{escape(kind)}</h3>\n{rows}\n</section>' if kind else rows
 
 
-def _part(name: str, score: Score) -> str:
+def _part(part: Part) -> str:
+    drawn = drawing.bar(part.score, narrow=True, interval=part.interval)
     return (
-        f'<div class="part"><span>{escape(name)}</span>{drawing.bar(score, narrow=True)}'
-        f"<span>{wording.score_text(score)}{_tag(wording.mark(score))}</span></div>"
+        f'<div class="part"><span>{escape(part.name)}</span>{drawn}'
+        f"<span>{wording.part_text(part)}{_tag(wording.mark(part.score))}</span></div>"
     )
 
 

@@ -64,7 +64,7 @@ def test_differences_history_parts_and_sources_follow() -> None:
     assert history[0] == ["task", "metric", "2026-10-01", "#2"]
     assert history[2] == ["elite-112m", "acc", "36.0% ± 1.0", "40.0% ± 1.0"]
     assert parts[2][:3] == ["elite-112m", "elite-112m", "25.0% ± 1.0"]
-    assert parts[3][:3] == ["digits", "3", "100.0%"]
+    assert parts[3][:3] == ["digits", "3", "100.0% (86–100)"]
     assert "- elite-112m: elite-112m, <https://example.org/card>" in text
     assert "few-shot 5; template elite-112m; task version 1.0; lm-eval 0.4.13; data elite-112m abababababab" in text
 

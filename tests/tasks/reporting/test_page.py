@@ -112,6 +112,8 @@ def test_everything_is_shown() -> None:
         "better",
         "by part",
         "digits",
+        "100.0% (86–100)",
+        "in brackets the 95% interval",
         "1 significantly above it, 1 part significantly below",
         "6 tasks with 7 scores, 2 within two standard errors of chance or below, 2 significantly below elite-112m",
     ):
