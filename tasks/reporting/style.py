@@ -44,7 +44,7 @@ td.prose {{ overflow-wrap: anywhere; white-space: pre-wrap; vertical-align: top;
 .parts {{ columns: 29rem 2; column-gap: 2rem; }}
 .kind {{ break-inside: avoid; padding: .3rem 0; }}
 .kind h3 {{ color: var(--quiet); }}
-.part {{ display: grid; grid-template-columns: minmax(0, 1fr) auto 7rem; gap: .6rem; align-items: center;
+.part {{ display: grid; grid-template-columns: minmax(0, 1fr) auto 7.8rem; gap: .6rem; align-items: center;
   break-inside: avoid; font-size: .9rem; font-variant-numeric: tabular-nums; }}
 .part > :first-child {{ overflow-wrap: anywhere; line-height: 1.2; }}
 .part > :last-child {{ text-align: right; white-space: nowrap; line-height: 1.15; padding: .15rem 0; }}
