@@ -24,27 +24,25 @@ def report_table(report: Report) -> Table:
         pad_edge=False,
     )
     compared = {(one.task, one.metric): one for one in report.differences if one.group is None}
-    for column in ("task", "metric"):
-        table.add_column(column, overflow="fold")
+    table.add_column("task", overflow="fold")
     for column in ("score", "chance"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    if compared:
-        table.add_column(Text(f"against {report.other}"), justify="right", overflow="fold")
+    for heading in (Text(f"against\n{report.other}", overflow="ellipsis"), "p") if compared else ():
+        table.add_column(heading, justify="right", no_wrap=True)
     for _, score in report.wholes:
         table.add_row(
-            Text(score.task),
-            Text(score.metric),
+            Text.assemble(score.task, " ", (score.metric, "dim")),
             wording.score_text(score),
             wording.figure(score.chance, wording.is_share(score)),
             Text(wording.mark(score), style="yellow"),
-            *([_against(compared.get((score.task, score.metric)), report.level)] if compared else []),
+            *(_against(compared.get((score.task, score.metric)), report.level) if compared else ()),
         )
     return table
 
 
-def _against(one: Difference | None, level: float) -> Text:
+def _against(one: Difference | None, level: float) -> tuple[Text, Text]:
     if one is None:
-        return Text(wording.NONE)
-    shown = f"{wording.signed(one.difference, wording.is_share(one))}, p {wording.p_text(one.p)}"
-    return Text(shown, style=_STYLES[wording.verdict(one, level)])
+        return Text(wording.NONE), Text("")
+    style = _STYLES[wording.verdict(one, level)]
+    return Text(wording.signed(one.difference, wording.is_share(one)), style=style), Text(wording.p_text(one.p))

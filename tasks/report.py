@@ -164,6 +164,7 @@ def resolved(config: Config) -> Config:
     return config.model_copy(update={"references": sha256_file(REFERENCES)})
 
 
+# How a report is written and drawn is part of what comes out: the version is raised when that changes.
 STAGE = Stage(
     name="report",
     version=1,

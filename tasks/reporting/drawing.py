@@ -16,7 +16,7 @@ from tasks.scores import NEAR, Score
 
 BAR_WIDTH, BAR_HEIGHT = 380, 30
 NARROW_WIDTH, NARROW_HEIGHT = 210, 22
-INTERVAL_WIDTH = 300
+INTERVAL_WIDTH = 270
 CHART_WIDTH, CHART_HEIGHT = 320, 170
 _SIDE = 6
 _CHART_LEFT, _CHART_RIGHT, _CHART_TOP, _CHART_BOTTOM = 46, 12, 10, 24
@@ -38,14 +38,21 @@ class Axis(NamedTuple):
         return self.begin + min(max(part, 0.0), 1.0) * (self.end - self.begin)
 
 
-def bar(score: Score, references: Sequence[Published] = (), narrow: bool = False) -> str:
-    """A score as a bar with two standard errors to either side, chance and majority class across it, and what was
-    published of others as ticks above it. A share is drawn from 0 to 100%, anything else from 0 to the largest."""
+def bar(
+    score: Score,
+    references: Sequence[Published] = (),
+    narrow: bool = False,
+    interval: tuple[float, float] | None = None,
+) -> str:
+    """A score as a bar with its interval, or with two standard errors to either side; chance and majority class across
+    it, and what was published of others as ticks above it. A share is drawn from 0 to 100%, anything else from 0 to the
+    largest of them."""
     if score.value is None:
         return ""
     share = wording.is_share(score)
     width, height = (NARROW_WIDTH, NARROW_HEIGHT) if narrow else (BAR_WIDTH, BAR_HEIGHT)
     error = NEAR * (score.standard_error or 0.0)
+    reached = interval or (score.value - error, score.value + error)
     axis = Axis(0.0, 1.0 if share else _largest(score, references), _SIDE, width - _SIDE)
     top, bottom = (5, height - 5) if narrow else (11, height - 4)
     middle = (top + bottom) / 2
@@ -57,8 +64,8 @@ def bar(score: Score, references: Sequence[Published] = (), narrow: bool = False
         f'<rect class="{"bar doubtful" if wording.mark(score) else "bar"}" x="{zero:.1f}" y="{top}" '
         f'width="{max(end - zero, 0.5):.1f}" height="{bottom - top}"><title>{_said(score)}</title></rect>'
     )
-    if error:
-        low, high = axis.at(score.value - error), axis.at(score.value + error)
+    if error or interval:
+        low, high = map(axis.at, reached)
         ends = f"M{low:.1f},{middle - 3}v6M{high:.1f},{middle - 3}v6"
         parts.append(f'<path class="error" d="{ends}M{low:.1f},{middle}H{high:.1f}"/>')
     for kind, value in (("majority", score.majority), ("chance", score.chance)):

@@ -1,5 +1,6 @@
 """A report as Markdown tables, as a README and the Prefect UI show them."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from tasks.reporting import wording
@@ -37,16 +38,24 @@ def to_markdown(report: Report) -> str:
 def _scores(report: Report) -> Iterator[str]:
     if not report.wholes:
         return
-    models = report.reference_models()[:SHOWN_REFERENCES]
+    models = _shown_models(report)
     heads = ["task", "metric", "score", "n", "few-shot", "chance", "majority", "", *map(markdown, models)]
     yield "## Scores"
     yield _table(heads, [_score_row(report, one, score, models) for one, score in report.wholes], left=(0, 1, 7))
     yield wording.LEGEND
     if not all(one.certain for one in report.references):
         yield wording.UNCERTAIN
-    left_out = report.reference_models()[SHOWN_REFERENCES:]
+    left_out = [model for model in report.reference_models() if model not in models]
     if left_out:
         yield f"Not in the table: what was published of {', '.join(map(markdown, left_out))}."
+
+
+def _shown_models(report: Report) -> list[str]:
+    """The models that most was published of, in the order of the references."""
+    known = report.reference_models()
+    published = Counter(one.model for one in report.references)
+    most = sorted(known, key=lambda model: -published[model])[:SHOWN_REFERENCES]
+    return [model for model in known if model in most]
 
 
 def _score_row(report: Report, evaluation: Evaluation, score: Score, models: Sequence[str]) -> Row:
@@ -124,11 +133,15 @@ def _groups(report: Report) -> Iterator[str]:
         for (task, metric), kinds in evaluation.divided().items():
             yield f"## {markdown(task)} by part, {markdown(metric)}"
             rows = [
-                [markdown(kind), markdown(name), wording.score_text(score), f"{score.n:,}", wording.mark(score)]
+                [
+                    *(markdown(kind), markdown(part.name), wording.part_text(part)),
+                    *(f"{part.score.n:,}", wording.mark(part.score)),
+                ]
                 for kind, parts in kinds.items()
-                for name, score in parts
+                for part in parts
             ]
             yield _table(["of", "part", "score", "n", ""], rows, left=(0, 1, 4))
+            yield wording.parts_legend([part for parts in kinds.values() for part in parts])
 
 
 def _sources(report: Report) -> Iterator[str]:

@@ -1,10 +1,10 @@
 """A report as one self-contained HTML page, which loads nothing and runs no script: light or dark, and printable."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from tasks.reporting import drawing, wording
-from tasks.reporting.report_data import Evaluation, Published, Report
+from tasks.reporting.report_data import Evaluation, Part, Published, Report
 from tasks.reporting.significance import INTERVAL, Difference
 from tasks.reporting.style import STYLE
 from tasks.scores import Score
@@ -171,22 +171,23 @@ def _history(report: Report) -> Iterator[str]:
 def _groups(report: Report) -> Iterator[str]:
     for evaluation in report.evaluations:
         for (task, metric), kinds in evaluation.divided().items():
-            scores = [score for parts in kinds.values() for _, score in parts]
+            every = [part for parts in kinds.values() for part in parts]
             yield f'<h2>{escape(task)} by part <span class="quiet">{escape(metric)}</span></h2>'
-            yield f"<p>Each of {wording.asked(scores)}. Bars of shares reach from 0 to 100%.</p>"
+            yield f"<p>{wording.parts_legend(every)} Bars of shares reach from 0 to 100%.</p>"
             blocks = "\n".join(_parts(kind, parts) for kind, parts in kinds.items())
             yield f'<div class="card parts">\n{blocks}\n</div>'
 
 
-def _parts(kind: str, parts: Sequence[tuple[str, Score]]) -> str:
-    rows = "\n".join(_part(name, score) for name, score in parts)
+def _parts(kind: str, parts: Sequence[Part]) -> str:
+    rows = "\n".join(map(_part, parts))
     return f'<section class="kind"><h3>{escape(kind)}</h3>\n{rows}\n</section>' if kind else rows
 
 
-def _part(name: str, score: Score) -> str:
+def _part(part: Part) -> str:
+    drawn = drawing.bar(part.score, narrow=True, interval=part.interval)
     return (
-        f'<div class="part"><span>{escape(name)}</span>{drawing.bar(score, narrow=True)}'
-        f"<span>{wording.score_text(score)}{_tag(wording.mark(score))}</span></div>"
+        f'<div class="part"><span>{escape(part.name)}</span>{drawn}'
+        f"<span>{wording.part_text(part)}{_tag(wording.mark(part.score))}</span></div>"
     )
 
 
@@ -199,20 +200,27 @@ def _published(report: Report) -> Iterator[str]:
     uncertain = "" if all(one.certain for one in report.references) else f" {wording.UNCERTAIN}"
     yield f"<p>As they were published, which may be with other prompts and other versions of the data.{uncertain}</p>"
     heads = "".join(f'<th class="number">{escape(name)}</th>' for name in (report.model, *models))
-    rows = "\n".join(_published_row(score, report.references_of(score), models) for score in measured)
+    sources = report.sources()
+    numbers = {(title, url): number for number, (title, url, _) in enumerate(sources, 1)}
+    rows = "\n".join(_published_row(score, report.references_of(score), models, numbers) for score in measured)
     yield _table(f"<th>task</th>{heads}", rows)
     items = "\n".join(
-        f"<li>{escape(', '.join(names))}: {_link(title, url)}</li>" for title, url, names in report.sources()
+        f'<li id="source-{number}">{escape(", ".join(names))}: {_link(title, url)}</li>'
+        for number, (title, url, names) in enumerate(sources, 1)
     )
-    yield f"<ul>\n{items}\n</ul>"
+    yield f"<ol>\n{items}\n</ol>"
 
 
-def _published_row(score: Score, references: Sequence[Published], models: Sequence[str]) -> str:
+def _published_row(
+    score: Score, references: Sequence[Published], models: Sequence[str], numbers: Mapping[tuple[str, str], int]
+) -> str:
     share = wording.is_share(score)
-    found = {
-        model: [wording.published_text(one, share) for one in references if one.model == model] for model in models
-    }
-    cells = "".join(f'<td class="number">{"<br>".join(found[model]) or wording.NONE}</td>' for model in models)
+    found: dict[str, list[str]] = {model: [] for model in models}
+    for one in references:
+        number = numbers[one.source, one.url]
+        source = f'<sup><a href="#source-{number}">{number}</a></sup>'
+        found[one.model].append(f"{wording.published_text(one, share)}{source}")
+    cells = "".join(f'<td class="number">{"<br>".join(values) or wording.NONE}</td>' for values in found.values())
     own = f'<td class="number own">{wording.figure(score.value, share)}</td>'
     return f"<tr>{_task_cell(score.task, score)}{own}{cells}</tr>"
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from common.errors import UserError
 from tasks.reporting.report_data import Evaluation, Provenance
+from tasks.reporting.significance import GROUP_COLON
 from tasks.scores import RESULTS, Score
 
 _PERPLEXITIES = ("token_perplexity", "word_perplexity", "bits_per_byte")
@@ -24,13 +25,16 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
         results = json.loads((folder / RESULTS).read_bytes())
         scores = [_score(row) for row in results["scores"]] if "scores" in results else _without_scores(results)
         provenance = _provenance(results)
-        kinds = {row["category"]: row["kind"] for row in results.get("categories", ())}
+        parts = _parts(results)
+        kinds = {name: row["kind"] for name, row in parts.items() if "kind" in row}
+        intervals = {name: row["interval"] for name, row in parts.items() if "interval" in row}
+        found = Evaluation(name=name, provenance=provenance, scores=tuple(scores), kinds=kinds, intervals=intervals)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise UserError(f"the evaluation '{name}' has no scores that can be read ({told}); evaluate again") from error
     if not scores:
         raise UserError(f"the evaluation '{name}' has no scores")
-    return Evaluation(name=name, provenance=provenance, scores=tuple(scores), kinds=kinds)
+    return found
 
 
 def _score(row: Mapping[str, Any]) -> Score:
@@ -48,6 +52,14 @@ def _without_scores(results: Mapping[str, Any]) -> list[Score]:
         ]
     value, error, n = (results[key] for key in ("exact_match", "standard_error", "n"))
     return [Score(task="exact_match", metric="exact_match", value=value, standard_error=error, n=n)]
+
+
+def _parts(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What results say of the parts of their task beside the scores, by the scores' groups."""
+    found = {row["category"]: row for row in results.get("categories", ())}
+    for division, rows in results.get("groups", {}).items():
+        found |= {f"{division}{GROUP_COLON}{row['group']}": row for row in rows}
+    return found
 
 
 def _provenance(results: Mapping[str, Any]) -> Provenance:

@@ -1,7 +1,7 @@
 """What a report over evaluations says, apart from how it looks: the page and the Markdown are two views of it."""
 
 from collections.abc import Sequence
-from typing import Self
+from typing import NamedTuple, Self
 
 from common.config import FrozenModel
 from tasks.reporting.significance import GROUP_COLON, LEVEL, Difference
@@ -23,6 +23,17 @@ class Provenance(FrozenModel):
     """The digest of each data set, by its id."""
 
 
+class Part(NamedTuple):
+    """A score of a part of a task."""
+
+    name: str
+    """What the part is called among those of its kind."""
+    score: Score
+    """What it was given."""
+    interval: tuple[float, float] | None
+    """Its 95% interval, where the evaluation gives one."""
+
+
 class Evaluation(FrozenModel):
     """The scores of one evaluation, and how they came about."""
 
@@ -35,15 +46,19 @@ class Evaluation(FrozenModel):
     kinds: dict[str, str] = {}  # noqa: RUF012 - frozen
     """What the parts of its task are of, by the part's name: of the category geography, knowledge."""
 
-    def divided(self) -> dict[tuple[str, str], dict[str, list[tuple[str, Score]]]]:
-        """The scores of parts of tasks, each with the part's name, by task and metric, and by what the parts are of:
-        their kind, of a group such as `digits: 3` the digits, else nothing."""
-        found: dict[tuple[str, str], dict[str, list[tuple[str, Score]]]] = {}
+    intervals: dict[str, tuple[float, float]] = {}  # noqa: RUF012 - frozen
+    """The 95% intervals of parts, by the part's name, where the evaluation gives better ones than standard errors."""
+
+    def divided(self) -> dict[tuple[str, str], dict[str, list[Part]]]:
+        """The scores of parts of tasks, by task and metric, and by what the parts are of: their kind, of a group such
+        as `digits: 3` the digits, else nothing."""
+        found: dict[tuple[str, str], dict[str, list[Part]]] = {}
         for score in self.scores:
             if score.group is not None:
                 division, colon, part = score.group.partition(GROUP_COLON)
                 kind, name = (division, part) if colon else (self.kinds.get(score.group, ""), score.group)
-                found.setdefault((score.task, score.metric), {}).setdefault(kind, []).append((name, score))
+                kinds = found.setdefault((score.task, score.metric), {})
+                kinds.setdefault(kind, []).append(Part(name, score, self.intervals.get(score.group)))
         return found
 
 

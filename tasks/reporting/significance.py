@@ -13,6 +13,7 @@ N documents that both evaluations have.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from common.config import FrozenModel
-from common.errors import UserError
 from tasks.scores import SAMPLES, Score
 
 LEVEL = 0.01
@@ -84,7 +84,7 @@ class Difference(FrozenModel):
 
 def differences(first: Path, second: Path, scores: Iterable[Score]) -> tuple[Difference, ...]:
     """The differences of two evaluations of one task, folders with `samples.parquet`, in those of `scores`, which are
-    the first's, in which they can be compared. Raises UserError as `difference` does."""
+    the first's, in which they can be compared."""
     found = (difference(first, second, score) for score in scores)
     return tuple(one for one in found if one is not None)
 
@@ -95,8 +95,6 @@ def difference(first: Path, second: Path, score: Score) -> Difference | None:
     None where it cannot be told: the metric is no column of both samples, there are none, or fewer than two documents
     with a finite measure are in common. A metric that is no mean over documents, such as a perplexity, is compared by
     what its documents were given.
-
-    Raises UserError where an evaluation has a document twice.
     """
     columns = [_measured(folder, score) for folder in (first, second)]
     if any(column is None for column in columns):
@@ -141,7 +139,7 @@ def _t_test(differences_N: Floats, error: float) -> float:
     return float(2 * t.sf(abs(differences_N.mean()) / error, len(differences_N) - 1))
 
 
-def _measured(folder: Path, score: Score) -> dict[Any, float] | None:
+def _measured(folder: Path, score: Score) -> dict[tuple[Any, int], float] | None:
     """What each document was given, by its id; None where the samples do not say."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -158,8 +156,7 @@ def _measured(folder: Path, score: Score) -> dict[Any, float] | None:
     table: Any = pq.read_table(path, columns=sorted(needed))
     if column is not None:
         table = table.filter(pc.equal(table[column].cast(pa.string()), value))
-    identities = table[IDENTITY].to_pylist()
-    _refuse_twice(identities, path)
+    identities = _counted(table[IDENTITY].to_pylist())
     return dict(zip(identities, table[score.metric].cast(pa.float64()).to_numpy().tolist(), strict=True))
 
 
@@ -178,9 +175,12 @@ def _is_number(kind: Any) -> bool:
     return bool(pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
-def _refuse_twice(identities: Sequence[Any], path: Path) -> None:
-    seen: set[Any] = set()
+def _counted(identities: Sequence[Any]) -> list[tuple[Any, int]]:
+    """The ids, each with how often it stood before: of a question that is asked twice, the first answers are a pair,
+    and the second ones."""
+    seen: Counter[Any] = Counter()
+    found = []
     for identity in identities:
-        if identity in seen:
-            raise UserError(f"{path} has the document {identity!r} twice, so it cannot be paired; evaluate again")
-        seen.add(identity)
+        found.append((identity, seen[identity]))
+        seen[identity] += 1
+    return found

@@ -19,6 +19,8 @@ h2 {{ font-size: 1.15rem; margin: 2.5rem 0 .5rem; overflow-wrap: anywhere; }}
 h3 {{ font-size: .95rem; margin: 0; overflow-wrap: anywhere; }}
 p {{ margin: .25rem 0 .75rem; color: var(--quiet); max-width: 62rem; }}
 a {{ color: var(--mark); }}
+sup {{ font-size: .7em; line-height: 0; margin-left: .15em; }}
+sup a {{ text-decoration: none; }}
 .quiet {{ color: var(--quiet); font-weight: 400; }}
 .card {{ border: 1px solid var(--line); border-radius: 12px; background: var(--stone); padding: .75rem 1rem;
   overflow-x: auto; }}
@@ -42,7 +44,7 @@ td.prose {{ overflow-wrap: anywhere; white-space: pre-wrap; vertical-align: top;
 .parts {{ columns: 29rem 2; column-gap: 2rem; }}
 .kind {{ break-inside: avoid; padding: .3rem 0; }}
 .kind h3 {{ color: var(--quiet); }}
-.part {{ display: grid; grid-template-columns: minmax(0, 1fr) auto 6.2rem; gap: .6rem; align-items: center;
+.part {{ display: grid; grid-template-columns: minmax(0, 1fr) auto 7.8rem; gap: .6rem; align-items: center;
   break-inside: avoid; font-size: .9rem; font-variant-numeric: tabular-nums; }}
 .part > :first-child {{ overflow-wrap: anywhere; line-height: 1.2; }}
 .part > :last-child {{ text-align: right; white-space: nowrap; line-height: 1.15; padding: .15rem 0; }}

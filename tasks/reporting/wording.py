@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection
 
-from tasks.reporting.report_data import Provenance, Published, Snapshot, below_chance
+from tasks.reporting.report_data import Part, Provenance, Published, Snapshot, below_chance
 from tasks.reporting.significance import Difference
 from tasks.scores import NEAR, Score
 
@@ -44,6 +44,23 @@ def score_text(score: Score) -> str:
     shown = figure(score.value, is_share(score))
     # An error of nothing, of answers that are all right or all wrong, says that there are few, and not that it is sure.
     return f"{shown} ± {error_figure(score.standard_error, is_share(score))}" if score.standard_error else shown
+
+
+def part_text(part: Part) -> str:
+    """`31.2% (24–39)` where there is an interval, else as `score_text`."""
+    if part.interval is None or part.score.value is None:
+        return score_text(part.score)
+    share = is_share(part.score)
+    low, high = (f"{100 * end:.0f}" if share else figure(end, share) for end in part.interval)
+    return f"{figure(part.score.value, share)} ({low}–{high})"
+
+
+def parts_legend(parts: Collection[Part]) -> str:
+    """What the numbers of some parts are."""
+    fewest, most = min(part.score.n for part in parts), max(part.score.n for part in parts)
+    asked = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    ends = any(part.interval is not None for part in parts)
+    return f"Each of {asked} documents{'; in brackets the 95% interval' if ends else ''}."
 
 
 def signed(value: float, share: bool) -> str:
@@ -88,12 +105,6 @@ def by_chance(count: int, level: float) -> str:
         f"Marked where p < {level:g}; of {count} comparisons without any difference, {count * level:.2g} would be. "
         "Of few documents p is exact, and the interval is not."
     )
-
-
-def asked(scores: Collection[Score]) -> str:
-    """How many documents each of some scores is of."""
-    fewest, most = min(score.n for score in scores), max(score.n for score in scores)
-    return f"{fewest:,} documents" if fewest == most else f"{fewest:,} to {most:,} documents"
 
 
 def shots(few_shot: int | None) -> str:

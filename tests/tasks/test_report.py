@@ -133,6 +133,19 @@ def test_evaluations_from_before_there_were_scores_are_read(run_stage: RunStage,
     assert found == {("token_perplexity", 9.5, False), ("word_perplexity", None, False), ("bits_per_byte", 1.1, False)}
 
 
+def test_kinds_and_intervals_of_parts_are_read(run_stage: RunStage, tmp_path: Path) -> None:
+    scores = [score(metric="correct", group=group).dumped() for group in ("poetry", "operator: +")]
+    categories = [{"category": "poetry", "kind": "creation", "interval": [0.1, 0.5]}]
+    groups = {"operator": [{"group": "+", "n": 5, "interval": [0.2, 0.6]}]}
+    made = write(tmp_path / "a", {"scores": scores, "categories": categories, "groups": groups})
+    output, _ = run_stage("report", CONFIG, evaluations=made)
+    (parts,) = read_report(output / REPORT_DATA).evaluations[0].divided().values()
+    assert {kind: [(part.name, part.interval) for part in found] for kind, found in parts.items()} == {
+        "creation": [("poetry", (0.1, 0.5))],
+        "operator": [("+", (0.2, 0.6))],
+    }
+
+
 @pytest.mark.parametrize(
     ("results", "message"),
     [
@@ -143,6 +156,7 @@ def test_evaluations_from_before_there_were_scores_are_read(run_stage: RunStage,
         ({"scores": [{**score().dumped(), "n": -1}]}, "greater than or equal to 0"),
         ({"scores": [{**score().dumped(), "surprise": 1}]}, "Extra inputs are not permitted"),
         ({"scores": [score().dumped()], "data": ["x"]}, "has no scores that can be read"),
+        ({"scores": [score().dumped()], "categories": [{"kind": "creation"}]}, "has no scores that can be read"),
         ({"scores": [score().dumped()], "num_fewshot": "five"}, "has no scores that can be read"),
     ],
 )

@@ -81,7 +81,15 @@ def report(name: str = "elite-112m", **fields: Any) -> Report:
         "title": name,
         "model": name,
         "other": name,
-        "evaluations": (Evaluation(name=name, provenance=provenance, scores=scores, kinds={name: name}),),
+        "evaluations": (
+            Evaluation(
+                name=name,
+                provenance=provenance,
+                scores=scores,
+                kinds={name: name},
+                intervals={"digits: 3": (0.86, 1.0)},
+            ),
+        ),
         "references": (
             published(name, task=name, source=name),
             published("OPT-125M", task=name, value=0.41, certain=False, few_shot=None),

@@ -64,7 +64,7 @@ def test_differences_history_parts_and_sources_follow() -> None:
     assert history[0] == ["task", "metric", "2026-10-01", "#2"]
     assert history[2] == ["elite-112m", "acc", "36.0% ± 1.0", "40.0% ± 1.0"]
     assert parts[2][:3] == ["elite-112m", "elite-112m", "25.0% ± 1.0"]
-    assert parts[3][:3] == ["digits", "3", "100.0%"]
+    assert parts[3][:3] == ["digits", "3", "100.0% (86–100)"]
     assert "- elite-112m: elite-112m, <https://example.org/card>" in text
     assert "few-shot 5; template elite-112m; task version 1.0; lm-eval 0.4.13; data elite-112m abababababab" in text
 
@@ -74,6 +74,14 @@ def test_only_so_many_models_have_a_column() -> None:
     text = to_markdown(report(references=tuple(published(model, task="elite-112m") for model in models)))
     assert tables(text)[0][0][8:] == models[:SHOWN_REFERENCES]
     assert "Not in the table: what was published of model 6, model 7." in text
+
+
+def test_the_models_with_a_column_are_those_that_most_was_published_of() -> None:
+    few = [published(f"model {number}", task="elite-112m") for number in range(SHOWN_REFERENCES)]
+    much = [published("last", task=task) for task in ("elite-112m", "copa")]
+    text = to_markdown(report(references=(*few, *much)))
+    assert tables(text)[0][0][-1] == "last"
+    assert "Not in the table: what was published of model 5." in text
 
 
 def test_two_values_of_one_model_are_both_shown() -> None:

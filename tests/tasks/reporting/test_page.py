@@ -24,6 +24,7 @@ class Reader(HTMLParser):
         self.tags: list[str] = []
         self.classes: list[str] = []
         self.links: list[str] = []
+        self.ids: list[str] = []
         self.attributes: set[str] = set()
         self.open: list[str] = []
         self.text = ""
@@ -37,6 +38,8 @@ class Reader(HTMLParser):
         self.tags.append(tag)
         for name, value in attributes:
             self.attributes.add(name)
+            if name == "id":
+                self.ids.append(value or "")
             if name == "class":
                 self.classes += (value or "").split()
             if name in ("href", "src", "xlink:href", "action"):
@@ -65,7 +68,10 @@ def test_the_page_stands_alone() -> None:
     assert "url(" not in text
     assert "@import" not in text
     assert "default-src 'none'" in text
-    assert set(page.links) == {"https://example.org/card"}
+    sources = [link for link in page.links if not link.startswith("#")]
+    assert sources == ["https://example.org/card"] * 2
+    assert {link.removeprefix("#") for link in page.links if link.startswith("#")} == set(page.ids)
+    assert len(page.ids) == 2
     assert not [name for name in page.attributes if name.startswith("on")]
 
 
@@ -81,7 +87,7 @@ def test_names_are_text() -> None:
 @pytest.mark.parametrize("url", ["javascript:alert(1)", "data:text/html,x", "JavaScript:x", " https://x", BAD])
 def test_what_is_no_address_of_the_web_is_no_link(url: str) -> None:
     page = read(to_html(report(references=(published(task="elite-112m", url=url),))))
-    assert page.links == []
+    assert page.links == ["#source-1"]
     assert url in page.text
 
 
@@ -106,6 +112,8 @@ def test_everything_is_shown() -> None:
         "better",
         "by part",
         "digits",
+        "100.0% (86–100)",
+        "in brackets the 95% interval",
         "1 significantly above it, 1 part significantly below",
         "6 tasks with 7 scores, 2 within two standard errors of chance or below, 2 significantly below elite-112m",
     ):

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from common.errors import UserError
 from tasks.reporting.significance import Difference, difference, differences
 from tasks.scores import Score, share
 from tests.tasks.reporting.made import evaluation
@@ -138,10 +137,14 @@ def test_a_metric_that_is_no_number_or_has_no_samples_is_no_difference(tmp_path:
     assert difference(first, second, ACC) is None
 
 
-def test_a_document_that_stands_twice_is_named(tmp_path: Path) -> None:
-    first, second = evaluation(tmp_path / "a", [0.1, 0.2]), evaluation(tmp_path / "b", [0.1, 0.2], ids=[7, 7])
-    with pytest.raises(UserError, match=r"b/samples\.parquet has the document 7 twice"):
-        difference(first, second, ACC)
+def test_a_question_that_is_asked_twice_is_two_pairs(tmp_path: Path) -> None:
+    first = evaluation(tmp_path / "a", [0.1, 0.2, 0.9, 0.5], ids=["p", "q", "p", "p"])
+    second = evaluation(tmp_path / "b", [0.1, 0.9, 0.3], ids=["p", "p", "q"])
+    found = difference(first, second, ACC)
+    assert found is not None
+    assert found.n == 3
+    assert (found.first, found.second) == pytest.approx((0.4, 1.3 / 3))
+    assert found.difference == pytest.approx(-0.1 / 3)
 
 
 def test_parts_are_compared_on_their_own_documents(tmp_path: Path) -> None:
