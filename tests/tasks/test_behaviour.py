@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import StageInterrupted, UserError
-from models.chat import Chat, Template, chat_of, write_chat
+from models.chat import Chat, Message, Template, chat_of, write_chat
 from models.engine import inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
@@ -26,6 +26,7 @@ from tasks.vocabulary.config import ROLES, Bytes
 from tasks.vocabulary.written import bytes_tokenizer
 from tests.tasks.asking.suite import write_suite
 from tests.tasks.conftest import RunStage, context_in
+from tests.tasks.conversations import write_tokens
 from tests.tasks.test_publish import model_folder, random_weights
 
 LONG = {"architecture": "llama", "max_position_embeddings": 128}
@@ -251,3 +252,41 @@ def test_the_interval_is_wilsons() -> None:
         (1, 29): (0.0061, 0.1718),
     }.items():
         assert wilson(correct, n) == pytest.approx(expected, abs=5e-5)
+
+
+LEARNT = {
+    "What is the capital of France?": "Paris.",
+    "Which is the largest ocean?": "The Pacific.",
+    "Write double(x).": "def double(x):\n    return 2 * x",
+    "Write halve(x).": "def halve(x):\n    return x - 2",
+}
+TRAINING = {
+    "steps": 150,
+    "batch_size": 8,
+    "sequence_length": 80,
+    "packing": "documents",
+    "optimizer": {"learning_rate": 0.01},
+}
+
+
+def test_a_model_that_has_learnt_answers_is_right_where_they_are(
+    run_stage: RunStage, tmp_path: Path, prompts: Path
+) -> None:
+    """All of it for real: a model is trained, what it says is scored, and its programs run."""
+    conversations: list[list[Message]] = [
+        [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}] for ask, answer in LEARNT.items()
+    ]
+    tokenizer = bytes_folder(tmp_path / "tokenizer")
+    tokens = write_tokens(tmp_path / "tokens", tokenizer, splits=dict.fromkeys(("train", "validation"), conversations))
+    shape = {**LONG, "vocab_size": 259, "hidden_size": 64, "intermediate_size": 64}
+    shape = {**shape, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model, _ = run_stage("pretrain", {"model": shape, "training": TRAINING}, tokens=tokens)
+    half = {"function": "halve", "cases": [{"arguments": [4], "returns": 2}, {"arguments": [6], "returns": 3}]}
+    answers = [{"regex": r"\bparis\b"}, {"exact": ["the Pacific"]}, {"python": DOUBLE}, {"python": half}]
+    write_category(prompts, "learnt", "knowledge", answers, list(LEARNT))
+    folder, measured = run_stage("behaviour", {"categories": ["learnt"], "max_new_tokens": 48}, model=model)
+    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    assert [sample["prediction"] for sample in samples] == list(LEARNT.values())
+    # The last one is right for the first case alone.
+    assert [sample["correct"] for sample in samples] == [True, True, True, False]
+    assert measured["correct"] == 3
