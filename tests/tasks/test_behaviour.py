@@ -282,7 +282,12 @@ def test_a_model_that_has_learnt_answers_is_right_where_they_are(
     shape = {**shape, "num_hidden_layers": 2, "num_attention_heads": 4}
     model, _ = run_stage("pretrain", {"model": shape, "training": TRAINING}, tokens=tokens)
     half = {"function": "halve", "cases": [{"arguments": [4], "returns": 2}, {"arguments": [6], "returns": 3}]}
-    answers = [{"regex": r"\bparis\b"}, {"exact": ["the Pacific"]}, {"python": DOUBLE}, {"python": half}]
+    answers: list[dict[str, Any]] = [
+        {"regex": r"\bparis\b"},
+        {"exact": ["the Pacific"]},
+        {"python": DOUBLE},
+        {"python": half},
+    ]
     write_category(prompts, "learnt", "knowledge", answers, list(LEARNT))
     folder, measured = run_stage("behaviour", {"categories": ["learnt"], "max_new_tokens": 48}, model=model)
     samples = pq.read_table(folder / "samples.parquet").to_pylist()
