@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -16,10 +17,11 @@ from models.engine import inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer, write_tokenizer
-from models.weights import whole_pieces
+from models.weights import Array, whole_pieces
 from tasks import behaviour
 from tasks.asking import questions
 from tasks.behaviour import first_answer, wilson
+from tasks.checkpoint import ModelFolder, write_model
 from tasks.registry import stage_named
 from tasks.scores import Score
 from tasks.vocabulary.config import ROLES, Bytes
@@ -215,6 +217,15 @@ def test_a_tokenizer_that_cannot_read_the_questions_is_refused(
 ) -> None:
     model, _ = model_folder(tmp_path / "model", LONG)  # it knows digits and signs
     with pytest.raises(UserError, match="does not know the character 'Q'"):
+        run_stage("behaviour", {}, model=model)
+
+
+def test_a_model_that_says_no_numbers_is_refused(run_stage: RunStage, tmp_path: Path, prompts: Path) -> None:
+    model, config = model_folder(tmp_path / "model", LONG, bytes_folder(tmp_path / "tokenizer"))
+    arrays: dict[str, Array] = dict(random_weights(config))
+    arrays["model.norm.weight"] = np.full_like(arrays["model.norm.weight"], np.nan)
+    write_model(model, ModelFolder(config, arrays, None, None, ()))
+    with pytest.raises(UserError, match="the model's logits are no numbers: look at the losses"):
         run_stage("behaviour", {}, model=model)
 
 
