@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 
 from common.config import FrozenModel
 from common.errors import UserError, suggestion
+from common.strict_yaml import StrictLoader
 from flows.controls import CONTROL, CONTROLLED, controls
 from flows.entry import StageEntry
 from flows.problems import first_problem
@@ -108,7 +109,7 @@ def _find(name_or_path: str) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a date that is none
         where = " ".join(str(error).split())
         raise UserError(f"recipe {path} cannot be read: {where}") from error
@@ -118,20 +119,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {key: _unshared(value) for key, value in content.items()}
     except RecursionError:
         raise UserError(f"recipe {path} cannot be read: one of its values contains itself") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice, of which YAML keeps only the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    problem = f"the key '{key.value}' stands twice"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _unshared(value: Any) -> Any:

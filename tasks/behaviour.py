@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import Field
 
 from common.config import FrozenModel
@@ -119,8 +120,8 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
 
     A question that is longer than the model's positions counts as wrong. Answers that hold a program are run in the
     sandbox of tasks.asking. Raises UserError for categories that are not there or are others than when the recipe was
-    loaded, where there are programs to run and the machine has no sandbox, and for questions that the tokenizer cannot
-    represent.
+    loaded, where there are programs to run and the machine has no sandbox, for questions that the tokenizer cannot
+    represent, and where what the model says is no number.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -183,12 +184,17 @@ def _answers(
     stops: set[int],
     watch: Callable[[str, int], None],
 ) -> list[list[int] | None]:
-    """The ids that the model goes on with, with the one that ends them; None for a prompt that is too long."""
+    """The ids that the model goes on with, with the one that ends them; None for a prompt that is too long.
+
+    Raises UserError where the model is broken: the most probable of no numbers would be just any token.
+    """
     longest = engine.config.max_position_embeddings
     fitting = [number for number, prompt in enumerate(prompts) if len(prompt) <= longest]
     # Neighbours of equal length waste no padding.
     fitting.sort(key=lambda number: -len(prompts[number]))
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
+    if fitting and np.isnan(engine.logits(np.array([prompts[fitting[-1]]], np.int32))).any():
+        raise UserError("the model's logits are no numbers: look at the losses of its training")
     answers: list[list[int] | None] = [None] * len(prompts)
     for start in range(0, len(fitting), config.batch_size):
         watch("answered", start)

@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.tasks.harness.against_hf import Model, answers, compare, ours, random_model, theirs
 
-ELITE = {
+ELITE: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 2048,
     "num_hidden_layers": 12,

@@ -1,9 +1,21 @@
 """What the behaviour suite found, as it is shown at the end of a run."""
 
+import io
+from pathlib import Path
 from typing import Any
 
+import pytest
+from rich.console import Console
+
+from artifacts.store import Store
+from common.errors import UserError
 from flows.evaluation_tables import Scored, evaluation_tables, exact_match_table, last_of_each
+from flows.recipe import load_recipe
+from flows.run import _show_result
+from tasks.asking import questions
+from tasks.behaviour import Config
 from tests.flows.test_exact_match import record, shown
+from tests.tasks.asking.suite import write_suite
 
 
 def counted(n: int, correct: int, low: float, high: float) -> dict[str, Any]:
@@ -63,3 +75,41 @@ def test_the_last_one_of_a_run_is_shown_and_not_compared_as_exact_match() -> Non
     )
     assert last_of_each([whole, part, again]) == [part, again]
     assert exact_match_table([whole, part, again]) is None
+
+
+RECIPE = """
+description: A model that is asked.
+stages:
+  texts: {stage: documents, source: {kind: arithmetic, maximum: 9, train: 60, validation: 8, test: 8}}
+  tokenizer: {stage: tokenizer, vocabulary: {kind: bytes}}
+  tokens: {stage: tokens, documents: texts, tokenizer: tokenizer}
+  base:
+    stage: pretrain
+    tokens: tokens
+    model: {architecture: llama, vocab_size: 259, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1,
+            num_attention_heads: 2, max_position_embeddings: 96}
+    training: {steps: 1, batch_size: 1, sequence_length: 9, optimizer: {learning_rate: 0.01}}
+  asked: {stage: behaviour, model: base, categories: [poetry]}
+"""
+
+
+def test_a_recipe_holds_the_digest_of_its_questions_and_shows_their_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = write_suite(tmp_path / "prompts")
+    monkeypatch.setattr(questions, "PROMPTS", prompts)
+    path = tmp_path / "asked.yaml"
+    path.write_text(RECIPE)
+    recipe = load_recipe(str(path))
+    config = recipe.stages[-1].config
+    assert isinstance(config, Config)
+    assert config.suite == questions.suite_digest(["poetry"])
+    records = {
+        entry.name: record(entry.stage, **(metrics() if entry.name == "asked" else {})) for entry in recipe.stages
+    }
+    text = io.StringIO()
+    _show_result(recipe, records, Store.open(str(tmp_path / "store")), tmp_path, Console(file=text, width=120))
+    assert "Questions answered rightly" in text.getvalue()
+    path.write_text(RECIPE.replace("poetry", "poesy"))
+    with pytest.raises(UserError, match=r"stages.asked: there is no category 'poesy'"):
+        load_recipe(str(path))

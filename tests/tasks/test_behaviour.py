@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -11,21 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import StageInterrupted, UserError
-from models.chat import Chat, Template, chat_of, write_chat
+from models.chat import Chat, Message, Template, chat_of, write_chat
 from models.engine import inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer, write_tokenizer
-from models.weights import whole_pieces
+from models.weights import Array, whole_pieces
 from tasks import behaviour
 from tasks.asking import questions
 from tasks.behaviour import first_answer, wilson
+from tasks.checkpoint import ModelFolder, write_model
 from tasks.registry import stage_named
 from tasks.scores import Score
 from tasks.vocabulary.config import ROLES, Bytes
 from tasks.vocabulary.written import bytes_tokenizer
 from tests.tasks.asking.suite import write_suite
 from tests.tasks.conftest import RunStage, context_in
+from tests.tasks.conversations import write_tokens
 from tests.tasks.test_publish import model_folder, random_weights
 
 LONG = {"architecture": "llama", "max_position_embeddings": 128}
@@ -217,6 +220,15 @@ def test_a_tokenizer_that_cannot_read_the_questions_is_refused(
         run_stage("behaviour", {}, model=model)
 
 
+def test_a_model_that_says_no_numbers_is_refused(run_stage: RunStage, tmp_path: Path, prompts: Path) -> None:
+    model, config = model_folder(tmp_path / "model", LONG, bytes_folder(tmp_path / "tokenizer"))
+    arrays: dict[str, Array] = dict(random_weights(config))
+    arrays["model.norm.weight"] = np.full_like(arrays["model.norm.weight"], np.nan)
+    write_model(model, ModelFolder(config, arrays, None, None, ()))
+    with pytest.raises(UserError, match="the model's logits are no numbers: look at the losses"):
+        run_stage("behaviour", {}, model=model)
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
@@ -251,3 +263,46 @@ def test_the_interval_is_wilsons() -> None:
         (1, 29): (0.0061, 0.1718),
     }.items():
         assert wilson(correct, n) == pytest.approx(expected, abs=5e-5)
+
+
+LEARNT = {
+    "What is the capital of France?": "Paris.",
+    "Which is the largest ocean?": "The Pacific.",
+    "Write double(x).": "def double(x):\n    return 2 * x",
+    "Write halve(x).": "def halve(x):\n    return x - 2",
+}
+TRAINING = {
+    "steps": 150,
+    "batch_size": 8,
+    "sequence_length": 80,
+    "packing": "documents",
+    "optimizer": {"learning_rate": 0.01},
+}
+
+
+def test_a_model_that_has_learnt_answers_is_right_where_they_are(
+    run_stage: RunStage, tmp_path: Path, prompts: Path
+) -> None:
+    """All of it for real: a model is trained, what it says is scored, and its programs run."""
+    conversations: list[list[Message]] = [
+        [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}] for ask, answer in LEARNT.items()
+    ]
+    tokenizer = bytes_folder(tmp_path / "tokenizer")
+    tokens = write_tokens(tmp_path / "tokens", tokenizer, splits=dict.fromkeys(("train", "validation"), conversations))
+    shape = {**LONG, "vocab_size": 259, "hidden_size": 64, "intermediate_size": 64}
+    shape = {**shape, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model, _ = run_stage("pretrain", {"model": shape, "training": TRAINING}, tokens=tokens)
+    half = {"function": "halve", "cases": [{"arguments": [4], "returns": 2}, {"arguments": [6], "returns": 3}]}
+    answers: list[dict[str, Any]] = [
+        {"regex": r"\bparis\b"},
+        {"exact": ["the Pacific"]},
+        {"python": DOUBLE},
+        {"python": half},
+    ]
+    write_category(prompts, "learnt", "knowledge", answers, list(LEARNT))
+    folder, measured = run_stage("behaviour", {"categories": ["learnt"], "max_new_tokens": 48}, model=model)
+    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    assert [sample["prediction"] for sample in samples] == list(LEARNT.values())
+    # The last one is right for the first case alone.
+    assert [sample["correct"] for sample in samples] == [True, True, True, False]
+    assert measured["correct"] == 3
