@@ -32,32 +32,19 @@ def score_table(records: Sequence[Record]) -> Table:
     for record in records:
         metrics: dict[str, Any] = record.metrics
         for number, dumped in enumerate(metrics["scores"]):
-            score = scored(dumped)
+            score = Score.of(dumped)
             table.add_row(
                 "" if number else Text(score.task),
                 Text(score.metric),
-                Text(f"{told(score, score.value, score.standard_error)}{MARK if score.near_chance else ' '}"),
-                told(score, score.chance),
-                told(score, score.majority),
+                Text(f"{score.told(score.value, score.standard_error)}{MARK if score.near_chance else ' '}"),
+                score.told(score.chance),
+                score.told(score.majority),
                 f"{score.n:,}",
                 str(metrics.get("num_fewshot", "")),
             )
     table.caption = f"{MARK} no more than two standard errors better than chance"
     table.caption_justify = "left"
     return table
-
-
-def scored(dumped: dict[str, Any]) -> Score:
-    """A score as results and records have it."""
-    return Score.model_validate({name: value for name, value in dumped.items() if name in Score.model_fields})
-
-
-def told(score: Score, value: float | None, error: float | None = None) -> str:
-    """A score, or what it is held against, as people read it."""
-    if value is None:
-        return "—"
-    form = ".2%" if score.is_share else ",.4g"
-    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form}}"
 
 
 def show_samples(store: Store, record: Record, task: str, wrong: bool, count: int, console: Console) -> None:

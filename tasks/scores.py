@@ -7,8 +7,8 @@ metric, by which two models are compared pair by pair.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 from pydantic import Field
@@ -54,6 +54,18 @@ class Score(FrozenModel):
     def is_share(self) -> bool:
         """Whether it is read as a percentage."""
         return self.higher_is_better and self.value is not None and 0 <= self.value <= 1
+
+    def told(self, value: float | None, error: float | None = None) -> str:
+        """It, its error, or what it is held against, as people read them."""
+        if value is None:
+            return "—"
+        form = ".2%" if self.is_share else ",.4g"
+        return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form}}"
+
+    @classmethod
+    def of(cls, dumped: Mapping[str, Any]) -> Self:
+        """The score as `dumped` has written it."""
+        return cls.model_validate({name: value for name, value in dumped.items() if name in cls.model_fields})
 
     def dumped(self) -> dict[str, Any]:
         """As JSON has it."""

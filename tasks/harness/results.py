@@ -191,10 +191,5 @@ def _text(value: Any) -> str:
 def told(made: Sequence[Score]) -> Iterator[str]:
     """Scores in words, each with its error and what guessing gives."""
     for score in made:
-        if score.value is None:
-            yield f"{score.metric} not to be told"
-            continue
-        form = ".2%" if score.is_share else ",.4g"
-        error = "" if score.standard_error is None else f" ± {score.standard_error:{form}}"
         mark = ", no better than chance" if score.near_chance else ""
-        yield f"{score.metric} {score.value:{form}}{error}{mark}"
+        yield f"{score.metric} {score.told(score.value, score.standard_error)}{mark}"
