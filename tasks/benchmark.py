@@ -36,6 +36,7 @@ FEWSHOT_SEED, RANDOM_SEED, NUMPY_SEED = 1234, 0, 1234
 BOOTSTRAPS = 1000
 """Draws behind a standard error that has no formula."""
 _TEMPLATE = ("description", "doc_to_text", "doc_to_target", "doc_to_choice", "target_delimiter", "fewshot_delimiter")
+_UNSAFE = "'{}' runs what a model writes as a program, unfenced, and Cairn does not; `behaviour` asks for programs too"
 _LEVELLED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
@@ -76,7 +77,10 @@ def resolved(config: Config) -> Config:
     if more or leaf.name != config.task:
         members = ", ".join(member.name for member in (leaf, *more)[:6])
         raise UserError(f"'{config.task}' is a group of tasks ({members}, …); a stage asks one of them")
-    data = identities(data_sets(definition(task_path(config.task))))
+    described = definition(task_path(config.task))
+    if described.get("unsafe_code"):
+        raise UserError(_UNSAFE.format(config.task))
+    data = identities(data_sets(described))
     if config.data is not None and config.data != data:
         raise UserError(f"the data of '{config.task}' are not what they were; take `data` out of the recipe")
     return config.model_copy(update={"harness": version, "data": data})
@@ -157,7 +161,7 @@ def load_task(config: Config) -> Any:
         loaded = TaskManager(include_defaults=False).load([str(task_path(config.task))])
     task = loaded["tasks"][config.task]
     if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(f"'{config.task}' runs what a model writes as a program, unfenced; Cairn does not")
+        raise UserError(_UNSAFE.format(config.task))
     if getattr(task, "MULTIMODAL", False) or task.OUTPUT_TYPE not in _LEVELLED:
         raise UserError(f"'{config.task}' asks for more than text ({task.OUTPUT_TYPE})")
     own = task.get_config("num_fewshot")

@@ -23,7 +23,7 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
     """
     try:
         results = json.loads((folder / RESULTS).read_bytes())
-        scores = [_score(row) for row in results["scores"]] if "scores" in results else _without_scores(results)
+        scores = [Score.of(row) for row in results["scores"]] if "scores" in results else _without_scores(results)
         provenance = _provenance(results)
         parts = _parts(results)
         kinds = {name: row["kind"] for name, row in parts.items() if "kind" in row}
@@ -35,11 +35,6 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
     if not scores:
         raise UserError(f"the evaluation '{name}' has no scores")
     return found
-
-
-def _score(row: Mapping[str, Any]) -> Score:
-    """A score as `Score.dumped` wrote it."""
-    return Score.model_validate({key: value for key, value in row.items() if key != "near_chance"})
 
 
 def _without_scores(results: Mapping[str, Any]) -> list[Score]:
