@@ -21,7 +21,7 @@ from artifacts.store import Store
 from common.errors import StageFailed, UserError
 from models.machine import release_memory
 from models.training.loop import EXIT_GO_ON_LATER, Interrupted
-from tasks.events import as_event, error_event
+from tasks.events import Event, as_event, error_event
 from tasks.produce import produce
 from tasks.work import Work
 
@@ -77,8 +77,10 @@ def main(arguments: list[str]) -> int:
     try:
         while (line := works.get()) is not None:
             working.set()
-            _do(Work.model_validate_json(line), channel)
+            ending = _done(Work.model_validate_json(line), channel)
+            # First: a parent that has heard of the end may close standard input at once, and means no stop by that.
             working.clear()
+            channel.send(ending)
             release_memory()
     except (Interrupted, KeyboardInterrupt):
         working.clear()  # the parent closes standard input at what follows, which is no further signal then
@@ -136,21 +138,21 @@ def _read_works(works: "queue.Queue[bytes | None]", working: threading.Event) ->
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _do(work: Work, channel: Channel) -> None:
+def _done(work: Work, channel: Channel) -> Event:
+    """Does a work; gives the event that tells how it ended."""
     store = Store.open(work.store)
     try:
         outcome = produce(store, work, lambda event: channel.send(as_event(event)))
     except UserError as error:
-        channel.send(error_event(error))
+        return error_event(error)
     except (Interrupted, KeyboardInterrupt):
         raise
     except StageFailed as error:
         # It brings what is to be read of the process that failed.
-        channel.send({"event": "Failed", "traceback": str(error)})
+        return {"event": "Failed", "traceback": str(error)}
     except Exception:
-        channel.send({"event": "Failed", "traceback": traceback.format_exc()})
-    else:
-        channel.send({"event": "Done", "key": outcome.record.key, "reused": outcome.reused})
+        return {"event": "Failed", "traceback": traceback.format_exc()}
+    return {"event": "Done", "key": outcome.record.key, "reused": outcome.reused}
 
 
 if __name__ == "__main__":
