@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from pydantic import Field
@@ -233,10 +234,12 @@ def _shown(columns: Mapping[str, Sequence[Any]], number: int) -> list[dict[str, 
 
 def _summarised(categories: Sequence[Category], asked: Sequence[Asked], correct: Sequence[bool]) -> dict[str, Any]:
     """The scores, and beside them the counts, with intervals that hold for few questions too."""
-    scores, groups = [share(BEHAVIOUR, CORRECT, correct)], []
+    chances = [category.chance_of(question) for category, question in asked]
+    scores, groups = [share(BEHAVIOUR, CORRECT, correct, chance=fmean(chances))], []
     for category in categories:
-        found = [right for one, right in zip(asked, correct, strict=True) if one.category is category]
-        scores.append(share(BEHAVIOUR, CORRECT, found, group=category.category))
+        mine = [number for number, one in enumerate(asked) if one.category is category]
+        found, chance = [correct[number] for number in mine], fmean(chances[number] for number in mine)
+        scores.append(share(BEHAVIOUR, CORRECT, found, group=category.category, chance=chance))
         groups.append({"category": category.category, "kind": category.kind, **_counted(found)})
     return {**_counted(correct), "categories": groups, "scores": [score.dumped() for score in scores]}
 
@@ -268,7 +271,7 @@ def _summary(results: Mapping[str, Any]) -> str:
 
 STAGE = Stage(
     name="behaviour",
-    version=1,
+    version=2,
     config=Config,
     inputs={"model": Kind.MODEL},
     output=Kind.EVALUATION,

@@ -48,9 +48,12 @@ def bytes_folder(folder: Path, template: Template | None = None) -> Path:
     return folder
 
 
-def write_category(folder: Path, name: str, kind: str, answers: Sequence[dict[str, Any]], asked: Sequence[str]) -> None:
+def write_category(
+    folder: Path, name: str, kind: str, answers: Sequence[dict[str, Any]], asked: Sequence[str], chance: float = 0.0
+) -> None:
     entries = [{"ask": ask, "answer": answer} for ask, answer in zip(asked, answers, strict=True)]
-    text = yaml.safe_dump({"category": name, "kind": kind, "questions": entries}, allow_unicode=True)
+    content = {"category": name, "kind": kind, "chance": chance, "questions": entries}
+    text = yaml.safe_dump(content, allow_unicode=True)
     (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
@@ -82,7 +85,7 @@ def test_answers_are_scored_by_category(
     # What the model says is the right answer to every other question of one category, and to none of the other.
     true = [{"regex": f"^{re.escape(text)}$" if number % 2 else r"\bParis\b"} for number, text in enumerate(said)]
     assert all(said)
-    write_category(prompts, "echo", "reasoning", true, ASKED)
+    write_category(prompts, "echo", "reasoning", true, ASKED, chance=0.25)
     write_category(prompts, "python", "code", [{"python": DOUBLE}], ["Write double(x)."])
     settings = {"categories": ["python", "echo"], "template": named, "max_new_tokens": 8, "batch_size": 5}
     folder, measured = run_stage("behaviour", {**settings, "shown_samples": 4}, model=model)
@@ -102,6 +105,8 @@ def test_answers_are_scored_by_category(
         ("behaviour", "correct", "echo", 12),
         ("behaviour", "correct", "python", 1),
     ]
+    assert [one.chance for one in scores] == [pytest.approx(3 / 13), 0.25, 0.0]
+    assert [one["near_chance"] for one in results["scores"]] == [True, True, False]
     assert scores[0].value == pytest.approx(6 / 13)
     assert scores[1].standard_error == pytest.approx(0.1508, abs=1e-4)
     assert measured["summary"].startswith("6 of 13 questions right, 46.2% (23.2% to 70.9%)")
