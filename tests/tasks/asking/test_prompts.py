@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common.strict_yaml import StrictLoader
 from tasks.asking.answers import Exact, Form, Numeric, Program, Python, Regex, Set
@@ -174,6 +176,14 @@ def test_answers_are_taken_for_what_they_are() -> None:
     assert not refused
     taken = [(key, said) for key, one in told.items() for said in one.get("wrong", ()) if right(known[key], said)]
     assert not taken
+
+
+@settings(max_examples=25)
+@given(st.text(max_size=60) | st.text("0123456789,.-/#٣²½", max_size=60).map(lambda text: text * 200))
+def test_whatever_is_said_is_right_or_wrong(said: str) -> None:
+    for _, question in ASKED:
+        if not isinstance(question.answer, Python):
+            assert is_right(question.answer, said) in (True, False)
 
 
 def test_sums_are_right() -> None:
