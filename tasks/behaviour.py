@@ -90,6 +90,12 @@ class Asking:
             return [self._tokenizer.bos_id, *self._tokenizer.encode(f"{BEFORE}{ask}{BEHIND}")]
         return self._chat.prompt_ids([_message(ask)])
 
+    def ended(self, answer: Sequence[int]) -> bool:
+        """Whether an answer is at its end: at a stop or, in a text, where something else begins."""
+        if answer and answer[-1] in self.stops:
+            return True
+        return self._chat is None and _ENDS.search(self._tokenizer.decode(answer).strip()) is not None
+
     def said(self, prompt: Sequence[int], answer: Sequence[int]) -> str:
         """What an answer says: of a text, what stands before a blank line or another question."""
         if self._chat is not None:
@@ -139,7 +145,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
     )
     watch = _watcher(context, len(asked))
-    answers = _answers(engine, prompts, config, asking.stops, watch)
+    answers = _answers(engine, prompts, config, asking, watch)
     said = ["" if ids is None else asking.said(prompt, ids) for prompt, ids in zip(prompts, answers, strict=True)]
     correct = _scored(asked, said, watch)
     columns = _columns(asked, said, correct)
@@ -149,7 +155,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         "template": asking.template,
         **config.model_dump(mode="json", include={"suite", "precision", "bits", "max_new_tokens"}),
         **_summarised(categories, asked, correct),
-        "cut_off": sum(ids is not None and (not ids or ids[-1] not in asking.stops) for ids in answers),
+        "cut_off": sum(ids is not None and not asking.ended(ids) for ids in answers),
         "too_long": sum(ids is None for ids in answers),
         "samples": _shown(columns, config.shown_samples),
     }
@@ -181,10 +187,10 @@ def _answers(
     engine: InferenceEngine,
     prompts: Sequence[Sequence[int]],
     config: Config,
-    stops: set[int],
+    asking: Asking,
     watch: Callable[[str, int], None],
 ) -> list[list[int] | None]:
-    """The ids that the model goes on with, with the one that ends them; None for a prompt that is too long."""
+    """The ids that the model goes on with, with what ends them; None for a prompt that is too long."""
     longest = engine.config.max_position_embeddings
     fitting = [number for number, prompt in enumerate(prompts) if len(prompt) <= longest]
     # Neighbours of equal length waste no padding.
@@ -194,7 +200,9 @@ def _answers(
     for start in range(0, len(fitting), config.batch_size):
         watch("answered", start)
         batch = fitting[start : start + config.batch_size]
-        written = generate(engine, [prompts[number] for number in batch], sampling, stops, config.batch_size)
+        written = generate(
+            engine, [prompts[number] for number in batch], sampling, asking.stops, config.batch_size, asking.ended
+        )
         for number, answer in zip(batch, written, strict=True):
             answers[number] = answer
     return answers

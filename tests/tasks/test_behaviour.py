@@ -19,7 +19,7 @@ from models.tokenizer import Tokenizer, write_tokenizer
 from models.weights import whole_pieces
 from tasks import behaviour
 from tasks.asking import questions
-from tasks.behaviour import first_answer, wilson
+from tasks.behaviour import Asking, first_answer, wilson
 from tasks.registry import stage_named
 from tasks.scores import Score
 from tasks.vocabulary.config import ROLES, Bytes
@@ -134,6 +134,45 @@ def test_the_batch_changes_nothing(run_stage: RunStage, tmp_path: Path, prompts:
     results = json.loads((folders[0] / "results.json").read_bytes())
     assert [group["category"] for group in results["categories"]] == ["code-function", "geography", "poetry"]
     assert results["n"] == 6
+
+
+def test_a_text_is_generated_up_to_what_ends_it(
+    run_stage: RunStage, tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = model_folder(tmp_path / "model", LONG, bytes_folder(tmp_path / "tokenizer"))
+    settings = {"max_new_tokens": 8, "categories": ["geography"]}
+    assert run_stage("behaviour", settings, model=model)[1]["cut_off"] == 3
+    monkeypatch.setattr(behaviour, "_ENDS", re.compile(r"\S"))
+    lengths: list[int] = []
+
+    def generated(*arguments: Any) -> list[list[int]]:
+        answers = generate(*arguments)
+        lengths.extend(map(len, answers))
+        return answers
+
+    monkeypatch.setattr(behaviour, "generate", generated)
+    assert run_stage("behaviour", {**settings, "shown_samples": 1}, model=model)[1]["cut_off"] == 0
+    assert max(lengths) < 8
+
+
+@pytest.mark.parametrize(
+    ("text", "ended"),
+    [
+        ("Paris", False),
+        ("\n\n Paris\n", False),
+        ("Paris\n\n", False),  # what comes next may be white space too
+        ("Paris\n\nIt", True),
+        ("Paris\nQuestion: Who", True),
+        ("", False),
+    ],
+)
+def test_a_text_ends_where_something_else_begins(tmp_path: Path, text: str, ended: bool) -> None:
+    tokenizer = Tokenizer(bytes_folder(tmp_path / "tokenizer"))
+    answer = tokenizer.encode(text)
+    for chat, expected in ((None, ended), (Chat(tokenizer, "plain", bos=True), False)):
+        asking = Asking(tokenizer, chat)
+        assert asking.ended(answer) is expected
+        assert asking.ended([*answer, min(asking.stops)])
 
 
 def test_what_is_longer_than_the_positions_is_wrong(run_stage: RunStage, tmp_path: Path, prompts: Path) -> None:
