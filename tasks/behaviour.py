@@ -15,7 +15,7 @@ from common.errors import StageInterrupted, UserError
 from common.files import canonical_json
 from models.chat import Chat, Message, Template, chat_of
 from models.engine import Bits, EngineName, InferenceEngine, Precision, inference_engine
-from models.generation import generate
+from models.generation import NotFinite, generate
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
 from models.training.events import Note
@@ -126,8 +126,8 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
 
     A question that is longer than the model's positions counts as wrong. Answers that hold a program are run in the
     sandbox of tasks.asking. Raises UserError for categories that are not there or are others than when the recipe was
-    loaded, where there are programs to run and the machine has no sandbox, and for questions that the tokenizer cannot
-    represent.
+    loaded, where there are programs to run and the machine has no sandbox, for questions that the tokenizer cannot
+    represent; and NotFinite where what the model says is not.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -145,7 +145,10 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
     )
     watch = _watcher(context, len(asked))
-    answers = _answers(engine, prompts, config, asking, watch)
+    try:
+        answers = _answers(engine, prompts, config, asking, watch)
+    except NotFinite as error:
+        raise NotFinite(f"the model '{context.labels.get('model', context.name)}'") from error
     said = ["" if ids is None else asking.said(prompt, ids) for prompt, ids in zip(prompts, answers, strict=True)]
     correct = _scored(asked, said, watch)
     columns = _columns(asked, said, correct)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -16,10 +17,11 @@ from models.engine import inference_engine
 from models.generation import generate
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer, write_tokenizer
-from models.weights import whole_pieces
+from models.weights import Array, whole_pieces
 from tasks import behaviour
 from tasks.asking import questions
 from tasks.behaviour import Asking, first_answer, wilson
+from tasks.checkpoint import ModelFolder, write_model
 from tasks.registry import stage_named
 from tasks.scores import Score
 from tasks.vocabulary.config import ROLES, Bytes
@@ -243,6 +245,15 @@ def test_without_a_sandbox_no_program_is_asked_for(
         run_stage("behaviour", {"max_new_tokens": 2}, model=model)
     _, measured = run_stage("behaviour", {"max_new_tokens": 2, "categories": ["poetry"]}, model=model)
     assert measured["n"] == 2
+
+
+def test_a_broken_model_is_named(run_stage: RunStage, tmp_path: Path, prompts: Path) -> None:
+    model, config = model_folder(tmp_path / "model", LONG, bytes_folder(tmp_path / "tokenizer"))
+    arrays: dict[str, Array] = dict(random_weights(config))
+    arrays["model.norm.weight"] = np.full_like(arrays["model.norm.weight"], np.nan)
+    write_model(model, ModelFolder(config, arrays, None, None, ()))
+    with pytest.raises(UserError, match="the model 'broken' says of the next token is not finite"):
+        run_stage("behaviour", {"max_new_tokens": 2}, labels={"model": "broken"}, model=model)
 
 
 def test_a_template_that_the_tokenizer_cannot_have_is_refused(
