@@ -178,8 +178,8 @@ def test_answers_are_taken_for_what_they_are() -> None:
     assert not taken
 
 
-@settings(max_examples=25)
-@given(st.text(max_size=60) | st.text("0123456789,.-/#٣²½", max_size=60).map(lambda text: text * 200))
+@settings(max_examples=8, deadline=None)
+@given(st.text(max_size=60) | st.text("0123456789,.-/#٣²½", max_size=60).map(lambda text: text * 100))
 def test_whatever_is_said_is_right_or_wrong(said: str) -> None:
     for _, question in ASKED:
         if not isinstance(question.answer, Python):
