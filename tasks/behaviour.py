@@ -5,9 +5,9 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
-import numpy as np
 from pydantic import Field
 
 from common.config import FrozenModel
@@ -15,7 +15,7 @@ from common.errors import StageInterrupted, UserError
 from common.files import canonical_json
 from models.chat import Chat, Message, Template, chat_of
 from models.engine import Bits, EngineName, InferenceEngine, Precision, inference_engine
-from models.generation import generate
+from models.generation import NotFinite, generate
 from models.sampling import SamplingConfig
 from models.tokenizer import Tokenizer
 from models.training.events import Note
@@ -90,6 +90,12 @@ class Asking:
             return [self._tokenizer.bos_id, *self._tokenizer.encode(f"{BEFORE}{ask}{BEHIND}")]
         return self._chat.prompt_ids([_message(ask)])
 
+    def ended(self, answer: Sequence[int]) -> bool:
+        """Whether an answer is at its end: at a stop or, in a text, where something else begins."""
+        if answer and answer[-1] in self.stops:
+            return True
+        return self._chat is None and _ENDS.search(self._tokenizer.decode(answer).strip()) is not None
+
     def said(self, prompt: Sequence[int], answer: Sequence[int]) -> str:
         """What an answer says: of a text, what stands before a blank line or another question."""
         if self._chat is not None:
@@ -121,7 +127,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     A question that is longer than the model's positions counts as wrong. Answers that hold a program are run in the
     sandbox of tasks.asking. Raises UserError for categories that are not there or are others than when the recipe was
     loaded, where there are programs to run and the machine has no sandbox, for questions that the tokenizer cannot
-    represent, and where what the model says is no number.
+    represent; and NotFinite where what the model says is not.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -139,7 +145,10 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
     )
     watch = _watcher(context, len(asked))
-    answers = _answers(engine, prompts, config, asking.stops, watch)
+    try:
+        answers = _answers(engine, prompts, config, asking, watch)
+    except NotFinite as error:
+        raise NotFinite(f"the model '{context.labels.get('model', context.name)}'") from error
     said = ["" if ids is None else asking.said(prompt, ids) for prompt, ids in zip(prompts, answers, strict=True)]
     correct = _scored(asked, said, watch)
     columns = _columns(asked, said, correct)
@@ -149,7 +158,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         "template": asking.template,
         **config.model_dump(mode="json", include={"suite", "precision", "bits", "max_new_tokens"}),
         **_summarised(categories, asked, correct),
-        "cut_off": sum(ids is not None and (not ids or ids[-1] not in asking.stops) for ids in answers),
+        "cut_off": sum(ids is not None and not asking.ended(ids) for ids in answers),
         "too_long": sum(ids is None for ids in answers),
         "samples": _shown(columns, config.shown_samples),
     }
@@ -181,25 +190,22 @@ def _answers(
     engine: InferenceEngine,
     prompts: Sequence[Sequence[int]],
     config: Config,
-    stops: set[int],
+    asking: Asking,
     watch: Callable[[str, int], None],
 ) -> list[list[int] | None]:
-    """The ids that the model goes on with, with the one that ends them; None for a prompt that is too long.
-
-    Raises UserError where the model is broken: the most probable of no numbers would be just any token.
-    """
+    """The ids that the model goes on with, with what ends them; None for a prompt that is too long."""
     longest = engine.config.max_position_embeddings
     fitting = [number for number, prompt in enumerate(prompts) if len(prompt) <= longest]
     # Neighbours of equal length waste no padding.
     fitting.sort(key=lambda number: -len(prompts[number]))
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
-    if fitting and np.isnan(engine.logits(np.array([prompts[fitting[-1]]], np.int32))).any():
-        raise UserError("the model's logits are no numbers: look at the losses of its training")
     answers: list[list[int] | None] = [None] * len(prompts)
     for start in range(0, len(fitting), config.batch_size):
         watch("answered", start)
         batch = fitting[start : start + config.batch_size]
-        written = generate(engine, [prompts[number] for number in batch], sampling, stops, config.batch_size)
+        written = generate(
+            engine, [prompts[number] for number in batch], sampling, asking.stops, config.batch_size, asking.ended
+        )
         for number, answer in zip(batch, written, strict=True):
             answers[number] = answer
     return answers
@@ -239,10 +245,12 @@ def _shown(columns: Mapping[str, Sequence[Any]], number: int) -> list[dict[str, 
 
 def _summarised(categories: Sequence[Category], asked: Sequence[Asked], correct: Sequence[bool]) -> dict[str, Any]:
     """The scores, and beside them the counts, with intervals that hold for few questions too."""
-    scores, groups = [share(BEHAVIOUR, CORRECT, correct)], []
+    chances = [category.chance_of(question) for category, question in asked]
+    scores, groups = [share(BEHAVIOUR, CORRECT, correct, chance=fmean(chances))], []
     for category in categories:
-        found = [right for one, right in zip(asked, correct, strict=True) if one.category is category]
-        scores.append(share(BEHAVIOUR, CORRECT, found, group=category.category))
+        mine = [number for number, one in enumerate(asked) if one.category is category]
+        found, chance = [correct[number] for number in mine], fmean(chances[number] for number in mine)
+        scores.append(share(BEHAVIOUR, CORRECT, found, group=category.category, chance=chance))
         groups.append({"category": category.category, "kind": category.kind, **_counted(found)})
     return {**_counted(correct), "categories": groups, "scores": [score.dumped() for score in scores]}
 
@@ -274,7 +282,7 @@ def _summary(results: Mapping[str, Any]) -> str:
 
 STAGE = Stage(
     name="behaviour",
-    version=1,
+    version=2,
     config=Config,
     inputs={"model": Kind.MODEL},
     output=Kind.EVALUATION,

@@ -10,7 +10,7 @@ OPEN, CLOSE, FINAL = "<<", ">>", "####"
 # So many digits that no number is too long to be one; what is longer is no number.
 _NUMBER = re.compile(r"[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40}")
 _SIGNED = re.compile(rf"\s*(-?)\s*({_NUMBER.pattern})\s*")
-_IN_TEXT = re.compile(r"(?<![0-9.)])-?[0-9]{1,40}(?:,[0-9]{3})*(?:\.[0-9]+)?")
+_IN_TEXT = re.compile(r"(?<![0-9.)])-?[0-9]{1,40}(?:,[0-9]{3}){0,400}(?:\.[0-9]{1,400})?")
 _SYMBOLS = "+-*/()"
 _SIGNS = {"+": "plus", "-": "minus"}
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "plus": 3, "minus": 3}

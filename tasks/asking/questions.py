@@ -5,6 +5,9 @@
     questions:
       - ask: What is the capital of France?
         answer: {regex: '\\bParis\\b'}
+      - ask: Is Oslo in Norway? Answer yes or no.
+        answer: {exact: ['yes']}
+        chance: 0.5
 
 What an answer may be, tasks.asking.answers says.
 """
@@ -39,6 +42,7 @@ CategoryKind = Literal[
 ]
 KINDS: tuple[CategoryKind, ...] = get_args(CategoryKind)
 """In the order in which they are shown."""
+Chance = Annotated[float, Field(ge=0, lt=1)]
 NAME = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
 
 
@@ -49,6 +53,8 @@ class Question(FrozenModel):
     """The question, white space around it left out."""
     answer: Answer
     """What answers it."""
+    chance: Chance | None = None
+    """How often a guess among the answers that it offers is right; null for the category's."""
 
     @property
     def scorer(self) -> str:
@@ -63,6 +69,8 @@ class Category(FrozenModel):
     """Its name, which is that of the file."""
     kind: CategoryKind
     """What it is a part of."""
+    chance: Chance = 0.0
+    """How often a guess is right where the question does not say; 0 where it offers no answers."""
     questions: tuple[Question, ...] = Field(min_length=1)
     """What is asked."""
 
@@ -74,6 +82,10 @@ class Category(FrozenModel):
             if before != number:
                 raise ValueError(f"questions {before} and {number} are the same: {question.ask!r}")
         return self
+
+    def chance_of(self, question: Question) -> float:
+        """How often a guess answers a question."""
+        return self.chance if question.chance is None else question.chance
 
     def identity(self, question: Question) -> str:
         """What tells a question from all others, whatever the model: 16 hexadecimal digits."""

@@ -16,6 +16,7 @@ more than the limit may be taken for that long.
 import json
 import math
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -41,6 +42,7 @@ _LOOK_SECONDS = 0.1
 _OPTIONS = ("-s", "-S", "-P", "-B")
 # Sets have the same order every time, which -I, for all that it leaves out, could not be told.
 _ENVIRONMENT = {"PYTHONHASHSEED": "0"}
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,79}")
 _WATCHES_MEMORY = sys.platform == "darwin"
 
 
@@ -111,7 +113,9 @@ def _run_inside(process: subprocess.Popen[bytes], job: dict[str, JsonValue]) -> 
         result = json.loads(said.text)
         if "values" in result:
             return Outcome([json.loads(value) for value in result["values"]], None)
-        return Outcome(None, str(result["error"]))
+        error = result["error"]
+        # A name, and not what a program likes to be shown or kept.
+        return Outcome(None, error if _NAME.fullmatch(error) else "no results")
     except (ValueError, TypeError, KeyError, RecursionError):  # a program that ended itself, or wrote what it liked
         return Outcome(None, "no results")
 

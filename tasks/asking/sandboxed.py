@@ -82,6 +82,9 @@ class Refused(Exception):
 
 def limit() -> None:
     """Limits what the process may take: memory, time, files of no size, no processes, no core."""
+    # Whoever starts a process hands on what it ignores and holds back itself.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     signal.alarm(LIFE_SECONDS)
     for what, most in (
         (resource.RLIMIT_CPU, CPU_SECONDS),

@@ -18,6 +18,6 @@ def names(text: str, thing: str, *, plural: bool = False) -> bool:
     """Whether a thing stands in a text as whole words; `plural`: or as their plural."""
     pattern = re.escape(normalised(thing))
     if plural:
-        pattern = f"{pattern[:-1]}(?:y|ies)" if pattern.endswith("y") else f"{pattern}(?:s|es)?"
+        pattern = f"{pattern[:-1]}(?:y|ys|ies)" if pattern.endswith("y") else f"{pattern}(?:s|es)?"
     # What is no letter or digit itself, such as the + of C++, ends where it ends.
     return re.search(rf"(?<!\w){pattern}(?!\w)", normalised(text)) is not None

@@ -20,7 +20,7 @@ from models.tokenizer import Tokenizer, write_tokenizer
 from models.weights import Array, whole_pieces
 from tasks import behaviour
 from tasks.asking import questions
-from tasks.behaviour import first_answer, wilson
+from tasks.behaviour import Asking, first_answer, wilson
 from tasks.checkpoint import ModelFolder, write_model
 from tasks.registry import stage_named
 from tasks.scores import Score
@@ -51,9 +51,12 @@ def bytes_folder(folder: Path, template: Template | None = None) -> Path:
     return folder
 
 
-def write_category(folder: Path, name: str, kind: str, answers: Sequence[dict[str, Any]], asked: Sequence[str]) -> None:
+def write_category(
+    folder: Path, name: str, kind: str, answers: Sequence[dict[str, Any]], asked: Sequence[str], chance: float = 0.0
+) -> None:
     entries = [{"ask": ask, "answer": answer} for ask, answer in zip(asked, answers, strict=True)]
-    text = yaml.safe_dump({"category": name, "kind": kind, "questions": entries}, allow_unicode=True)
+    content = {"category": name, "kind": kind, "chance": chance, "questions": entries}
+    text = yaml.safe_dump(content, allow_unicode=True)
     (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
@@ -85,7 +88,7 @@ def test_answers_are_scored_by_category(
     # What the model says is the right answer to every other question of one category, and to none of the other.
     true = [{"regex": f"^{re.escape(text)}$" if number % 2 else r"\bParis\b"} for number, text in enumerate(said)]
     assert all(said)
-    write_category(prompts, "echo", "reasoning", true, ASKED)
+    write_category(prompts, "echo", "reasoning", true, ASKED, chance=0.25)
     write_category(prompts, "python", "code", [{"python": DOUBLE}], ["Write double(x)."])
     settings = {"categories": ["python", "echo"], "template": named, "max_new_tokens": 8, "batch_size": 5}
     folder, measured = run_stage("behaviour", {**settings, "shown_samples": 4}, model=model)
@@ -105,6 +108,8 @@ def test_answers_are_scored_by_category(
         ("behaviour", "correct", "echo", 12),
         ("behaviour", "correct", "python", 1),
     ]
+    assert [one.chance for one in scores] == [pytest.approx(3 / 13), 0.25, 0.0]
+    assert [one["near_chance"] for one in results["scores"]] == [True, True, False]
     assert scores[0].value == pytest.approx(6 / 13)
     assert scores[1].standard_error == pytest.approx(0.1508, abs=1e-4)
     assert measured["summary"].startswith("6 of 13 questions right, 46.2% (23.2% to 70.9%)")
@@ -132,6 +137,45 @@ def test_the_batch_changes_nothing(run_stage: RunStage, tmp_path: Path, prompts:
     results = json.loads((folders[0] / "results.json").read_bytes())
     assert [group["category"] for group in results["categories"]] == ["code-function", "geography", "poetry"]
     assert results["n"] == 6
+
+
+def test_a_text_is_generated_up_to_what_ends_it(
+    run_stage: RunStage, tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = model_folder(tmp_path / "model", LONG, bytes_folder(tmp_path / "tokenizer"))
+    settings = {"max_new_tokens": 8, "categories": ["geography"]}
+    assert run_stage("behaviour", settings, model=model)[1]["cut_off"] == 3
+    monkeypatch.setattr(behaviour, "_ENDS", re.compile(r"\S"))
+    lengths: list[int] = []
+
+    def generated(*arguments: Any) -> list[list[int]]:
+        answers = generate(*arguments)
+        lengths.extend(map(len, answers))
+        return answers
+
+    monkeypatch.setattr(behaviour, "generate", generated)
+    assert run_stage("behaviour", {**settings, "shown_samples": 1}, model=model)[1]["cut_off"] == 0
+    assert max(lengths) < 8
+
+
+@pytest.mark.parametrize(
+    ("text", "ended"),
+    [
+        ("Paris", False),
+        ("\n\n Paris\n", False),
+        ("Paris\n\n", False),  # what comes next may be white space too
+        ("Paris\n\nIt", True),
+        ("Paris\nQuestion: Who", True),
+        ("", False),
+    ],
+)
+def test_a_text_ends_where_something_else_begins(tmp_path: Path, text: str, ended: bool) -> None:
+    tokenizer = Tokenizer(bytes_folder(tmp_path / "tokenizer"))
+    answer = tokenizer.encode(text)
+    for chat, expected in ((None, ended), (Chat(tokenizer, "plain", bos=True), False)):
+        asking = Asking(tokenizer, chat)
+        assert asking.ended(answer) is expected
+        assert asking.ended([*answer, min(asking.stops)])
 
 
 def test_what_is_longer_than_the_positions_is_wrong(run_stage: RunStage, tmp_path: Path, prompts: Path) -> None:
@@ -202,6 +246,15 @@ def test_without_a_sandbox_no_program_is_asked_for(
         run_stage("behaviour", {"max_new_tokens": 2}, model=model)
     _, measured = run_stage("behaviour", {"max_new_tokens": 2, "categories": ["poetry"]}, model=model)
     assert measured["n"] == 2
+
+
+def test_a_broken_model_is_named(run_stage: RunStage, tmp_path: Path, prompts: Path) -> None:
+    model, config = model_folder(tmp_path / "model", LONG, bytes_folder(tmp_path / "tokenizer"))
+    arrays: dict[str, Array] = dict(random_weights(config))
+    arrays["model.norm.weight"] = np.full_like(arrays["model.norm.weight"], np.nan)
+    write_model(model, ModelFolder(config, arrays, None, None, ()))
+    with pytest.raises(UserError, match="the model 'broken' says of the next token is not finite"):
+        run_stage("behaviour", {"max_new_tokens": 2}, labels={"model": "broken"}, model=model)
 
 
 def test_a_template_that_the_tokenizer_cannot_have_is_refused(

@@ -156,6 +156,8 @@ def test_a_mark_is_right_to_its_last_decimal(mark: str, right: bool) -> None:
         ("7\n####", None),
         ("none", None),
         ("", None),
+        ("0." + "3" * 5000, Fraction("0." + "3" * 400)),
+        ("1" + ",000" * 5000, 0),  # no number is that long: it falls into pieces
     ],
 )
 def test_the_final_number(text: str, number: Fraction | int | None) -> None:

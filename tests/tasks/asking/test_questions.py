@@ -52,6 +52,16 @@ def test_a_question_keeps_its_identity(prompts: Path) -> None:
     assert {again.identity(question) for question in again.questions} == found
 
 
+def test_a_question_has_its_own_chance_or_the_categorys(tmp_path: Path) -> None:
+    path = tmp_path / "one.yaml"
+    path.write_text(entry("{exact: [a]}\n    chance: 0.5"))
+    category = read_category(path)
+    assert [category.chance_of(question) for question in category.questions] == [0.0, 0.5]
+    path.write_text(entry("{exact: [a]}\n    chance: 0").replace("questions:", "chance: 0.25\nquestions:"))
+    category = read_category(path)
+    assert [category.chance_of(question) for question in category.questions] == [0.25, 0.0]
+
+
 def test_the_digest_is_of_the_files_that_are_used(prompts: Path) -> None:
     one, two, whole = suite_digest(["geography"]), suite_digest(["geography", "poetry"]), suite_digest([])
     assert len({one, two, whole}) == 3
@@ -99,6 +109,8 @@ def entry(answer: str, ask: str = "Why?") -> str:
         (entry("{python: {function: f, cases: []}}"), "question 2: answer.python.cases: "),
         (entry("{python: {function: 'f()', cases: [{arguments: [], returns: 1}]}}"), "answer.python.function: "),
         (entry("{exact: [a], otherwise: b}"), "question 2: answer.otherwise: extra inputs are not permitted"),
+        (entry("{exact: [a]}\n    chance: 1"), "question 2: chance: input should be less than 1"),
+        (entry("{exact: [a]}\n    chance: -0.1"), "question 2: chance: input should be greater than or equal to 0"),
         (entry("{exact: [a]}", ask="Who?"), "questions 1 and 2 are the same: 'Who.'"),
         (entry("{exact: [a]}", ask="'  '"), "question 2: ask: "),
         (entry("{exact: [a]}").replace("one", "two"), "category is 'two'; it has to be the file's name"),

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,72 @@ def test_a_sleeper_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seconds < 10
 
 
+# In C, where no line of Python is reached and no audit event is raised.
+SLOW = {
+    "power": "return 9 ** 9 ** 9 % 7",
+    "backtracking": "import re\nreturn re.match('(a+)+$', 'a' * 60 + 'b') is None",
+    "sum": "return sum(range(10 ** 12))",
+}
+
+
+@pytest.mark.parametrize("body", SLOW.values(), ids=SLOW)
+def test_what_takes_long_in_one_call_is_ended(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    monkeypatch.setattr(sandbox, "WALL_SECONDS", 0.5)
+    found, seconds = timed(body)
+    assert found == "too slow"
+    assert seconds < 10
+
+
+@pytest.mark.parametrize(
+    "body", ["bytes(10 ** 10)", "[0] * 10 ** 9", "'a' * 10 ** 10", "(1,) * 10 ** 9", "1 << 10 ** 10"]
+)
+def test_what_is_large_at_once_has_no_memory(body: str) -> None:
+    assert problem(f"return len(str({body}))") == "MemoryError"
+
+
+def left_behind(folder: Path) -> list[str]:
+    """The processes that are in a folder or one of its own, and those that have ended and nobody waited for."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+            ended = state == "Z" and int(parent) == os.getpid()
+            if ended or str((process / "cwd").readlink()).startswith(str(folder)):
+                found.append(process.name)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up as on Linux")
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return 1",
+        "os.close(1)\nwhile True:\n    pass",
+        "os.close(0), os.close(1), os.close(2)\nimport time\ntime.sleep(60)",
+        "while True:\n    os.write(1, b'x' * 65536)",
+    ],
+)
+def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(sandbox, "WALL_SECONDS", 0.5)
+    problem(body, AROUND)
+    assert not list(tmp_path.iterdir())
+    assert not left_behind(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up as on Linux")
+def test_who_is_interrupted_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    waiting = threading.get_ident()
+    interrupted = threading.Timer(0.7, lambda: signal.pthread_kill(waiting, signal.SIGINT))
+    interrupted.start()
+    with pytest.raises(KeyboardInterrupt):
+        problem("import time\ntime.sleep(60)")
+    interrupted.join()
+    assert not list(tmp_path.iterdir())
+    assert not left_behind(tmp_path)
+
+
 def test_memory_is_limited() -> None:
     body = """
         blocks = []
@@ -188,14 +256,22 @@ def test_what_is_built_in_is_replaced_in_vain() -> None:
         assert found.values in (None, [5])
 
 
-FORGED = ["[" * 60_000, '{"values": 5}', '{"values": ["[1"]}', "null", "9" * 60_000, "\xff"]
+FORGED = [
+    *("[" * 60_000, '{"values": 5}', '{"values": ["[1"]}', "null", "9" * 60_000, "\xff"),
+    *(r'{"error": "\ud800"}', '{"error": {}}', '{"error": "two words"}'),
+]
 
 
 @pytest.mark.parametrize("written", FORGED)
 def test_forged_results_are_no_results(written: str) -> None:
     body = f"os.write(1, {written.encode('latin-1')!r})\nos._exit(0)"
-    found = problem(body, AROUND)
-    assert found is not None
+    assert problem(body, AROUND) in ("no results", "too much output")
+
+
+def test_a_problem_is_no_text_of_the_programs() -> None:
+    assert problem("raise type('x' * 50_000, (Exception,), {})") == "no results"
+    assert problem("raise type('\\033[2J', (Exception,), {})") == "no results"
+    assert problem("raise type('Mine', (Exception,), {})") == "Mine"
 
 
 # The kernel's fence alone, in a process that has no audit hook: every call is made for real.
@@ -229,6 +305,7 @@ found = {
     "ignore": tried(lambda: signal.signal(signal.SIGALRM, signal.SIG_IGN)),
     "block": tried(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])),
     "put off": tried(lambda: signal.setitimer(signal.ITIMER_REAL, 1000)),
+    "stop": tried(lambda: signal.raise_signal(signal.SIGSTOP)),
     "kill": tried(lambda: os.kill(os.getppid(), 0)),
     "signal all": tried(lambda: os.kill(-1, 0)),
     "memory file": tried(lambda: os.memfd_create("x")),
@@ -265,8 +342,14 @@ def test_what_nobody_ends_ends_by_itself(tmp_path: Path) -> None:
     body = "import time\n    try:\n        system.modules['_signal'].signal(14, 1)\n    except OSError:\n        pass"
     job = {"program": f"{AROUND}def f():\n    {body}\n    time.sleep(60)", "function": "f", "cases": [[]]}
     given = json.dumps(job).encode()
-    done = subprocess.run([sys.executable, str(script)], input=given, capture_output=True, timeout=30, check=False)
-    assert done.returncode == -signal.SIGALRM
+    # Started by something that ignores and blocks the signal, which its children would too.
+    start = (
+        "import os, signal, sys; signal.signal(signal.SIGALRM, signal.SIG_IGN); "
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM]); os.execv(sys.executable, sys.argv)"
+    )
+    for command in ([sys.executable, str(script)], [sys.executable, "-c", start, str(script)]):
+        done = subprocess.run(command, input=given, capture_output=True, timeout=30, check=False)
+        assert done.returncode == -signal.SIGALRM
 
 
 def test_where_there_is_no_fence_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

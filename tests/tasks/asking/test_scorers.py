@@ -154,7 +154,14 @@ def test_repetition_is_found(words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("thing", "text", "found"),
-    [("berry", "berries", True), ("box", "Boxes!", True), ("star", "starship", False), ("star", "a starry sky", False)],
+    [
+        ("berry", "berries", True),
+        ("monkey", "Monkeys", True),
+        ("monkey", "monkeyed", False),
+        ("box", "Boxes!", True),
+        ("star", "starship", False),
+        ("star", "a starry sky", False),
+    ],
 )
 def test_plurals_count(thing: str, text: str, found: bool) -> None:
     assert names(text, thing, plural=True) is found
