@@ -188,7 +188,7 @@ def test_each_task_is_a_work_of_its_own(store: Store, published: Path) -> None:
 
 
 def test_what_is_wrong_with_the_questions_is_said(store: Store) -> None:
-    with pytest.raises(UserError, match="cop4.*copa"):
+    with pytest.raises(UserError, match=r"cop4.*copa"):
         questions(Asking(tasks=("cop4",)))
 
 
