@@ -14,6 +14,7 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Cancelling
 from safetensors.numpy import load_file, save_file
 
 from artifacts.record import Record
@@ -173,7 +174,7 @@ def test_a_schedule_evaluates_and_a_worse_model_fails_the_run(
 
 def test_its_worker_is_stopped_and_another_goes_on(evaluations: Evaluations, published: Path, fleet: Fleet) -> None:
     evaluations.point(published)
-    run = evaluations.start(models=[NAME], tasks=["copa", "hellaswag"], limit=2000)
+    run = evaluations.start(models=[NAME], tasks=["copa", "boolq"], limit=2000)
     wait_for(lambda: evaluations.made("benchmark"), what="the first task")
     (worker,) = fleet.started
     worker.terminate()
@@ -184,28 +185,28 @@ def test_its_worker_is_stopped_and_another_goes_on(evaluations: Evaluations, pub
     fleet.worker("pipeline", name="second")
     assert evaluations.ended(run).name == "Completed", evaluations.state(run)
     assert evaluations.tasks(run) == [
+        ("models/tiny boolq", "Cancelled"),
+        ("models/tiny boolq", "Completed"),
         ("models/tiny copa", "Completed"),
         ("models/tiny evaluations/models/tiny", "Completed"),
-        ("models/tiny hellaswag", "Cancelled"),
-        ("models/tiny hellaswag", "Completed"),
     ]
     made = evaluations.made("benchmark")
-    assert {record.config["task"]: record.started for record in made if record.key == copa.key} == {
-        "copa": copa.started
-    }
+    assert copa in made
     assert len(made) == 2
 
 
 def test_it_is_cancelled(evaluations: Evaluations, published: Path, fleet: Fleet) -> None:
     evaluations.point(published)
-    run = evaluations.start(models=[NAME], tasks=["copa", "hellaswag"], limit=2000)
+    run = evaluations.start(models=[NAME], tasks=["copa", "boolq", "commonsense_qa", "winogrande"], limit=0)
     wait_for(lambda: evaluations.made("benchmark"), what="the first task")
-    fleet.prefect("flow-run", "cancel", str(run.id))
+    with fleet.client() as client:
+        client.set_flow_run_state(run.id, Cancelling())
     assert evaluations.ended(run).name == "Cancelled", evaluations.state(run)
-    (copa,) = evaluations.made("benchmark")
-    again = evaluations.start(models=[NAME], tasks=["copa"], limit=2000)
+    made = evaluations.made("benchmark")
+    assert 1 <= len(made) < 4
+    again = evaluations.start(models=[NAME], tasks=["copa"], limit=0)
     assert evaluations.ended(again).name == "Completed", evaluations.state(again)
-    assert evaluations.made("benchmark") == [copa]
+    assert evaluations.made("benchmark") == made
     assert [name for name, _ in evaluations.tasks(again)] == ["models/tiny evaluations/models/tiny"]
 
 
