@@ -36,8 +36,8 @@ _TELL_SECONDS = 60.0
 
 @flow(name="evaluation", persist_result=False)
 def evaluation(
-    models: list[str] = ["models/*"],  # noqa: B006 - nobody writes to it
-    tasks: list[str] = ["seed"],  # noqa: B006
+    models: Annotated[list[str], Field(min_length=1)] = ["models/*"],  # noqa: B006 - nobody writes to it
+    tasks: Annotated[list[str], Field(min_length=1)] = ["seed"],  # noqa: B006
     limit: Annotated[int, Field(ge=0)] = 0,
     worker: Worker = "local",
     engine: EngineName | None = None,
@@ -59,17 +59,17 @@ def evaluation(
     try:
         asking = Asking(tasks=tuple(tasks), limit=limit or None, worker=worker, engine=engine)
         questions(asking)  # what is wrong with these is wrong for every model
-        round_ = _Round(Store.open(), asking, level, own)
-        refuse_password(round_.store.url)
-        round_.store.be_patient()
+        this_round = _Round(Store.open(), asking, level, own)
+        refuse_password(this_round.store.url)
+        this_round.store.be_patient()
         with engine_process() as process, Stopping(process.interrupt) as stopping:
             try:
-                round_.evaluate_all(models, process, stopping)
+                this_round.evaluate_all(models, process, stopping)
             except StageInterrupted as error:
                 own.end_interrupted(error, by_signal=stopping.requested)
     except UserError as error:
         own.end(Failed(name=REFUSED, message=str(error)))
-    return round_.ended()
+    return this_round.ended()
 
 
 def matching(store: Store, pattern: str) -> list[str]:
