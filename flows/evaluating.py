@@ -65,17 +65,16 @@ def evaluate(store: Store, ref: str, asking: Asking, do: Do, level: float = LEVE
     """Evaluates a model on all that it is asked, and reports it beside what it was given the time before.
 
     What the store has is not done again, and where it has all, the report is the last one. A name, a folder or a hub id
-    has a history of its own, in the reports that are called `evaluations/<ref>`. Compared are tasks that were asked in
-    the same way, of the same data, by the same version of lm-eval. `level`: the p below which a difference counts.
-    `run`: the Prefect run that asks.
+    has a history of its own, in the reports that `keep` calls `evaluations/<ref>`: until then, evaluating again finds
+    the same. Compared are tasks that were asked in the same way, of the same data, by the same version of lm-eval.
+    `level`: the p below which a difference counts. `run`: the Prefect run that asks.
 
     Raises what `works` raises, and what doing them raises.
     """
     model = model_record(store, ref)
     asked = works(store, model, asking, run)
     made = [do(work) for work in asked]
-    name = report_name(ref)
-    key = store.names().get(name)
+    key = store.names().get(report_name(ref))
     previous = None if key is None else store.read_record(key)
     before = _before(store, previous)
     if previous is not None and all(_is_of(before.get(_asked_as(one)), one) for one in made):
@@ -84,10 +83,15 @@ def evaluate(store: Store, ref: str, asking: Asking, do: Do, level: float = LEVE
     tasks = {_task(one) for one in made}
     kept = [one for one in _evaluations(store, previous) if _task(one) not in tasks and _is_about(one, model)]
     report = do(_report(store, ref, model, [*made, *kept], others, previous, level, run))
-    store.set_name(name, report.key)
     marked: Any = report.metrics["differences"]
     found = [Difference.model_validate(one) for one in marked]
     return Evaluated(made, report, True, [one for one in found if one.is_fall(level)])
+
+
+def keep(store: Store, ref: str, found: Evaluated) -> None:
+    """Makes what `evaluate` found the last of the model's history, which the next time is compared with."""
+    if found.is_news:
+        store.set_name(report_name(ref), found.report.key)
 
 
 def report_name(ref: str) -> str:
@@ -178,8 +182,18 @@ def _is_about(evaluation: Record, model: Record) -> bool:
     return evaluation.inputs["model"].digest == model.output
 
 
-def works(store: Store, model: Record, asking: Asking, flow_run_id: str | None = None) -> list[Work]:
-    """The work of each task on a model, in order.
+class Question(NamedTuple):
+    """What every model is asked in the same way: one task."""
+
+    name: str
+    stage: str
+    """The kind of stage that asks it."""
+    config: dict[str, Any]
+    """That stage's config, whole."""
+
+
+def questions(asking: Asking) -> list[Question]:
+    """What models are asked, in order.
 
     Raises UserError for a task that does not exist, data that are nowhere to be had, and an engine that is not there.
     """
@@ -188,24 +202,28 @@ def works(store: Store, model: Record, asking: Asking, flow_run_id: str | None =
         check_engine(engine, asking.precision)
     common = {"engine": engine, "precision": asking.precision}
     own = [name for name in asking.tasks if name in MEASURES]
-    asked: list[tuple[str, str, dict[str, Any]]] = []
     others = [name for name in asking.tasks if name not in MEASURES]
+    found: list[Question] = []
     for leaf in leaves(others) if others else ():
         few = leaf.num_fewshot if leaf.num_fewshot is not None else asking.num_fewshot
-        config = {"task": leaf.name, "limit": asking.limit, "num_fewshot": few, "bos": asking.bos}
-        asked.append((leaf.name, "benchmark", config))
-    asked += [(name, name, {}) for name in own]
+        keys = {**common, "task": leaf.name, "limit": asking.limit, "num_fewshot": few, "bos": asking.bos}
+        found.append(Question(leaf.name, "benchmark", _config("benchmark", keys)))
+    return found + [Question(name, name, _config(name, common)) for name in own]
+
+
+def works(store: Store, model: Record, asking: Asking, flow_run_id: str | None = None) -> list[Work]:
+    """The work of each task on a model, in order. Raises what `questions` raises."""
     return [
         Work(
-            name=name,
-            stage=kind,
-            config=_config(kind, {**common, **config}),
+            name=question.name,
+            stage=question.stage,
+            config=question.config,
             inputs={"model": InputReference(digest=model.output, key=model.key)},
             runtime=Runtime(worker=asking.worker),
             store=store.url,
             flow_run_id=flow_run_id,
         )
-        for name, kind, config in asked
+        for question in questions(asking)
     ]
 
 

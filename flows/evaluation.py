@@ -1,20 +1,20 @@
 """The scheduled re-evaluation of models: what changed is evaluated, the rest is reused, and a fall is told."""
 
 import fnmatch
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from prefect import Task, flow, get_run_logger, runtime
+from prefect import State, flow, get_run_logger, runtime
 from prefect.events import emit_event
+from prefect.events.worker import EventsWorker
 from prefect.states import Completed, Failed
 from pydantic import Field
 
 from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import StageFailed, StageInterrupted, UserError, suggestion
-from flows.evaluating import Asking, Evaluated, evaluate
+from flows.evaluating import Asking, Evaluated, evaluate, keep, questions
 from flows.own_run import OwnRun
 from flows.showing import show_stage
 from flows.stopping import Stopping
@@ -23,20 +23,21 @@ from models.engine import EngineName
 from tasks.dispatch import dispatch, stage_task
 from tasks.process import EngineProcess, engine_process
 from tasks.registry import STAGES
-from tasks.remote import REFUSED
+from tasks.remote import REFUSED, refuse_password
 from tasks.reporting.significance import LEVEL, Difference
 from tasks.stage import Kind, Worker
 from tasks.work import Outcome, Work
 
 REGRESSED = "cairn.evaluation.regressed"
 """The event that tells of a model which is significantly worse than it was."""
-logger = logging.getLogger("cairn.flows")
+_TELL_SECONDS = 60.0
+"""How long the server may take for the events."""
 
 
 @flow(name="evaluation", persist_result=False)
 def evaluation(
-    models: list[str] = ["models/*"],  # noqa: B006 - nobody writes to it
-    tasks: list[str] = ["seed"],  # noqa: B006
+    models: Annotated[list[str], Field(min_length=1)] = ["models/*"],  # noqa: B006 - nobody writes to it
+    tasks: Annotated[list[str], Field(min_length=1)] = ["seed"],  # noqa: B006
     limit: Annotated[int, Field(ge=0)] = 0,
     worker: Worker = "local",
     engine: EngineName | None = None,
@@ -47,41 +48,28 @@ def evaluation(
 
     Args:
         models: Names of the store, folders of published models, and ids on the hub; * stands for any part of a name.
+            Relative folders, such as `published/*`, are looked for where the worker of `pipeline` was started.
         tasks: Tasks, groups and tags of lm-eval, the group `seed`, `perplexity` and `behaviour`.
-        limit: Documents of each task that are asked, 0 for all.
+        limit: Documents of each task of lm-eval that are asked, 0 for all.
         worker: Where they are asked: on a worker of a pool, or `local` for the machine that this runs on.
         engine: What answers; the one that suits the worker unless given.
         level: The p below which a difference is called significant.
     """
-    asking = Asking(tasks=tuple(tasks), limit=limit or None, worker=worker, engine=engine)
     own = OwnRun()
-    store = Store.open()
-    problems: list[str] = []
-    told: list[str] = []
-    falls = 0
     try:
-        refs = [ref for pattern in models for ref in matching(store, pattern)]
+        asking = Asking(tasks=tuple(tasks), limit=limit or None, worker=worker, engine=engine)
+        questions(asking)  # what is wrong with these is wrong for every model
+        this_round = _Round(Store.open(), asking, level, own)
+        refuse_password(this_round.store.url)
+        this_round.store.be_patient()
         with engine_process() as process, Stopping(process.interrupt) as stopping:
-            for ref in dict.fromkeys(refs):
-                try:
-                    found = _evaluated(store, ref, asking, process, stopping, level)
-                except (UserError, StageFailed) as error:
-                    problems.append(f"{ref}: {error}")
-                    get_run_logger().error("%s", problems[-1])
-                    continue
-                told.append(f"{ref}: {found.report.summary if found.is_news else 'as it was'}")
-                falls += len(found.falls)
-                for fall in found.falls:
-                    _tell_fall(ref, found, fall)
+            try:
+                this_round.evaluate_all(models, process, stopping)
+            except StageInterrupted as error:
+                own.end_interrupted(error, by_signal=stopping.requested)
     except UserError as error:
         own.end(Failed(name=REFUSED, message=str(error)))
-    except StageInterrupted:
-        # Prefect ends a run whose worker was stopped; what is done is kept.
-        raise
-    message = "; ".join([*told, f"{falls} significantly worse"])
-    if problems:
-        own.end(Failed(message="; ".join([*problems, message])))
-    return Completed(message=message)
+    return this_round.ended()
 
 
 def matching(store: Store, pattern: str) -> list[str]:
@@ -115,26 +103,89 @@ def _has_model(store: Store, key: str) -> bool:
     return record is not None and record.stage in STAGES and STAGES[record.stage].output in kinds
 
 
-def _evaluated(
-    store: Store, ref: str, asking: Asking, process: EngineProcess, stopping: Stopping, level: float
-) -> Evaluated:
-    run_logger = get_run_logger()
+class _Round:
+    """One round of evaluations, inside the flow: what came of it so far."""
 
-    def do(work: Work) -> Record:
-        listener = LogView(lambda stage, line: run_logger.info("%s, %s: %s", ref, stage, line)).listener(work.name)
+    def __init__(self, store: Store, asking: Asking, level: float, own: OwnRun) -> None:
+        self.store = store
+        self._asking = asking
+        self._level = level
+        self._own = own
+        self._problems: list[str] = []
+        self._told: list[str] = []
+        self._fallen: dict[str, Evaluated] = {}
 
-        def body() -> Outcome:
-            return dispatch(work, process, listener, lambda: stopping.requested)
+    def evaluate_all(self, patterns: Sequence[str], process: EngineProcess, stopping: Stopping) -> None:
+        """Evaluates every model that a pattern stands for; one that cannot be does not keep the others from it. Raises
+        StageInterrupted where it is stopped."""
+        for ref in dict.fromkeys(self._matching(patterns)):
+            try:
+                found = self._evaluated(ref, process, stopping)
+            except (UserError, StageFailed) as error:
+                self._has_problem(f"{ref}: {error}")
+                continue
+            self._told.append(f"{ref}: {found.report.summary if found.is_news else 'as it was'}")
+            if found.falls:
+                self._fallen[ref] = found
+            else:
+                keep(self.store, ref, found)
 
-        if store.find(work.key) is not None:
-            return body().record
-        task: Task[..., Outcome] = stage_task(f"{ref} {work.name}", work.runtime, body)
-        return task().record
+    def ended(self) -> State[Any]:
+        """How the run ends. Where that is not well, it is ended here, and falls are told of as its last act: whatever
+        reacts to them has the last word on how it ended. Falls that were not told of are found again the next time."""
+        count = sum(len(found.falls) for found in self._fallen.values())
+        message = "; ".join([*self._problems, *self._told, f"{count} significantly worse"])
+        state: State[Any] = (Failed if self._problems else Completed)(message=message)
+        if self._problems or self._fallen:
+            self._own.end(state, last=self._tell_falls)
+        return state
 
-    found = evaluate(store, ref, asking, do, level, str(runtime.flow_run.id))
-    if found.is_news:
-        show_stage("evaluation", ref, store, found.report)
-    return found
+    def _matching(self, patterns: Sequence[str]) -> Iterator[str]:
+        for pattern in patterns:
+            try:
+                yield from matching(self.store, pattern)
+            except UserError as error:
+                self._has_problem(str(error))
+
+    def _has_problem(self, problem: str) -> None:
+        self._problems.append(problem)
+        get_run_logger().error("%s", problem)
+
+    def _evaluated(self, ref: str, process: EngineProcess, stopping: Stopping) -> Evaluated:
+        run_logger = get_run_logger()
+
+        def do(work: Work) -> Record:
+            log = LogView(lambda stage, line: run_logger.info("%s, %s: %s", ref, stage, line)).listener(work.name)
+
+            def body() -> Outcome:
+                return dispatch(work, process, log, lambda: stopping.requested, lambda: not self._own.is_cancelled)
+
+            known = self.store.find(work.key)
+            if known is not None:
+                return known
+            # `Any` to mypy: it takes the call for one without a state.
+            state: Any = stage_task(f"{ref} {work.name}", work.runtime, body)(return_state=True)
+            if state.is_cancelled():
+                raise StageInterrupted(state.message)
+            record: Record = state.result().record
+            return record
+
+        found = evaluate(self.store, ref, self._asking, do, self._level, str(runtime.flow_run.id))
+        if found.is_news:
+            show_stage("evaluation", ref, self.store, found.report)
+        return found
+
+    def _tell_falls(self) -> None:
+        for ref, found in self._fallen.items():
+            for fall in found.falls:
+                _tell_fall(ref, found, fall)
+        sent = EventsWorker.drain_all(timeout=_TELL_SECONDS)
+        assert isinstance(sent, tuple), "there is no loop here"
+        if sent[1]:
+            get_run_logger().warning("the Prefect server did not take the events; the next run tells of it")
+            return
+        for ref, found in self._fallen.items():
+            keep(self.store, ref, found)
 
 
 def _tell_fall(ref: str, found: Evaluated, fall: Difference) -> None:

@@ -4,12 +4,11 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger, runtime
-from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from artifacts.store import Store
@@ -25,8 +24,6 @@ from tasks.stage import Stage, Worker
 
 AS_WRITTEN = "as the recipe says"
 AS_ABOVE = "as above"
-_AGAIN_SECONDS = 20.0
-"""Until a run whose worker was stopped is taken again; workers look ten seconds ahead."""
 
 RecipeName = Enum("RecipeName", {name: name for name in known_recipes()}, type=str)  # type: ignore[misc]  # no literal
 """The recipes that come with Cairn, for a list to choose from."""
@@ -114,11 +111,7 @@ def _run(recipe: Recipe, own: OwnRun, budget_hours: float) -> str:
         except StageInterrupted as error:
             if is_up.is_set():
                 own.end(Cancelled(message=f"its {budget_hours:g} hours are used up; run again to go on from here"))
-            if own.is_cancelled or not run.stopping.requested:
-                own.end(Cancelled(message=str(error)))
-            # A worker that is asked to take a run again whose process has not ended yet does not survive it.
-            again = datetime.now(UTC) + timedelta(seconds=_AGAIN_SECONDS)
-            own.end(AwaitingRetry(scheduled_time=again, message="its worker was stopped; another goes on with it"))
+            own.end_interrupted(error, by_signal=run.stopping.requested)
     return f"{result.reference}: {result.records[recipe.stages[-1].name].summary}"
 
 

@@ -123,12 +123,9 @@ class PipelineRun:
         if self.store.names().get(name) != record.key:
             self.store.set_name(name, record.key)
 
-    def _body(self, entry: StageEntry) -> Callable[[dict[str, Outcome]], Any]:
-        def body(made: dict[str, Outcome]) -> Any:
-            try:
-                return self._stage(entry, {source: outcome.record for source, outcome in made.items()})
-            except StageInterrupted as error:
-                return Cancelled(message=str(error))
+    def _body(self, entry: StageEntry) -> Callable[[dict[str, Outcome]], Outcome]:
+        def body(made: dict[str, Outcome]) -> Outcome:
+            return self._stage(entry, {source: outcome.record for source, outcome in made.items()})
 
         return body
 

@@ -1,5 +1,6 @@
 """Runs one stage, here or on a worker: the only Prefect task, whose runs bear the stages' names."""
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any, Self
@@ -7,6 +8,7 @@ from typing import Any, Self
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Cancelled
 
 from artifacts.store import Store
 from common.errors import StageFailed, StageInterrupted, TransientError, UserError
@@ -85,12 +87,12 @@ class _TimeLimit:
 
 
 def _is_worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """What the user has to mend, and what the user stopped, would end the same way again."""
+    """What the user has to mend would end the same way again."""
     try:
         state.result()
     except TransientError:
         return True
-    except (UserError, StageInterrupted):
+    except UserError:
         return False
     except Exception:
         return True
@@ -98,12 +100,20 @@ def _is_worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) ->
 
 
 def stage_task(name: str, runtime: Runtime, body: Callable[..., Outcome]) -> Task[..., Outcome]:
-    """The Prefect task of one stage, under its name and with its retries.
+    """The Prefect task of one stage, under its name and with its retries; one that is interrupted is Cancelled.
 
     The store decides what is done again, not Prefect's cache.
     """
+
+    @functools.wraps(body)
+    def stoppable(*arguments: Any, **named: Any) -> Any:
+        try:
+            return body(*arguments, **named)
+        except StageInterrupted as error:
+            return Cancelled(message=str(error))
+
     return Task(
-        body,
+        stoppable,
         name=name,
         task_run_name=name if runtime.worker == "local" else f"{name} on {runtime.worker}",
         cache_policy=NO_CACHE,

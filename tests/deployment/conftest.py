@@ -223,7 +223,8 @@ class Fleet:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with Cairn's pools, automations and deployments."""
-    server = Server(tmp_path_factory.mktemp("server"))
+    # A minute is how often it looks at schedules otherwise.
+    server = Server(tmp_path_factory.mktemp("server"), PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS="2")
     server.start()
     deploy_to(server)
     yield server

@@ -21,6 +21,7 @@ from docker.utils import exclude_paths
 from dockerfile_parse import DockerfileParser
 from prefect import Flow
 from prefect.cli.deploy._models import PrefectYamlModel
+from prefect.events.schemas.automations import AutomationCore, EventTrigger
 from prefect.exceptions import ParameterTypeError
 from prefect.settings import Settings
 from prefect_kubernetes.settings import KubernetesSettings
@@ -28,7 +29,8 @@ from pydantic import ValidationError
 
 from flows import worker
 from flows.cli import app
-from flows.deploy import DEPLOYMENTS, POOLS
+from flows.deploy import DEPLOYMENTS, POOLS, automations
+from flows.evaluation import REGRESSED, evaluation
 from flows.launch import launch
 from flows.server import SERVER_SETTINGS
 from models.machine import Hardware
@@ -347,6 +349,22 @@ def test_the_guides_launches_have_parameters_that_the_pipeline_takes() -> None:
         assert set(given.get("workers", {})) <= set(STAGES)
     with pytest.raises(ParameterTypeError, match="workers"):
         launch.validate_parameters({"recipe": "arithmetic", "workers": {"pretrain": "gpu"}})
+
+
+def test_the_guides_evaluation_and_automation_are_what_prefect_takes() -> None:
+    text = (FOLDER / "README.md").read_text()
+    (parameters,) = re.findall(r"prefect deployment run evaluation/cairn --params '(.*)'", text)
+    evaluation.validate_parameters(json.loads(parameters))
+    with pytest.raises(ParameterTypeError, match="limit"):
+        evaluation.validate_parameters({"limit": -1})
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    told = AutomationCore.model_validate(yaml.safe_load(block))
+    assert isinstance(told.trigger, EventTrigger)
+    (worse,) = [action for one in automations() for action in one.actions if action.model_dump().get("force")]
+    assert f"prefect.flow-run.{worse.model_dump()['name']}" in told.trigger.expect
+    assert REGRESSED in text
+    with pytest.raises(ValidationError):
+        AutomationCore.model_validate(yaml.safe_load(block.replace("send-notification", "send-notice")))
 
 
 def test_the_guides_links_lead_somewhere() -> None:

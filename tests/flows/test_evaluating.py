@@ -1,0 +1,217 @@
+"""What a model is asked, what is asked again, and what becomes of its history."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from artifacts.record import Record
+from artifacts.store import Store
+from common.errors import UserError
+from flows.evaluating import Asking, Evaluated, evaluate, keep, questions, report_name, works
+from flows.inference import model_record
+from tasks.produce import produce
+from tasks.report import REPORT_DATA, read_report
+from tasks.work import Work
+from tests.tasks.harness.against_hf import random_model
+
+REF = "models/tiny"
+COPA = Asking(tasks=("copa",), limit=4)
+Ask = Callable[..., Evaluated]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model as a published folder."""
+    return random_model(tmp_path_factory.mktemp("random"), "llama").published
+
+
+@pytest.fixture
+def store(published: Path) -> Store:
+    """A store in which the model has a name."""
+    store = Store.open()
+    store.set_name(REF, model_record(store, str(published)).key)
+    return store
+
+
+@pytest.fixture
+def done() -> list[Work]:
+    """What was done, and not reused."""
+    return []
+
+
+@pytest.fixture
+def ask(store: Store, done: list[Work]) -> Ask:
+    """Evaluates the model and keeps what was found."""
+
+    def do(work: Work) -> Record:
+        outcome = produce(store, work, lambda event: None)
+        if not outcome.reused:
+            done.append(work)
+        return outcome.record
+
+    def asked(asking: Asking = COPA, level: float = 0.01, kept: bool = True) -> Evaluated:
+        found = evaluate(store, REF, asking, do, level)
+        if kept:
+            keep(store, REF, found)
+        return found
+
+    return asked
+
+
+def accuracy(found: Evaluated) -> float:
+    """What the one evaluation says."""
+    scores: Any = found.evaluations[0].metrics["scores"]
+    (value,) = [score["value"] for score in scores if score["metric"] == "acc"]
+    return float(value)
+
+
+def change(store: Store, published: Path, folder: Path) -> None:
+    """Points the name at a model that finds likely what the other finds unlikely."""
+    folder.mkdir()
+    for path in published.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    head = {"lm_head.weight": -weights["lm_head.weight"]}
+    save_file({**weights, **head}, folder / "model.safetensors", {"format": "pt"})
+    store.set_name(REF, model_record(store, str(folder)).key)
+
+
+def test_the_first_time_has_nothing_to_compare_with(store: Store, ask: Ask, done: list[Work]) -> None:
+    found = ask()
+    assert [work.stage for work in done] == ["benchmark", "report"]
+    assert found.is_news
+    assert found.falls == []
+    assert store.resolve(report_name(REF)) == found.report
+    assert set(found.report.inputs) == {"evaluations.0"}
+    assert found.report.metrics["snapshots"] == 1
+
+
+def test_what_has_not_changed_is_not_done_again(store: Store, ask: Ask, done: list[Work]) -> None:
+    first = ask()
+    before = len(done)
+    second = ask()
+    assert len(done) == before
+    assert not second.is_news
+    assert (second.report, second.evaluations) == (first.report, first.evaluations)
+
+
+def test_the_same_weights_under_another_key_are_no_news(
+    store: Store, ask: Ask, published: Path, tmp_path: Path, done: list[Work]
+) -> None:
+    ask()
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for path in published.iterdir():
+        (copied / path.name).write_bytes(path.read_bytes())
+    record = model_record(store, str(copied))
+    assert record.key != store.names()[REF]
+    store.set_name(REF, record.key)
+    before = len(done)
+    assert not ask().is_news
+    assert len(done) == before
+
+
+def test_another_model_is_compared_with_the_one_before(store: Store, ask: Ask, published: Path, tmp_path: Path) -> None:
+    first = ask()
+    change(store, published, tmp_path / "contrary")
+    second = ask(level=0.9999)
+    assert second.is_news
+    assert second.report.inputs["previous"].key == first.report.key
+    assert second.report.inputs["others.0"].key == first.evaluations[0].key
+    assert second.report.metrics["snapshots"] == 2
+    report = read_report(store.fetch(second.report) / REPORT_DATA)
+    scores = {one.metric: one for one in report.differences}
+    assert (scores["acc"].second, scores["acc"].first) == (accuracy(first), accuracy(second))
+    assert second.falls == [one for one in report.differences if one.p < 0.9999 and one.difference < 0]
+
+
+def test_what_was_not_kept_is_found_again(store: Store, ask: Ask, published: Path, tmp_path: Path) -> None:
+    first = ask()
+    change(store, published, tmp_path / "contrary")
+    once = ask(level=0.9999, kept=False)
+    assert store.resolve(report_name(REF)) == first.report
+    again = ask(level=0.9999)
+    assert again.falls == once.falls
+    assert again.evaluations == once.evaluations
+    assert store.resolve(report_name(REF)) == again.report
+    assert ask(level=0.9999).falls == []
+
+
+def test_another_limit_is_compared_with_nothing(store: Store, ask: Ask, published: Path, tmp_path: Path) -> None:
+    first = ask()
+    change(store, published, tmp_path / "contrary")
+    more = ask(COPA.model_copy(update={"limit": 5}), level=0.9999)
+    assert more.is_news
+    assert more.report.metrics["compared"] == 0
+    assert not any(name.startswith("others") for name in more.report.inputs)
+    # The first limit is compared with its own last time, however long ago that was.
+    back = ask(level=0.9999)
+    assert back.report.inputs["others.0"].key == first.evaluations[0].key
+
+
+def test_a_task_that_is_added_keeps_the_others(store: Store, ask: Ask, done: list[Work]) -> None:
+    first = ask()
+    both = ask(Asking(tasks=("winogrande",), limit=4))
+    assert [work.name for work in done] == ["copa", report_name(REF), "winogrande", report_name(REF)]
+    kept = {reference.key for name, reference in both.report.inputs.items() if name.startswith("evaluations")}
+    assert kept == {both.evaluations[0].key, first.evaluations[0].key}
+    report = read_report(store.fetch(both.report) / REPORT_DATA)
+    assert {score.task for one in report.evaluations for score in one.scores} == {"copa", "winogrande"}
+    assert report.differences == ()
+    # Asked for the first one alone, nothing is new.
+    assert not ask().is_news
+
+
+def test_scores_of_another_model_are_not_kept_beside_new_ones(
+    store: Store, ask: Ask, published: Path, tmp_path: Path
+) -> None:
+    ask()
+    change(store, published, tmp_path / "contrary")
+    found = ask(Asking(tasks=("winogrande",), limit=4))
+    assert [found.report.inputs[name].key for name in found.report.inputs if name.startswith("evaluations")] == [
+        found.evaluations[0].key
+    ]
+
+
+def test_each_task_is_a_work_of_its_own(store: Store, published: Path) -> None:
+    model = model_record(store, REF)
+    asking = Asking(tasks=("seed", "copa", "perplexity", "behaviour"), limit=7, engine="torch", worker="cuda")
+    made = works(store, model, asking, "a run")
+    assert len(made) == 14
+    assert [work.name for work in made[:2]] == ["winogrande", "copa"]
+    assert [(work.name, work.stage) for work in made[-2:]] == [
+        ("perplexity", "perplexity"),
+        ("behaviour", "behaviour"),
+    ]
+    for work in made:
+        assert work.inputs["model"].digest == model.output
+        assert (work.runtime.worker, work.flow_run_id) == ("cuda", "a run")
+        assert work.config["engine"] == "torch"
+    assert {work.config["limit"] for work in made[:12]} == {7}
+    assert len({work.key for work in made}) == 14
+
+
+def test_what_is_wrong_with_the_questions_is_said(store: Store) -> None:
+    with pytest.raises(UserError, match=r"cop4.*copa"):
+        questions(Asking(tasks=("cop4",)))
+
+
+@pytest.mark.parametrize(
+    ("ref", "name"),
+    [
+        ("models/tiny", "evaluations/models/tiny"),
+        ("models/tiny@sft", "evaluations/models/tiny@sft"),
+        ("published/elite-112m", "evaluations/published/elite-112m"),
+        ("openai-community/gpt2", "evaluations/openai-community/gpt2"),
+        ("/data/runs/published/elite 112m", "evaluations/published/elite-112m"),
+        ("./published/tiny/", "evaluations/published/tiny"),
+        ("../tiny", "evaluations/tiny"),
+    ],
+)
+def test_a_report_is_named_by_what_was_evaluated(store: Store, ref: str, name: str) -> None:
+    assert report_name(ref) == name
+    store.set_name(name, store.names()[REF])
+    assert store.resolve(name).key == store.names()[REF]
