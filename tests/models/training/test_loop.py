@@ -17,7 +17,6 @@ from fsspec.implementations.local import LocalFileSystem
 
 from common.errors import UserError
 from models.engine import EngineName
-from models.generation import NotFinite
 from models.training.checkpoint import Checkpoints
 from models.training.config import CheckpointConfig, TrainingConfig
 from models.training.events import Event, Note, Progress, TrainingResult, Validation
@@ -26,7 +25,7 @@ from models.training.metrics import Metrics, read_csv
 from models.training.signals import StopSignals
 from models.training.state import RunState, TaskScore, ValidationRecord
 from models.training.validation import Probe
-from tests.models.training.bigrams import MODEL, VOCABULARY, BigramEngine, batches_for, start, write_chain
+from tests.models.training.bigrams import MODEL, BigramEngine, Share, batches_for, start, write_chain
 from tests.models.training.folders import batches, folder_source
 
 pytestmark = pytest.mark.timeout(60)
@@ -140,31 +139,13 @@ def test_a_validation_that_is_interrupted_is_done_again(tmp_path: Path) -> None:
     assert result.state.validations == expected.state.validations
 
 
-class Share:
-    """A task: the share of tokens that the model finds likelier to follow themselves than others on the whole."""
-
-    def __init__(self, run: Run, name: str = "share") -> None:
-        self._run, self._name = run, name
-        self.times = 0
-
-    def __call__(self, heed: Callable[[], None]) -> TaskScore:
-        self.times += 1
-        tokens_BT = np.arange(VOCABULARY, dtype=np.int32)[:, None]
-        logits_BV = self._run.engine.inference().logits(tokens_BT)[:, 0]
-        heed()
-        if self._name == "broken":
-            raise NotFinite
-        own_B = np.diagonal(logits_BV) > logits_BV.mean(axis=1)
-        return TaskScore(self._name, "acc", float(own_B.mean()), None, len(own_B), 0.5)
-
-
 def asking(*names: str, **changes: Any) -> TrainingConfig:
     return config(validation={"every": 5, "rows": 8, "tasks": {"names": names, **changes}})
 
 
 def test_tasks_are_asked_at_their_own_steps_and_the_last(tmp_path: Path) -> None:
     run = Run(tmp_path, asking("share", every=20))
-    share = Share(run)
+    share = Share(lambda: run.engine)
     result = run.go(probes=[share], validated=True)
     told = [event for event in run.events if isinstance(event, Validation)]
     assert [event.step for event in told] == [0, 5, 10, 15, 20, 25, 30]
@@ -179,10 +160,10 @@ def test_tasks_are_asked_at_their_own_steps_and_the_last(tmp_path: Path) -> None
 @pytest.mark.parametrize("asked", range(8, 20))
 def test_a_run_that_is_stopped_in_a_task_asks_it_again(tmp_path: Path, asked: int) -> None:
     whole = Run(tmp_path / "whole", asking("share", "other"))
-    expected = whole.go(probes=[Share(whole), Share(whole, "other")])
+    expected = whole.go(probes=[Share(lambda: whole.engine), Share(lambda: whole.engine, "other")])
     parts = Run(tmp_path / "parts", asking("share", "other"))
     times = iter(range(asked))
-    probes = [Share(parts), Share(parts, "other")]
+    probes = [Share(lambda: parts.engine), Share(lambda: parts.engine, "other")]
     with pytest.raises(Interrupted):
         parts.go(probes=probes, stop=lambda: next(times, None) is None)
     result = parts.go(probes=probes)
@@ -194,7 +175,7 @@ def test_a_run_that_is_stopped_in_a_task_asks_it_again(tmp_path: Path, asked: in
 
 def test_a_task_on_which_nothing_finite_is_said_has_no_score(tmp_path: Path) -> None:
     run = Run(tmp_path, asking("broken", "share"))
-    result = run.go(probes=[Share(run, "broken"), Share(run)])
+    result = run.go(probes=[Share(lambda: run.engine, "broken"), Share(lambda: run.engine)])
     assert all([score.task for score in record.tasks] == ["share"] for record in result.state.validations)
     with pytest.raises(ValueError, match="a probe for each task"):
         run.go()
