@@ -51,6 +51,14 @@ def fits(request: Request, positions: int) -> bool:
     return len(request.context) + len(request.continuation) <= positions + 1
 
 
+def check_fits(continuation: Sequence[int], positions: int) -> None:
+    """Raises UserError for a continuation that is longer than a model of so many positions."""
+    if len(continuation) > positions:
+        raise UserError(
+            f"a continuation of {len(continuation):,} tokens is to be scored, and the model has {positions:,} positions"
+        )
+
+
 def score(
     engine: InferenceEngine,
     requests: Sequence[Request],
@@ -131,10 +139,7 @@ def _cut(request: Request, positions: int) -> Request:
     context, continuation = tuple(request.context), tuple(request.continuation)
     if not context or not continuation:
         raise ValueError("a context and its continuation have a token each at least")
-    if len(continuation) > positions:
-        raise UserError(
-            f"a continuation of {len(continuation):,} tokens is to be scored, and the model has {positions:,} positions"
-        )
+    check_fits(continuation, positions)
     left = positions + 1 - len(continuation)
     return Request(context[-left:], continuation)
 

@@ -97,10 +97,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
 
     from tasks.harness.results import levels, sample_columns, scores, told
 
-    version = harness_version()
-    if config.harness not in (None, version):
-        raise UserError(f"the stage wants lm-eval {config.harness}, and this machine has {version}")
-    check_unchanged(config.data or {})
+    check_current(config)
     model = read_model(inputs["model"])
     tokenizer = tokenizer_of(inputs["model"], model.config)
     bos = adds_bos(inputs["model"] / "tokenizer") if config.bos is None else config.bos
@@ -108,7 +105,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     engine = inference_engine(
         config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
     )
-    asked = _Asked(engine, tokenizer, bos, config.batch_tokens, _watch(config.task, context))
+    asked = Asked(engine, tokenizer, bos, config.batch_tokens, _watch(config.task, context))
     try:
         found = asked.evaluate(task, config.limit)
     except NotFinite as error:
@@ -127,7 +124,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         "measure": "benchmark",
         "task": config.task,
         "task_version": found["versions"][config.task],
-        "lm_eval": version,
+        "lm_eval": harness_version(),
         "data": config.data or {},
         "n": len(columns["id"]),
         "limit": config.limit,
@@ -143,6 +140,14 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     if asked.truncated:
         context.report(Note(f"{asked.truncated:,} requests were longer than the model and lost their beginning"))
     return {"summary": ", ".join(told(made)), **results, "device": engine.device}
+
+
+def check_current(config: Config) -> None:
+    """Raises UserError where another version of lm-eval is installed, or the data have changed since."""
+    version = harness_version()
+    if config.harness not in (None, version):
+        raise UserError(f"the stage wants lm-eval {config.harness}, and this machine has {version}")
+    check_unchanged(config.data or {})
 
 
 def _definition(config: Config) -> dict[str, Any]:
@@ -174,7 +179,13 @@ def load_task(config: Config) -> Any:
     return task
 
 
-class _Asked:
+def begin_draws() -> None:
+    """Begins anew what lm-eval's tasks draw from while they make their documents and requests."""
+    random.seed(RANDOM_SEED)
+    np.random.seed(NUMPY_SEED)
+
+
+class Asked:
     """lm-eval's side of a model: made here, since a recipe is loaded where lm-eval need not be."""
 
     def __init__(
@@ -189,13 +200,18 @@ class _Asked:
     def truncated(self) -> int:
         return self._model.truncated
 
-    def evaluate(self, task: Any, limit: int | None) -> dict[str, Any]:
+    def check(self, task: Any) -> None:
+        """Raises UserError where a request of a task that has made them cannot be answered, whatever the weights."""
+        for request in task.instances:
+            self._model.check(request)
+
+    def evaluate(self, task: Any, limit: int | None, bootstraps: int = BOOTSTRAPS) -> dict[str, Any]:
+        """lm-eval's results of a task, with its samples; `bootstraps` 0 leaves all standard errors out."""
         from lm_eval.evaluator import evaluate
 
-        random.seed(RANDOM_SEED)
-        np.random.seed(NUMPY_SEED)  # what lm-eval's tasks draw from
+        begin_draws()
         name = task.config.task
-        found = evaluate(self._model, {"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=BOOTSTRAPS)
+        found = evaluate(self._model, {"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=bootstraps)
         assert found is not None
         return dict(found)
 

@@ -67,9 +67,10 @@ def event_line(event: Event) -> str | None:
         exact = "" if event["exact_match"] is None else f", exact match {event['exact_match']:.2%}"
         preferences = event.get("preferences")
         share = "" if preferences is None else f", accuracy {preferences['accuracy']:.2%}"
+        tasks = "".join(f", {score['task']} {score['value']:.1%}" for score in event["tasks"])
         each = ", ".join(f"{source} {loss:.4f}" for source, loss in event["by_source"].items())
         loss = f"{event['loss']:.4f}{f' ({each})' if each else ''}"
-        return f"step {event['step']:,}: validation loss {loss}{exact}{share}"
+        return f"step {event['step']:,}: validation loss {loss}{exact}{share}{tasks}"
     if event["event"] == "Log":
         return str(event["message"])
     if event["event"] == "Note":

@@ -31,6 +31,7 @@ from tasks.growth_record import growth_phrase, growths
 from tasks.history import Grown, History, Loss, Trained
 from tasks.stage import Context, Kind, Metrics, ModelOf, Stage, StageFunction
 from tasks.tokens import copy_tokenizer
+from tasks.training_tasks import probes, resolved
 
 _ROWS_AT_ONCE = 256
 
@@ -108,6 +109,7 @@ def run_training(
         )
         if tuning.lora is not None:
             start = start._replace(adapters=initial_adapters(model, tuning.lora, config.training.seed))
+        asking = probes(config.training, own_tokenizer, engine.inference())
         result = train(
             engine,
             model,
@@ -123,9 +125,11 @@ def run_training(
                 config.model_dump(mode="json"),
                 data.validated,
                 tuning.preference is not None,
+                _asked(config.training),
             ),
             should_stop=context.should_stop,
             decode=tokenizer.decode,
+            probes=asking,
             continue_on=context.runtime.continue_on,
         )
         blend = blend_rows(tokens, data.batches, result.state.step)
@@ -157,9 +161,20 @@ def training_stage(
         lazy={"tokens": ".safetensors"},
         output=Kind.MODEL,
         run=run,
+        resolved=_resolved,
         trains=True,
         model_of=model_of,
     )
+
+
+def _resolved(config: TrainingStageConfig) -> TrainingStageConfig:
+    return config.model_copy(update={"training": resolved(config.training)})
+
+
+def _asked(training: TrainingConfig) -> tuple[str, ...]:
+    """The tasks that are asked while training."""
+    tasks = None if training.validation is None else training.validation.tasks
+    return () if tasks is None else tasks.names
 
 
 def _model_folder(
@@ -351,6 +366,7 @@ def _summary(model: ModelConfig, result: TrainingResult) -> str:
             parts.append(f"exact match {last.exact_match:.2%}")
         if last.preferences is not None:
             parts.append(f"accuracy {last.preferences.accuracy:.2%}, margin {last.preferences.margin:.4f}")
+        parts += [f"{score.task} {score.value:.1%}" for score in last.tasks]
     if result.state.skipped:
         parts.append(f"{result.state.skipped} non-finite steps skipped")
     return ", ".join(parts)

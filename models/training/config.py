@@ -35,8 +35,34 @@ class ScheduleConfig(FrozenModel):
         return self
 
 
+class TasksConfig(FrozenModel):
+    """Tasks of lm-eval that are asked of a model while it trains."""
+
+    names: tuple[str, ...] = Field(min_length=1)
+    """Tasks whose score is a share of right answers, such as `arc_easy`."""
+    limit: int | None = Field(default=100, gt=0)
+    """Documents of each that are asked, the first ones; null for all."""
+    every: int | None = Field(default=None, gt=0)
+    """Steps between two askings, a multiple of those between two validations; null for each validation. The last step
+    and a model that comes in are always asked."""
+    harness: str | None = None
+    """The version of lm-eval; null for the one that is installed, which then stands here."""
+    data: dict[str, str] | None = None
+    """What tells the contents of the tasks' data sets, digest or commit by id; null for those of now."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.names)) != len(self.names):
+            raise ValueError("a task is named twice")
+        return self
+
+    def asks(self, step: int, last: int) -> bool:
+        """Whether the validation after a step asks them."""
+        return self.every is None or step % self.every == 0 or step == last
+
+
 class ValidationConfig(FrozenModel):
-    """What is measured on the validation split while training."""
+    """What is measured while training, on the validation split above all."""
 
     every: int = Field(gt=0)
     """Steps between two validations; the last step always has one, and so does a model that comes in before its first
@@ -48,6 +74,16 @@ class ValidationConfig(FrozenModel):
     "whole", that of each of their documents."""
     samples: int = Field(default=0, ge=0)
     """Generated continuations that are logged as text at each validation."""
+    # Without tasks it stands in no key: what was trained before there were any counts as it did.
+    tasks: TasksConfig | None = Field(default=None, exclude_if=lambda tasks: tasks is None)
+    """Tasks of lm-eval that are asked with it; null for none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        asked = None if self.tasks is None else self.tasks.every
+        if asked is not None and asked % self.every:
+            raise ValueError(f"tasks are asked with a validation: tasks.every {asked} is no multiple of {self.every}")
+        return self
 
 
 class Portion(FrozenModel):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from models.preference import PreferenceFigures
-from models.training.state import RunState, ValidationRecord
+from models.training.state import RunState, TaskScore, ValidationRecord
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Validation:
     """The loss on each source by its name, where there are several."""
     preferences: PreferenceFigures | None = None
     """In preference tuning, what else was measured."""
+    tasks: tuple[TaskScore, ...] = ()
+    """The scores of the tasks that were asked."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from models.training.prefetch import Prefetcher
 from models.training.schedule import learning_rate_scale
 from models.training.signals import StopSignals
 from models.training.state import RunState, ValidationRecord
-from models.training.validation import Validator
+from models.training.validation import Probe, Validator
 from models.weights import Array, Piece, assemble, canonical_shapes, whole_pieces
 
 LOG_STEPS = 10
@@ -100,6 +100,7 @@ def train(
     report: Callable[[Event], None],
     metrics: Metrics | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
+    probes: Sequence[Probe] = (),
     should_stop: Callable[[], bool] = lambda: False,
     continue_on: bool = False,
 ) -> TrainingResult:
@@ -107,8 +108,9 @@ def train(
 
     `batches` have to have the config's batch size and sequence length. With packing "pairs" the engine is one of
     preference tuning, and `start` its reference. `report` is told how it goes, `metrics` keeps
-    it, `decode` makes text of sampled token ids. `should_stop` is asked between any two steps. `continue_on` goes on
-    from another engine's checkpoint too. The final weights and moments are those of `engine.export`.
+    it, `decode` makes text of sampled token ids, and `probes` are the tasks that the config asks, in its order.
+    `should_stop` is asked between any two steps. `continue_on` goes on from another engine's checkpoint too. The final
+    weights and moments are those of `engine.export`.
 
     In several processes, each is given all of this: `report` and `metrics` are used in process 0 alone, the others
     only read `checkpoints`, and one whose `should_stop` comes true stops all of them.
@@ -118,12 +120,15 @@ def train(
     """
     if (config.validation is None) != (validation is None):
         raise ValueError("validation batches are given exactly where the config asks for validation")
+    tasks = None if config.validation is None else config.validation.tasks
+    if len(probes) != (0 if tasks is None else len(tasks.names)):
+        raise ValueError("there is a probe for each task that the config asks")
     if (batches.batch_size, batches.sequence_length) != (config.batch_size, config.sequence_length):
         raise ValueError("the batches have another batch size or sequence length than the config")
     with StopSignals() as signals:
         if engine.process:
             report, metrics = _untold, None
-        loop = _Loop(engine, model, batches, validation, config, checkpoints, report, metrics, decode)
+        loop = _Loop(engine, model, batches, validation, config, checkpoints, report, metrics, decode, probes)
         loop.asked_to_stop = lambda: signals.received is not None or should_stop()
         loop.begin(start, continue_on)
         return loop.run()
@@ -145,6 +150,7 @@ class _Loop:
         report: Callable[[Event], None],
         metrics: Metrics | None,
         decode: Callable[[Sequence[int]], str] | None,
+        probes: Sequence[Probe],
     ) -> None:
         self.engine = engine
         self.model = model
@@ -157,7 +163,7 @@ class _Loop:
         self.validator: Validator | None = None
         if validation is not None and config.validation is not None:
             rows = config.micro_batch_size or config.batch_size
-            self.validator = Validator(engine, validation, config.validation, rows, decode)
+            self.validator = Validator(engine, validation, config.validation, rows, decode, probes)
         self.fingerprint = fingerprint(model, config, batches, validation)
         self.shapes = canonical_shapes(model)
         self.step_tokens = config.batch_size * config.sequence_length
@@ -298,8 +304,9 @@ class _Loop:
         if step % config.every and step != self.config.steps:
             return
         self._read_pending()
+        asks = config.tasks is not None and config.tasks.asks(step, self.config.steps)
         with self.clock.paused():
-            measured = self.validator.measure(self._stopping)
+            measured = self.validator.measure(self._stopping, asks)
         if measured is None:
             self._interrupt()
             return
@@ -309,10 +316,19 @@ class _Loop:
             exact_match=measured.exact_match,
             by_source=measured.by_source,
             preferences=measured.preferences,
+            tasks=measured.tasks,
         )
         self.state = self.state.model_copy(update={"validations": (*self.state.validations, record)})
         by_source = self.validator.by_name(measured.by_source)
-        event = Validation(step, measured.loss, measured.exact_match, measured.samples, by_source, measured.preferences)
+        event = Validation(
+            step=step,
+            loss=measured.loss,
+            exact_match=measured.exact_match,
+            samples=measured.samples,
+            by_source=by_source,
+            preferences=measured.preferences,
+            tasks=measured.tasks,
+        )
         if self.metrics is not None:
             self.metrics.validation(event)
         self.report(event)

@@ -1,6 +1,7 @@
-"""The picture of a run: losses over the steps, with exact match or accuracy and learning rate."""
+"""The picture of a run: losses over the steps, with exact match or accuracy, scores of tasks and learning rate."""
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,8 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Columns = Mapping[str, Sequence[float]]
+EVALUATION, CHANCE = "evaluation/", "chance/"
+"""What the columns of a task's score and of what guessing gives it begin with, before its name."""
 _POINTS = 2000
 _TRAIN, _VALIDATION, _EXACT, _RATE, _TEXT = "#4c78a8", "#e4572e", "#2a9d6f", "#9aa0a6", "#3c4043"
+_TASKS = ("#8e5ea2", "#c98a00", "#17a2b8", "#8c564b", "#d4549b")
 
 
 def draw_loss_curve(training: Columns, validation: Columns, title: str = "") -> bytes:
@@ -75,7 +79,19 @@ def _draw_fractions(axes: Any, training: Columns, validation: Columns) -> None:
         if at.size:
             label = column.replace("_", " ")
             axes.plot(at, share, color=_EXACT, linewidth=1.2, marker="s", markersize=4, label=label)
+    _draw_tasks(axes, validation)
     axes.set_ylim(0, 1.05)
+
+
+def _draw_tasks(axes: Any, validation: Columns) -> None:
+    names = [column.removeprefix(EVALUATION) for column in validation if column.startswith(EVALUATION)]
+    for name, color in zip(names, itertools.cycle(_TASKS), strict=False):
+        at, share = _finite(validation, EVALUATION + name)
+        if at.size:
+            axes.plot(at, share, color=color, linewidth=1.2, marker="^", markersize=4.5, label=name)
+        _, chance = _finite(validation, CHANCE + name)
+        if len(names) == 1 and chance.size:
+            axes.axhline(chance[-1], color=color, linewidth=0.8, linestyle=(0, (2, 3)), label=f"{name} by chance")
 
 
 def _dress(losses: Any, fractions: Any, title: str, per: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from common.files import write_atomically
 from models.preference import PreferenceFigures
 from models.training.events import Progress, Validation
-from models.training.loss_curve import draw_loss_curve
+from models.training.loss_curve import CHANCE, EVALUATION, draw_loss_curve
 
 log = logging.getLogger("cairn.training")
 _TRAINING = (
@@ -51,17 +51,19 @@ class Metrics:
         config: Mapping[str, Any] | None = None,
         validated: Sequence[str] = (),
         prefers: bool = False,
+        tasks: Sequence[str] = (),
     ) -> None:
         """`title` stands above the loss curve and names the run in Weights & Biases, which is given `config`;
         `validated`: the names of the sources that have a validation loss of their own; `prefers`: whether the run is
-        preference tuning, whose figures have columns."""
+        preference tuning, whose figures have columns; `tasks`: those that are asked, whose scores have them too."""
         self._folder = folder
         self._title = title
         self._config = dict(config or {})
         more = _PREFERENCES if prefers else ()
         self._training = _CsvFile(folder / "training.csv", (*_TRAINING, *more))
         by_source = (_LOSS_OF + name for name in validated)
-        self._validation = _CsvFile(folder / "validation.csv", (*_VALIDATION, *more, *by_source))
+        scores = (prefix + name for prefix in (EVALUATION, CHANCE) for name in tasks)
+        self._validation = _CsvFile(folder / "validation.csv", (*_VALIDATION, *more, *by_source, *scores))
         self._samples = _LinesFile(folder / "samples.jsonl", lambda line: int(json.loads(line)["step"]))
         self._tensorboard: _TensorBoard | None = None
         self._wandb: Any = None
@@ -92,10 +94,14 @@ class Metrics:
         """One row of a validation, its samples, and the loss curve from time to time."""
         values = {name: getattr(event, name) for name in _VALIDATION}
         values |= _preferences(event) | {_LOSS_OF + name: loss for name, loss in event.by_source.items()}
-        self._validation.append(values)
+        scores = {score.task: score.value for score in event.tasks}
+        levels = {CHANCE + score.task: score.chance for score in event.tasks}
+        self._validation.append({**values, **{EVALUATION + task: value for task, value in scores.items()}, **levels})
         for sample in event.samples:
             self._samples.append_line(json.dumps({"step": event.step, **vars(sample)}, ensure_ascii=False))
         self._publish("validation", values)
+        if scores:
+            self._publish("evaluation", {"step": event.step, **scores})
         if time.monotonic() - self._drawn_at > _DRAW_SECONDS:
             self._draw()
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ConfigDict
@@ -9,6 +10,23 @@ from pydantic import ConfigDict
 from common.config import FrozenModel
 from models.preference import PreferenceFigures
 from models.training.config import EarlyStoppingConfig
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model's answers to a task of lm-eval are worth."""
+
+    task: str
+    metric: str
+    """What of it is measured, such as `acc`."""
+    value: float
+    """The share of right answers."""
+    standard_error: float | None
+    """None of a single answer."""
+    n: int
+    """Documents that were asked."""
+    chance: float | None
+    """What guessing gives; None where that is not known."""
 
 
 class ValidationRecord(FrozenModel):
@@ -23,6 +41,8 @@ class ValidationRecord(FrozenModel):
     """The loss on each source, in their order, where there are several."""
     preferences: PreferenceFigures | None = None
     """In preference tuning, what else was measured."""
+    tasks: tuple[TaskScore, ...] = ()
+    """The scores of the tasks that were asked."""
 
 
 class RunState(FrozenModel):

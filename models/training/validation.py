@@ -1,10 +1,11 @@
-"""What is measured on the validation split while training.
+"""What is measured while training: on the validation split, and of the tasks that are asked.
 
 B rows, T positions, D documents.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +18,12 @@ from models.sampling import SamplingConfig
 from models.training.batches import Batches
 from models.training.config import ValidationConfig
 from models.training.events import Sample
+from models.training.state import TaskScore
 
 _FREE_PROMPT, _FREE_CONTINUATION = 16, 48
+Probe = Callable[[Callable[[], None]], TaskScore]
+"""Asks the model in training a task. It calls what it is given after each batch, in every process alike, and is ended
+by what that raises. Raises NotFinite where what the model says is not."""
 
 
 class Measured(NamedTuple):
@@ -31,6 +36,8 @@ class Measured(NamedTuple):
     """The loss on each source, where there are several."""
     preferences: PreferenceFigures | None = None
     """What else is measured of pairs."""
+    tasks: tuple[TaskScore, ...] = ()
+    """The scores of the tasks that were asked."""
 
 
 class _Task(NamedTuple):
@@ -60,17 +67,21 @@ class Validator:
         config: ValidationConfig,
         rows_at_once: int,
         decode: Callable[[Sequence[int]], str] | None,
+        probes: Sequence[Probe] = (),
     ) -> None:
-        """`rows_at_once`: rows that go through the model together. `decode`: from token ids to text."""
+        """`rows_at_once`: rows that go through the model together. `decode`: from token ids to text. `probes`: one for
+        each task that is asked."""
         self._engine = engine
         self._batches = batches
         self._sources = batches.sources
         self._config = config
         self._rows_at_once = rows_at_once
+        self._probes = probes
         self._decode = decode or (lambda tokens: " ".join(map(str, tokens)))
 
-    def measure(self, stopping: Callable[[], bool]) -> Measured | None:
-        """Loss over the counted targets, exact match and samples; None where `stopping` came true in between.
+    def measure(self, stopping: Callable[[], bool], asks: bool = True) -> Measured | None:
+        """Loss over the counted targets, exact match, samples, and the scores of tasks where it `asks` them; None where
+        `stopping` came true in between.
 
         Of pairs, the preference loss and what goes with it; samples go on from the prompts, with the chosen answers.
 
@@ -81,6 +92,7 @@ class Validator:
         losses: dict[int, float] = {}
         figures: dict[int, NDArray[np.float64]] = {}
         matches: dict[int, float] = {}
+        tasks: tuple[TaskScore, ...] = ()
         try:
             for source in range(len(self._sources)):
                 if self._batches.packing == "pairs":
@@ -89,6 +101,8 @@ class Validator:
                     continue
                 losses[source] = self._loss(source, stopping)
                 matches |= self._exact_match(source, stopping)
+            if asks:
+                tasks = tuple(self._scores(stopping))
         except _Stopped:
             return None
         return Measured(
@@ -97,6 +111,7 @@ class Validator:
             self._samples() if not stopping() else (),
             tuple(losses.values()) if len(losses) > 1 else (),
             PreferenceFigures.of(self._averages(figures)[1:]) if figures else None,
+            tasks,
         )
 
     def by_name(self, losses: Sequence[float]) -> dict[str, float]:
@@ -130,6 +145,18 @@ class Validator:
             written = self._write(tasks)
             matches += [task.answer == tokens for task, tokens in zip(tasks, written, strict=True)]
         return {source: sum(matches) / len(matches)} if matches else {}
+
+    def _scores(self, stopping: Callable[[], bool]) -> Iterator[TaskScore]:
+        """The scores of the tasks; of none on which the model's logits are not finite, of which the loss tells."""
+
+        def heed() -> None:
+            if stopping():
+                raise _Stopped
+
+        for probe in self._probes:
+            heed()
+            with suppress(NotFinite):
+                yield probe(heed)
 
     def _average(self, values: Mapping[int, float]) -> float:
         """The mean of some sources' values by their shares."""

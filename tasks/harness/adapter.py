@@ -18,7 +18,7 @@ from common.errors import UserError
 from models.engine import InferenceEngine
 from models.generation import generate
 from models.sampling import SamplingConfig
-from models.scoring import Request, fits, score, score_texts
+from models.scoring import Request, check_fits, fits, score, score_texts
 from models.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256
@@ -76,6 +76,21 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"the tokenizer cannot represent {text[:60]!r}: {error}") from error
 
+    def check(self, request: Instance) -> None:
+        """Raises UserError for a request that no weights could answer: of text that the tokenizer cannot represent, or
+        with a continuation or an answer that is longer than the model."""
+        if request.request_type == "generate_until":
+            self.tok_encode(request.args[0])
+            self._room(normalize_gen_kwargs(request.args[1], MAX_NEW_TOKENS))
+        elif request.request_type == "loglikelihood":
+            context, continuation = request.args
+            if context:
+                check_fits(self._encode_pair(context, continuation)[1], self.max_length)
+            else:
+                check_fits(self.tok_encode(continuation, add_special_tokens=False), self.max_length)
+        else:
+            self.tok_encode(request.args[0])
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
@@ -128,12 +143,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def _written(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
         kinds = normalize_gen_kwargs(options, MAX_NEW_TOKENS)
-        limit = int(kinds["max_gen_toks"])
-        room = self.max_length - limit
-        if room <= 0:
-            raise UserError(
-                f"the task has answers of up to {limit} tokens, and the model has {self.max_length} positions in all"
-            )
+        limit, room = int(kinds["max_gen_toks"]), self._room(kinds)
         stops = [stop for stop in kinds.get("until") or () if stop]
         sampling = SamplingConfig.model_validate(
             {
@@ -155,6 +165,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         rows = max(1, self._batch_tokens // (max(map(len, prompts)) + limit))
         answers = generate(self._engine, prompts, sampling, self._tokens.stop_ids, rows, ended if stops else None)
         return [_before(self._decoded(answer), stops) for answer in answers]
+
+    def _room(self, options: dict[str, Any]) -> int:
+        """The positions that an answer leaves to its context. Raises UserError where there is none."""
+        limit = int(options["max_gen_toks"])
+        if limit >= self.max_length:
+            raise UserError(
+                f"the task has answers of up to {limit} tokens, and the model has {self.max_length} positions in all"
+            )
+        return self.max_length - limit
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode(list(ids), skip_special_tokens=True))

@@ -3,7 +3,7 @@
 B rows, T positions, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.config import ModelConfig
-from models.engine import Batch, EngineName, Given, InferenceEngine, Scored, State, StepResult
+from models.engine import Batch, EngineName, Given, InferenceEngine, Scored, State, StepResult, TrainingEngine
+from models.generation import NotFinite
 from models.optimizer import OptimizerConfig
 from models.training.batches import Batches
 from models.training.config import TrainingConfig
 from models.training.loop import Start
 from models.training.shards import write_shard
+from models.training.state import TaskScore
 from models.weights import Piece
 from tests.models.training.folders import folder_source
 
@@ -193,3 +195,21 @@ def batches_for(config: TrainingConfig, folder: Path, **options: Any) -> Batches
         batch_size=config.batch_size,
         **options,
     )
+
+
+class Share:
+    """A task, `models.training.validation.Probe`: the share of tokens that a model finds likelier to follow themselves
+    than others on the whole. One that is named `broken` finds nothing finite."""
+
+    def __init__(self, engine: Callable[[], TrainingEngine], name: str = "share") -> None:
+        self._engine, self._name = engine, name
+        self.times = 0
+
+    def __call__(self, heed: Callable[[], None]) -> TaskScore:
+        self.times += 1
+        logits_BV = self._engine().inference().logits(np.arange(VOCABULARY, dtype=np.int32)[:, None])[:, 0]
+        heed()
+        if self._name == "broken":
+            raise NotFinite
+        own_B = np.diagonal(logits_BV) > logits_BV.mean(axis=1)
+        return TaskScore(self._name, "acc", float(own_B.mean()), None, len(own_B), 0.5)

@@ -36,7 +36,12 @@ CONFIG = TrainingConfig.model_validate(
         "packing": "documents",
         "optimizer": {"learning_rate": 0.05},
         "schedule": {"warmup_steps": 5},
-        "validation": {"every": 5, "exact_match_rows": 8, "samples": 1},
+        "validation": {
+            "every": 5,
+            "exact_match_rows": 8,
+            "samples": 1,
+            "tasks": {"names": ["share"], "every": 10},
+        },
         "early_stopping": {"patience": 2, "minimum_improvement": 0.004},
     }
 )
@@ -89,6 +94,7 @@ def run(folder: Path, engine_name: str, every_seconds: float, arm: Callable[[], 
         Checkpoints(LocalFileSystem(), str(folder / "checkpoints"), CheckpointConfig(every_seconds=every_seconds)),
         start,
         report=lambda event: None,
+        probes=[bigrams.Share(lambda: engine)] if config.validation and config.validation.tasks else [],
     )
     digest = hashlib.sha256()
     pieces = [*engine.export("weights"), *engine.export("optimizer")]

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from models.training.events import Event, Note, Progress, TrainingResult, Valida
 from models.training.loop import Interrupted, Start, fingerprint, train
 from models.training.metrics import Metrics, read_csv
 from models.training.signals import StopSignals
-from tests.models.training.bigrams import MODEL, BigramEngine, batches_for, start, write_chain
+from models.training.state import RunState, TaskScore, ValidationRecord
+from models.training.validation import Probe
+from tests.models.training.bigrams import MODEL, BigramEngine, Share, batches_for, start, write_chain
 from tests.models.training.folders import batches, folder_source
 
 pytestmark = pytest.mark.timeout(60)
@@ -64,6 +66,7 @@ class Run:
         continue_on: bool = False,
         validated: bool = False,
         stop: Callable[[], bool] | None = None,
+        probes: Sequence[Probe] = (),
     ) -> TrainingResult:
         self.engine = BigramEngine(self.settings.optimizer, engine, poisoned)
         validation = self.settings.validation
@@ -76,6 +79,7 @@ class Run:
             self.checkpoints(),
             start()._replace(validated=validated),
             report=self.events.append,
+            probes=probes,
             should_stop=stop or (lambda: stop_after is not None and len(self.engine.steps_taken) >= stop_after),
             continue_on=continue_on,
         )
@@ -133,6 +137,65 @@ def test_a_validation_that_is_interrupted_is_done_again(tmp_path: Path) -> None:
     assert result.resumed_from == 10
     assert parts.arrays() == whole.arrays()
     assert result.state.validations == expected.state.validations
+
+
+def asking(*names: str, **changes: Any) -> TrainingConfig:
+    return config(validation={"every": 5, "rows": 8, "tasks": {"names": names, **changes}})
+
+
+def test_tasks_are_asked_at_their_own_steps_and_the_last(tmp_path: Path) -> None:
+    run = Run(tmp_path, asking("share", every=20))
+    share = Share(lambda: run.engine)
+    result = run.go(probes=[share], validated=True)
+    told = [event for event in run.events if isinstance(event, Validation)]
+    assert [event.step for event in told] == [0, 5, 10, 15, 20, 25, 30]
+    assert [event.step for event in told if event.tasks] == [0, 20, 30]
+    assert [record.tasks for record in result.state.validations] == [event.tasks for event in told]
+    assert share.times == 3
+    unasked = Run(tmp_path / "unasked", config(validation={"every": 5, "rows": 8}))
+    unasked.go(validated=True)
+    assert unasked.arrays() == run.arrays()
+
+
+@pytest.mark.parametrize("asked", range(8, 20))
+def test_a_run_that_is_stopped_in_a_task_asks_it_again(tmp_path: Path, asked: int) -> None:
+    whole = Run(tmp_path / "whole", asking("share", "other"))
+    expected = whole.go(probes=[Share(lambda: whole.engine), Share(lambda: whole.engine, "other")])
+    parts = Run(tmp_path / "parts", asking("share", "other"))
+    times = iter(range(asked))
+    probes = [Share(lambda: parts.engine), Share(lambda: parts.engine, "other")]
+    with pytest.raises(Interrupted):
+        parts.go(probes=probes, stop=lambda: next(times, None) is None)
+    result = parts.go(probes=probes)
+    assert result.state == expected.state.model_copy(update={"seconds": result.state.seconds})
+    assert [event.step for event in parts.events if isinstance(event, Validation)] == [5, 10, 15, 20, 25, 30]
+    assert probes[0].times <= 6 + 1
+    assert probes[1].times <= 6 + 1
+
+
+def test_a_task_on_which_nothing_finite_is_said_has_no_score(tmp_path: Path) -> None:
+    run = Run(tmp_path, asking("broken", "share"))
+    result = run.go(probes=[Share(lambda: run.engine, "broken"), Share(lambda: run.engine)])
+    assert all([score.task for score in record.tasks] == ["share"] for record in result.state.validations)
+    with pytest.raises(ValueError, match="a probe for each task"):
+        run.go()
+
+
+def test_tasks_are_asked_at_validations_alone_and_once() -> None:
+    with pytest.raises(ValueError, match=r"tasks\.every 7 is no multiple of 5"):
+        asking("share", every=7)
+    with pytest.raises(ValueError, match="a task is named twice"):
+        asking("share", "share")
+
+
+def test_a_checkpoint_of_the_time_before_tasks_is_read() -> None:
+    """As JSON has it."""
+    record: dict[str, Any] = {"step": 10, "loss": 1.5, "exact_match": None, "by_source": [], "preferences": None}
+    state = RunState.model_validate({"step": 10, "validations": [record], "seconds": 1.0, "engines": ["torch"]})
+    assert state.validations[0].tasks == ()
+    scored = ValidationRecord(step=20, loss=math.inf, tasks=(TaskScore("copa", "acc", 0.5, None, 1, None),))
+    again = RunState(step=20, validations=(*state.validations, scored))
+    assert RunState.model_validate(again.to_json()) == again
 
 
 def test_what_comes_in_is_validated_where_asked_and_training_is_the_same(tmp_path: Path) -> None:

@@ -1,17 +1,22 @@
 """The logs: whole after a resumption, and nothing in them twice."""
 
 import dataclasses
+import io
+import math
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from models.training.events import Progress, Sample, Validation
 from models.training.loss_curve import draw_loss_curve
 from models.training.metrics import Metrics, read_csv
+from models.training.state import TaskScore
 
 ROOT = Path(__file__).parents[3]
 PROGRESS = Progress(
@@ -98,6 +103,50 @@ def test_the_loss_curve_is_a_picture_of_any_number_of_rows(tmp_path: Path) -> No
     assert draw_loss_curve({}, {}).startswith(b"\x89PNG")
     nothing_finite = {"step": [1.0], "loss": [float("nan")], "learning_rate_scale": [1.0]}
     assert draw_loss_curve(nothing_finite, {}).startswith(b"\x89PNG")
+
+
+GREEN, PURPLE, AMBER = (0x2A, 0x9D, 0x6F), (0x8E, 0x5E, 0xA2), (0xC9, 0x8A, 0x00)
+
+
+def rows_of(picture: bytes, color: tuple[int, int, int]) -> set[int]:
+    """The rows of pixels in which a picture has a color, but for what stands above the axes."""
+    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), np.int16)
+    near = (np.abs(pixels - np.array(color)) < 12).all(axis=2)
+    below = len(pixels) // 6
+    return {int(row) for row in np.flatnonzero(near.any(axis=1)) if row > below}
+
+
+def test_scores_of_tasks_are_lines_of_the_picture(tmp_path: Path) -> None:
+    training = {"step": [10.0, 20.0], "loss": [2.0, 1.0], "learning_rate_scale": [1.0, 0.1]}
+    plain = {"step": [10.0, 20.0], "loss": [2.0, 1.5], "exact_match": [math.nan] * 2}
+    one = {**plain, "evaluation/copa": [0.55, 0.6], "chance/copa": [0.5, 0.5]}
+    both = {**one, "evaluation/arc_easy": [math.nan, 0.3], "chance/arc_easy": [math.nan, 0.25]}
+    pictures = [draw_loss_curve(training, columns) for columns in (plain, one, both)]
+    assert not rows_of(pictures[0], PURPLE) | rows_of(pictures[0], GREEN)
+    purple = rows_of(pictures[1], PURPLE)
+    without_chance = rows_of(draw_loss_curve(training, {**one, "chance/copa": [math.nan] * 2}), PURPLE)
+    # The line of chance is below the score, which rises from 0.55.
+    assert max(purple) > max(without_chance)
+    assert not rows_of(pictures[1], AMBER)
+    # Of several tasks, chance is left out, and the one score of the second is a mark below the first's.
+    assert max(rows_of(pictures[2], PURPLE)) < min(rows_of(pictures[2], AMBER))
+
+
+def test_scores_of_tasks_have_columns_of_their_own(tmp_path: Path) -> None:
+    copa = TaskScore("copa", "acc", 0.55, 0.05, 100, 0.5)
+    metrics = Metrics(tmp_path, tasks=["copa", "arc_easy"])
+    metrics.resume(0, validated=False)
+    metrics.validation(Validation(10, 2.0, None, ()))
+    metrics.validation(Validation(20, 1.5, None, (), tasks=(copa,)))
+    metrics.close()
+    columns = read_csv(tmp_path / "validation.csv")
+    assert list(columns) == [
+        *("step", "loss", "exact_match"),
+        *("evaluation/copa", "evaluation/arc_easy", "chance/copa", "chance/arc_easy"),
+    ]
+    np.testing.assert_array_equal(columns["evaluation/copa"], [math.nan, 0.55])
+    np.testing.assert_array_equal(columns["chance/copa"], [math.nan, 0.5])
+    np.testing.assert_array_equal(columns["evaluation/arc_easy"], [math.nan] * 2)
 
 
 WANDB = """
