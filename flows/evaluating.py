@@ -14,7 +14,7 @@ from common.config import FrozenModel
 from common.errors import UserError
 from common.files import canonical_json
 from flows.inference import model_record
-from models.engine import EngineName, Precision, check_engine
+from models.engine import EngineName, check_engine
 from models.machine import default_engine, engine_for
 from tasks.harness.catalogue import leaves
 from tasks.registry import STAGES
@@ -25,6 +25,8 @@ from tasks.work import Work
 Do = Callable[[Work], Record]
 """Does a work unless it is done, here or elsewhere."""
 
+REPORTS = "evaluations"
+"""Where the reports are named."""
 MEASURES = ("perplexity", "behaviour")
 """What is no task of lm-eval: the kinds of stage that measure it."""
 
@@ -42,8 +44,6 @@ class Asking(FrozenModel):
     """Whether <bos> stands before every text of lm-eval's; null for as the tokenizer does it by itself."""
     engine: EngineName | None = None
     """The engine that answers; null for the one that suits the worker."""
-    precision: Precision = "float32"
-    """What it computes in."""
     worker: Worker = "local"
     """Where it computes: here, or on a worker of a pool."""
 
@@ -76,9 +76,10 @@ def evaluate(store: Store, ref: str, asking: Asking, do: Do, level: float = LEVE
     made = [do(work) for work in asked]
     key = store.names().get(report_name(ref))
     previous = None if key is None else store.read_record(key)
-    before = _before(store, previous)
-    if previous is not None and all(_is_of(before.get(_asked_as(one)), one) for one in made):
+    last = {_asked_as(one): one for one in _evaluations(store, previous)}
+    if previous is not None and all(_is_of(last.get(_asked_as(one)), one) for one in made):
         return Evaluated(made, previous, False, [])
+    before = _before(store, previous)
     others = [old for one in made if (old := before.get(_asked_as(one))) is not None and not _is_of(old, one)]
     tasks = {_task(one) for one in made}
     kept = [one for one in _evaluations(store, previous) if _task(one) not in tasks and _is_about(one, model)]
@@ -97,9 +98,10 @@ def keep(store: Store, ref: str, found: Evaluated) -> None:
 def report_name(ref: str) -> str:
     """What the reports on a model are called in the store: folders by their last two parts."""
     path = Path(ref).expanduser()
-    shown = "/".join(path.parts[-2:]) if path.is_absolute() or ref.startswith((".", "~")) else ref
-    parts = [re.sub(r"[^A-Za-z0-9._@-]+", "-", part).strip(".-@") for part in shown.split("/")]
-    return "/".join(["evaluations", *(part for part in parts if part)])
+    is_folder = path.is_absolute() or ref.startswith((".", "~"))
+    shown = path.resolve().parts[-2:] if is_folder else ref.split("/")
+    parts = [re.sub(r"[^A-Za-z0-9._@-]+", "-", part).strip(".-@") for part in shown]
+    return "/".join([REPORTS, *(part for part in parts if part)])
 
 
 def _report(
@@ -117,7 +119,8 @@ def _report(
     inputs |= {} if previous is None else {"previous": previous}
     config = {
         "title": f"Evaluation of {ref}",
-        "model": ref,
+        # What it is called, however it was named: a folder may be by several paths.
+        "model": report_name(ref).removeprefix(f"{REPORTS}/"),
         "other": "the time before",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "digest": model.output,
@@ -159,13 +162,13 @@ def _before(store: Store, previous: Record | None) -> dict[str, Record]:
     return found
 
 
-_HOW_LOUD = ("engine", "precision", "bits", "batch_tokens", "batch_size", "shown_samples")
-"""What has no part in what is asked: the same scores come of all of these."""
+_IMMATERIAL = ("engine", "batch_tokens", "batch_size", "shown_samples")
+"""Keys of configs that change no score beyond rounding."""
 
 
 def _asked_as(evaluation: Record) -> str:
     """What was asked and how, by which evaluations at two times may be compared."""
-    config = {name: value for name, value in evaluation.config.items() if name not in _HOW_LOUD}
+    config = {name: value for name, value in evaluation.config.items() if name not in _IMMATERIAL}
     return canonical_json([evaluation.stage, evaluation.version, config]).decode()
 
 
@@ -199,13 +202,14 @@ def questions(asking: Asking) -> list[Question]:
     """
     engine = asking.engine or (default_engine() if asking.worker == "local" else engine_for(asking.worker))
     if asking.worker == "local":
-        check_engine(engine, asking.precision)
-    common = {"engine": engine, "precision": asking.precision}
-    own = [name for name in asking.tasks if name in MEASURES]
+        check_engine(engine)
+    common = {"engine": engine}
+    own = [name for name in dict.fromkeys(asking.tasks) if name in MEASURES]
     others = [name for name in asking.tasks if name not in MEASURES]
     found: list[Question] = []
     for leaf in leaves(others) if others else ():
-        few = leaf.num_fewshot if leaf.num_fewshot is not None else asking.num_fewshot
+        # As lm-eval has it: who asks has the last word, but where a group says 0.
+        few = leaf.num_fewshot if asking.num_fewshot is None or leaf.num_fewshot == 0 else asking.num_fewshot
         keys = {**common, "task": leaf.name, "limit": asking.limit, "num_fewshot": few, "bos": asking.bos}
         found.append(Question(leaf.name, "benchmark", _config("benchmark", keys)))
     return found + [Question(name, name, _config(name, common)) for name in own]

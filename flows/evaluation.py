@@ -39,6 +39,7 @@ def evaluation(
     models: Annotated[list[str], Field(min_length=1)] = ["models/*"],  # noqa: B006 - nobody writes to it
     tasks: Annotated[list[str], Field(min_length=1)] = ["seed"],  # noqa: B006
     limit: Annotated[int, Field(ge=0)] = 0,
+    num_fewshot: Annotated[int, Field(ge=-1)] = -1,
     worker: Worker = "local",
     engine: EngineName | None = None,
     level: Annotated[float, Field(gt=0, lt=1)] = LEVEL,
@@ -51,13 +52,15 @@ def evaluation(
             Relative folders, such as `published/*`, are looked for where the worker of `pipeline` was started.
         tasks: Tasks, groups and tags of lm-eval, the group `seed`, `perplexity` and `behaviour`.
         limit: Documents of each task of lm-eval that are asked, 0 for all.
+        num_fewshot: Examples before each question of lm-eval, -1 for as many as the task says.
         worker: Where they are asked: on a worker of a pool, or `local` for the machine that this runs on.
         engine: What answers; the one that suits the worker unless given.
         level: The p below which a difference is called significant.
     """
     own = OwnRun()
     try:
-        asking = Asking(tasks=tuple(tasks), limit=limit or None, worker=worker, engine=engine)
+        few = None if num_fewshot < 0 else num_fewshot
+        asking = Asking(tasks=tuple(tasks), limit=limit or None, num_fewshot=few, worker=worker, engine=engine)
         questions(asking)  # what is wrong with these is wrong for every model
         this_round = _Round(Store.open(), asking, level, own)
         refuse_password(this_round.store.url)

@@ -208,7 +208,8 @@ def test_what_is_wrong_with_the_questions_is_said(store: Store) -> None:
         ("openai-community/gpt2", "evaluations/openai-community/gpt2"),
         ("/data/runs/published/elite 112m", "evaluations/published/elite-112m"),
         ("./published/tiny/", "evaluations/published/tiny"),
-        ("../tiny", "evaluations/tiny"),
+        ("../published/tiny", "evaluations/published/tiny"),
+        ("~/models/../published/tiny", "evaluations/published/tiny"),
     ],
 )
 def test_a_report_is_named_by_what_was_evaluated(store: Store, ref: str, name: str) -> None:
