@@ -3,7 +3,8 @@ what guessing would give.
 
 `results.json` of an evaluation has them under `scores`; `samples.parquet` has a row per document: `id`, which is the
 same for every model, `prompt`, `target`, `prediction`, `correct` where there is a right and a wrong, and a column per
-metric, by which two models are compared pair by pair.
+metric, by which two models are compared pair by pair: what the metric is of a document alone, of a perplexity its loss,
+and better in the same direction. A metric that a document alone does not have, such as an F1, has no column.
 """
 
 import math
@@ -26,7 +27,7 @@ class Score(FrozenModel):
     task: str
     """What was asked, such as `arc_easy`."""
     metric: str
-    """What of it was measured, such as `acc_norm`: the column of `samples.parquet` that it is made of."""
+    """What of it was measured, such as `acc_norm`: the column of `samples.parquet` that it is made of, if any."""
     group: str | None = None
     """The part of the task that it is of, such as a category; null for the whole."""
     value: float | None

@@ -13,6 +13,8 @@ from tasks.scores import Score
 
 _FAR = -1e4
 """A log-probability that no choice comes near to."""
+_ROLLING = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+"""Metrics of texts that are what lm-eval makes of one document as well as of all."""
 Sample = Mapping[str, Any]
 
 
@@ -61,7 +63,7 @@ def _finite(value: float) -> float | None:
 
 def _ratio_error(metric: str, own: Sequence[Any]) -> float | None:
     """The standard error of perplexities over documents, of which lm-eval gives none."""
-    if metric not in ("word_perplexity", "byte_perplexity", "bits_per_byte") or not own:
+    if metric not in _ROLLING or not own:
         return None
     losses, weights = (np.array(column, np.float64) for column in zip(*own, strict=True))
     loss, error = ratio(-losses, weights)
@@ -157,12 +159,26 @@ def _row(task: Any, own: Sequence[Sample]) -> dict[str, Any]:
         row["prediction"] = _text(own[-1]["filtered_resps"][0])
     for sample in own:
         for metric in sample["metrics"]:
-            value = sample[metric]
-            if not isinstance(value, int | float | np.number):
-                value = _number(task.aggregation()[metric], [value])
-            row[metric_name(metric, sample["filter"])] = None if value is None else float(value)
+            if _is_of_a_document(metric, sample[metric]):
+                row[metric_name(metric, sample["filter"])] = _of_a_document(task, metric, sample[metric])
     right = next((row[name] for name in row if name.partition(" ")[0] in ("acc", "exact_match")), None)
     return row | {"correct": None if right is None else right == 1.0, "document": json.dumps(first["doc"], default=str)}
+
+
+def _is_of_a_document(metric: str, value: Any) -> bool:
+    """Whether a metric says something of one document: an F1, of which a document has only its two labels, does not."""
+    return metric in _ROLLING or isinstance(value, int | float | np.number | np.bool_)
+
+
+def _of_a_document(task: Any, metric: str, value: Any) -> float | None:
+    """A metric of one document, better in the same direction as that of all: of lm-eval's `perplexity`, to which a
+    document gives its log-probability, the loss."""
+    from lm_eval.api.metrics import perplexity
+
+    aggregate = task.aggregation().get(metric)
+    if metric in _ROLLING:
+        return _number(aggregate, [value])
+    return _finite(-value if aggregate is perplexity else value)
 
 
 def _choice(task: Any, sample: Sample) -> dict[str, Any]:
