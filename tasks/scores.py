@@ -39,9 +39,10 @@ class Score(FrozenModel):
     higher_is_better: bool = True
     """Whether more is better."""
     chance: float | None = None
-    """What guessing gives; null where that is not known."""
+    """What guessing gives; null where that is not known, as of answers that are written."""
     majority: float | None = None
-    """What always giving the commonest answer gives; null where answers are not a choice."""
+    """What always giving the commonest answer gives; null where answers are not a choice, and where they stand in an
+    order that tells the right one."""
 
     @property
     def near_chance(self) -> bool:

@@ -24,7 +24,8 @@ class Levels(NamedTuple):
     chance: dict[str, float]
     """Choosing blindly, each choice as often as the others; of a text, all tokens of the vocabulary alike."""
     majority: dict[str, float]
-    """Always choosing the same place among the choices, the best of them."""
+    """Always choosing the same place among the choices, the best of them; nothing where one place is right in every
+    document, as in truthfulqa, for that is an order that no model is shown."""
 
 
 def metric_name(metric: str, extraction: str) -> str:
@@ -84,37 +85,47 @@ def levels(task: Any, samples: Sequence[Sample], uniform: Callable[[str], float]
     if kind == "loglikelihood_rolling":
         return Levels(_uniform_levels(task, own, uniform), {})
     if kind == "generate_until":
-        return Levels({metric: 0.0 for metric in ("exact_match", "acc") if own and metric in own[0]}, {})
+        return Levels({}, {})
     by_place: dict[str, list[list[float]]] = defaultdict(list)
     for sample in own:
         for metric, values in _by_choice(task, sample).items():
             by_place[metric].append(values)
+    majority = {metric: _best_place(rows) for metric, rows in by_place.items()}
     return Levels(
         {metric: float(np.mean([np.mean(values) for values in rows])) for metric, rows in by_place.items()},
-        {metric: _best_place(rows) for metric, rows in by_place.items()},
+        {metric: value for metric, value in majority.items() if value is not None},
     )
 
 
 def _by_choice(task: Any, sample: Sample) -> dict[str, list[float]]:
     """What each metric gives a document for each of its choices, chosen with certainty; nothing where there is no
     choice or a metric is no number."""
-    asked = len(sample["arguments"])
-    choices = asked // 2 if "acc_mutual_info" in sample["metrics"] else asked
+    asked, choices = len(sample["arguments"]), _choice_count(sample)
     if choices < 2:
         return {}
     found: dict[str, list[float]] = defaultdict(list)
     for chosen in range(choices):
-        answers = [(0.0 if place % choices == chosen else _FAR, place % choices == chosen) for place in range(asked)]
+        # Answers behind the choices, which are without context, are all alike.
+        answers = [(0.0, True) if place == chosen else (_FAR, False) for place in range(asked)]
         for metric, value in task.process_results(sample["doc"], answers).items():
             if isinstance(value, int | float | np.number):
                 found[metric].append(float(value))
     return {metric: values for metric, values in found.items() if len(values) == choices}
 
 
-def _best_place(rows: Sequence[Sequence[float]]) -> float:
+def _choice_count(sample: Sample) -> int:
+    """The choices of a document: for mutual information, each is asked for twice, first behind its context and then
+    behind none."""
+    asked = len(sample["arguments"])
+    return asked // 2 if "acc_mutual_info" in sample["metrics"] else asked
+
+
+def _best_place(rows: Sequence[Sequence[float]]) -> float | None:
+    """The mean of the place that is best, or None where it is so in every document."""
     width = max(map(len, rows))
     padded = np.array([[*row, *[0.0] * (width - len(row))] for row in rows])
-    return float(padded.mean(axis=0).max())
+    always_best = (padded == padded.max(axis=1, keepdims=True)).all(axis=0)
+    return None if always_best.any() else float(padded.mean(axis=0).max())
 
 
 def _uniform_levels(task: Any, samples: Sequence[Sample], uniform: Callable[[str], float]) -> dict[str, float]:
@@ -183,10 +194,11 @@ def _of_a_document(task: Any, metric: str, value: Any) -> float | None:
 
 def _choice(task: Any, sample: Sample) -> dict[str, Any]:
     """The choices of a document with their log-probabilities, and which of them the model took."""
-    asked = [(str(argument[0]), str(argument[1])) for argument in sample["arguments"]]
+    count = _choice_count(sample)
+    asked = [(str(argument[0]), str(argument[1])) for argument in sample["arguments"][:count]]
     differing = 0 if len({continuation for _, continuation in asked}) == 1 else 1
     choices = [pair[differing] for pair in asked]
-    log_probabilities = [float(answer[0]) for answer in sample["filtered_resps"]]
+    log_probabilities = [float(answer[0]) for answer in sample["filtered_resps"][:count]]
     target = sample["target"]
     # Where the contexts differ, the target is the text that all of them go on with, and the text says which is right.
     place = task.doc_to_text(sample["doc"]) if differing == 0 and getattr(task, "multiple_input", False) else target

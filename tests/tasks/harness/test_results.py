@@ -98,8 +98,8 @@ def test_a_perplexity_has_the_losses_of_its_documents(tmp_path: Path) -> None:
     good, bad = words(tmp_path, -0.125), words(tmp_path, -2.0)
     assert bad.columns["perplexity"] == [8.0, 12.0, 20.0]
     assert bad.scores["perplexity"].value == pytest.approx(np.exp(40 / 3))
-    folders = [found.written(tmp_path / name) for name, found in {"good": good, "bad": bad}.items()]
-    compared = {one.metric: one for one in differences(*folders, good.scores.values())}
+    found = differences(good.written(tmp_path / "good"), bad.written(tmp_path / "bad"), good.scores.values())
+    compared = {one.metric: one for one in found}
     assert compared["perplexity"].difference < 0
     assert not compared["perplexity"].is_fall(level=0.2)
     assert compared["perplexity"].is_rise(level=0.2)
@@ -143,3 +143,51 @@ def test_texts_have_what_they_are_alone(tmp_path: Path) -> None:
     assert found.columns["bits_per_byte"] == pytest.approx([2, 2])
     assert found.columns["byte_perplexity"] == pytest.approx([4, 4])
     assert found.columns["word_perplexity"] == pytest.approx([4**5, 4**6])
+
+
+def test_the_commonest_answer_is_a_level_and_an_order_is_none(tmp_path: Path) -> None:
+    found = verdicts(tmp_path, ["acc"], lambda *_: -1.0, [0, 1, 0, 0, 1])
+    assert (found.scores["acc"].chance, found.scores["acc"].majority) == (0.5, 0.6)
+    found = verdicts(tmp_path, ["acc"], lambda *_: -1.0, [1, 1, 1])
+    assert (found.scores["acc"].chance, found.scores["acc"].majority) == (0.5, None)
+
+
+@needs_hub
+@pytest.mark.parametrize("name", ["truthfulqa_mc1", "truthfulqa_mc2"])
+def test_right_choices_that_always_come_first_are_no_majority(name: str) -> None:
+    found = Found(real_task(name), Known(lambda *_: -1.0), limit=20)
+    acc = found.scores["acc"]
+    assert acc.majority is None
+    assert acc.chance is not None
+    assert 0 < acc.chance < 1
+
+
+def test_mutual_information_is_of_the_choices_behind_their_context(tmp_path: Path) -> None:
+    likely = {"no": -1.0, "yes": -9.0}
+
+    def log_probability(context: str, said: str) -> float:
+        # Without context far more likely, so that the best of all answers is none of the choices.
+        return likely[said.strip()] + (6.0 if said.strip() == "yes" else 0.5) * (not context)
+
+    found = verdicts(tmp_path, ["acc", "acc_mutual_info"], log_probability, [0, 1, 1, 1])
+    assert found.columns["log_probabilities"] == [[-1, -9]] * 4
+    assert [len(choices) for choices in found.columns["choices"]] == [2] * 4
+    assert [said.strip() for said in found.columns["prediction"]] == ["no"] * 4
+    assert found.columns["acc"] == [1, 0, 0, 0]
+    for metric in ("acc", "acc_mutual_info"):
+        assert (found.scores[metric].chance, found.scores[metric].majority) == (0.5, 0.75)
+
+
+def test_answers_that_are_written_have_no_level(tmp_path: Path) -> None:
+    task = small_task(
+        tmp_path,
+        [{"text": "Which of A and B?", "letter": letter} for letter in "ABBB"],
+        ["exact_match"],
+        output_type="generate_until",
+        doc_to_text="{{text}}",
+        doc_to_target="{{letter}}",
+    )
+    found = Found(task, Known(lambda *_: 0.0, "A"))
+    assert found.scores["exact_match"].value == 0.25
+    assert (found.scores["exact_match"].chance, found.scores["exact_match"].majority) == (None, None)
+    assert not found.scores["exact_match"].near_chance
