@@ -108,7 +108,7 @@ def _by_choice(task: Any, sample: Sample) -> dict[str, list[float]]:
         # Answers behind the choices, which are without context, are all alike.
         answers = [(0.0, True) if place == chosen else (_FAR, False) for place in range(asked)]
         for metric, value in task.process_results(sample["doc"], answers).items():
-            if isinstance(value, int | float | np.number):
+            if isinstance(value, int | float | np.number | np.bool_) and math.isfinite(value):
                 found[metric].append(float(value))
     return {metric: values for metric, values in found.items() if len(values) == choices}
 
@@ -146,7 +146,12 @@ def _number(aggregate: Callable[[Sequence[Any]], Any], values: Sequence[Any]) ->
 
 
 def sample_columns(task: Any, samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """The columns of `samples.parquet`: a row per document, the metrics of each filter beside each other."""
+    """The columns of `samples.parquet`: a row per document, the metrics of each filter beside each other.
+
+    `prediction` and `correct` are both of the task's first filter. A prompt that begins with `…` is what goes on behind
+    each of the `choices`. Where there is one text to be said, `log_probability` is its, and `greedy` whether the model
+    says it by itself, which alone makes it the prediction.
+    """
     by_document: dict[int, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_document[sample["doc_id"]].append(sample)
@@ -164,16 +169,18 @@ def _row(task: Any, own: Sequence[Sample]) -> dict[str, Any]:
         "prediction": "",
         "correct": None,
     }
-    if task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood") and len(first["arguments"]) > 1:
-        row |= _choice(task, first)
+    if task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
+        row |= _choice(task, first) if len(first["arguments"]) > 1 else _continuation(first)
     elif task.OUTPUT_TYPE == "generate_until":
-        row["prediction"] = _text(own[-1]["filtered_resps"][0])
+        row["prediction"] = _text(first["filtered_resps"][0])
     for sample in own:
         for metric in sample["metrics"]:
             if _is_of_a_document(metric, sample[metric]):
                 row[metric_name(metric, sample["filter"])] = _of_a_document(task, metric, sample[metric])
-    right = next((row[name] for name in row if name.partition(" ")[0] in ("acc", "exact_match")), None)
-    return row | {"correct": None if right is None else right == 1.0, "document": json.dumps(first["doc"], default=str)}
+    right = next((first[metric] for metric in ("acc", "exact_match") if metric in first["metrics"]), None)
+    # Of several right choices, acc may be a part, which is neither.
+    row["correct"] = bool(right) if right in (0, 1) else None
+    return row | {"document": json.dumps(first["doc"], default=str)}
 
 
 def _is_of_a_document(metric: str, value: Any) -> bool:
@@ -204,11 +211,21 @@ def _choice(task: Any, sample: Sample) -> dict[str, Any]:
     place = task.doc_to_text(sample["doc"]) if differing == 0 and getattr(task, "multiple_input", False) else target
     told = choices[place] if isinstance(place, int) and 0 <= place < len(choices) else _text(target)
     return {
-        "prompt": asked[0][0] if differing else "",
+        "prompt": asked[0][0] if differing else f"…{asked[0][1]}",
         "target": told,
         "prediction": choices[int(np.argmax(log_probabilities))],
         "choices": choices,
         "log_probabilities": log_probabilities,
+    }
+
+
+def _continuation(sample: Sample) -> dict[str, Any]:
+    """What the model makes of the one text that it is asked to say."""
+    log_probability, greedy = sample["filtered_resps"][0]
+    return {
+        "prediction": str(sample["arguments"][0][1]) if greedy else "",
+        "log_probability": float(log_probability),
+        "greedy": bool(greedy),
     }
 
 

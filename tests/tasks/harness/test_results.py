@@ -160,6 +160,8 @@ def test_right_choices_that_always_come_first_are_no_majority(name: str) -> None
     assert acc.majority is None
     assert acc.chance is not None
     assert 0 < acc.chance < 1
+    # Of mc2, acc is the probability of the choices that are true.
+    assert (found.columns["correct"] == [None] * 20) == (name == "truthfulqa_mc2")
 
 
 def test_mutual_information_is_of_the_choices_behind_their_context(tmp_path: Path) -> None:
@@ -191,3 +193,36 @@ def test_answers_that_are_written_have_no_level(tmp_path: Path) -> None:
     assert found.scores["exact_match"].value == 0.25
     assert (found.scores["exact_match"].chance, found.scores["exact_match"].majority) == (None, None)
     assert not found.scores["exact_match"].near_chance
+
+
+@needs_hub
+def test_a_prediction_is_right_or_wrong_by_the_same_filter() -> None:
+    # The first question's answer, in words that the second filter alone reads.
+    found = Found(real_task("gsm8k"), Known(lambda *_: 0.0, "She makes 18 of them"), limit=2)
+    assert found.columns["exact_match (strict-match)"] == [0, 0]
+    assert found.columns["exact_match (flexible-extract)"] == [1, 0]
+    assert found.columns["prediction"] == ["[invalid]"] * 2
+    assert found.columns["correct"] == [False, False]
+    found = Found(real_task("gsm8k"), Known(lambda *_: 0.0, "#### 18"), limit=2)
+    assert found.columns["prediction"] == ["18"] * 2
+    assert found.columns["correct"] == [True, False]
+
+
+@needs_hub
+@pytest.mark.parametrize("name", ["winogrande", "wsc273"])
+def test_what_is_said_behind_each_choice_is_the_prompt(name: str) -> None:
+    found = Found(real_task(name), Known(lambda context, _: -float(len(context))), limit=4)
+    for row, sample in enumerate(found.samples):
+        contexts, continuations = zip(*sample["arguments"], strict=True)
+        assert found.columns["choices"][row] == list(contexts)
+        assert found.columns["prompt"][row] == f"…{continuations[0]}"
+        assert len(continuations[0]) > 1
+        assert found.columns["prediction"][row] == min(contexts, key=len)
+
+
+def test_the_one_text_that_is_asked_for(tmp_path: Path) -> None:
+    found = words(tmp_path, -0.125)
+    assert found.columns["target"] == [" one", " three", " seventeen"]
+    assert found.columns["log_probability"] == [-0.5, -0.75, -1.25]
+    assert found.columns["greedy"] == found.columns["correct"] == [True, False, False]
+    assert found.columns["prediction"] == [" one", "", ""]
