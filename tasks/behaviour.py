@@ -1,6 +1,5 @@
 """Stage `behaviour`: questions of many categories, answered by greedy generation and scored by programs."""
 
-import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from tasks.asking.questions import Category, Question, chosen_categories, read_c
 from tasks.asking.sandbox import check_sandbox
 from tasks.asking.scorers import is_right
 from tasks.checkpoint import read_model, tokenizer_of
-from tasks.scores import RESULTS, SAMPLES, share
+from tasks.scores import RESULTS, SAMPLES, share, wilson
 from tasks.stage import Context, Kind, Metrics, Stage
 
 BEHAVIOUR, CORRECT = "behaviour", "correct"
@@ -34,7 +33,6 @@ BEFORE, BEHIND = "Question: ", "\nAnswer:"
 """What stands around a question to a model whose tokenizer has no chat template."""
 REPORT_SECONDS = 10.0
 _ENDS = re.compile(rf"\n\s*\n|\n{BEFORE.strip()}")
-_DEVIATIONS = 1.959963984540054  # of a normal distribution, within which 95% of it lie
 
 
 class Config(FrozenModel):
@@ -257,16 +255,6 @@ def _summarised(categories: Sequence[Category], asked: Sequence[Asked], correct:
 
 def _counted(correct: Sequence[bool]) -> dict[str, Any]:
     return {"n": len(correct), CORRECT: sum(correct), "interval": list(wilson(sum(correct), len(correct)))}
-
-
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson 1927, doi 10.1080/01621459.1927.10502953), for n of at least 1: unlike the
-    standard error, it says something where all or none are right."""
-    found, square = correct / n, _DEVIATIONS**2
-    middle = (found + square / (2 * n)) / (1 + square / n)
-    half = _DEVIATIONS / (1 + square / n) * math.sqrt(found * (1 - found) / n + square / (4 * n * n))
-    # Rounding must not leave the share itself outside.
-    return min(found, max(0.0, middle - half)), max(found, min(1.0, middle + half))
 
 
 def _summary(results: Mapping[str, Any]) -> str:

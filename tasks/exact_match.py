@@ -1,14 +1,12 @@
 """Exact match over all problems and over groups of them: by what a problem asks, and by columns of the documents."""
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist
 from typing import Any
 
 from common.errors import UserError
 from tasks.expressions import expression_of
-from tasks.scores import Score, share
+from tasks.scores import Score, share, wilson
 
 METRIC = "exact_match"
 READ = ("operator", "digits")
@@ -17,16 +15,6 @@ BY_DEFAULT = (*READ, "phrasing")
 SHOWN_GROUPS = 20
 """Groups that are shown: of more, those that are worst; of lengths of answers, none, for texts have any."""
 MOST_GROUPS = 1000
-_DEVIATIONS = NormalDist().inv_cdf(0.975)
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The interval that has the true share in 95 of 100 cases, where `right` of `n` > 0 are right (Wilson, 1927): one
-    that says something where none or all are (Brown, Cai & DasGupta, 2001)."""
-    found, per = right / n, _DEVIATIONS**2 / n
-    centre = (found + per / 2) / (1 + per)
-    half = _DEVIATIONS / (1 + per) * math.sqrt(found * (1 - found) / n + per / (4 * n))
-    return (max(0.0, centre - half) if right else 0.0), (min(1.0, centre + half) if right < n else 1.0)
 
 
 def measured(correct: Sequence[bool]) -> dict[str, Any]:

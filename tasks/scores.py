@@ -3,30 +3,47 @@ what guessing would give.
 
 `results.json` of an evaluation has them under `scores`; `samples.parquet` has a row per document: `id`, which is the
 same for every model, `prompt`, `target`, `prediction`, `correct` where there is a right and a wrong, and a column per
-metric, by which two models are compared pair by pair.
+metric, by which two models are compared pair by pair: what the metric is of a document alone, of a perplexity its loss,
+and better in the same direction. A metric that a document alone does not have, such as an F1, has no column.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Any, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from common.config import FrozenModel
 
 RESULTS, SAMPLES = "results.json", "samples.parquet"
 NEAR = 2.0
 """Standard errors within which a score is no better than chance."""
+_OF_95_PERCENT = NormalDist().inv_cdf(0.975)
+
+
+def wilson(right: int, n: int, deviations: float = _OF_95_PERCENT) -> tuple[float, float]:
+    """The interval of a share, `right` of `n` > 0, that has the shares from which it lies so many standard deviations
+    away at most; by default those that has the true one in 95 of 100 cases (Wilson, 1927, doi
+    10.1080/01621459.1927.10502953). Unlike the standard error, it says something where none or all are right (Brown,
+    Cai & DasGupta, 2001)."""
+    found, per = right / n, deviations**2 / n
+    centre = (found + per / 2) / (1 + per)
+    half = deviations / (1 + per) * math.sqrt(found * (1 - found) / n + per / (4 * n))
+    # Rounding must not leave the share itself outside.
+    return (max(0.0, centre - half) if right else 0.0), (min(1.0, centre + half) if right < n else 1.0)
 
 
 class Score(FrozenModel):
     """One number that a model was given."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     task: str
     """What was asked, such as `arc_easy`."""
     metric: str
-    """What of it was measured, such as `acc_norm`: the column of `samples.parquet` that it is made of."""
+    """What of it was measured, such as `acc_norm`: the column of `samples.parquet` that it is made of, if any."""
     group: str | None = None
     """The part of the task that it is of, such as a category; null for the whole."""
     value: float | None
@@ -38,14 +55,20 @@ class Score(FrozenModel):
     higher_is_better: bool = True
     """Whether more is better."""
     chance: float | None = None
-    """What guessing gives; null where that is not known."""
+    """What guessing gives; null where that is not known, as of answers that are written."""
     majority: float | None = None
-    """What always giving the commonest answer gives; null where answers are not a choice."""
+    """What always giving the commonest answer gives; null where answers are not a choice, and where they stand in an
+    order that tells the right one."""
 
     @property
     def near_chance(self) -> bool:
-        """Whether it is within two standard errors of guessing, or worse."""
-        if self.value is None or self.chance is None or self.standard_error is None:
+        """Whether it is within two standard errors of guessing, or worse: for a share of which all or none are right
+        and that has no such error, within Wilson's interval of two deviations."""
+        if self.value is None or self.chance is None:
+            return False
+        if self.is_share and self.value in (0, 1) and self.n:
+            return wilson(round(self.value * self.n), self.n, NEAR)[0] <= self.chance
+        if self.standard_error is None:
             return False
         better = self.value - self.chance if self.higher_is_better else self.chance - self.value
         return better <= NEAR * self.standard_error

@@ -8,8 +8,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from common.errors import StageInterrupted, UserError
 from models.chat import Chat, Message, Template, chat_of, write_chat
@@ -20,7 +18,7 @@ from models.tokenizer import Tokenizer, write_tokenizer
 from models.weights import Array, whole_pieces
 from tasks import behaviour
 from tasks.asking import questions
-from tasks.behaviour import Asking, first_answer, wilson
+from tasks.behaviour import Asking, first_answer
 from tasks.checkpoint import ModelFolder, write_model
 from tasks.registry import stage_named
 from tasks.scores import Score
@@ -286,27 +284,6 @@ def test_a_tokenizer_that_cannot_read_the_questions_is_refused(
 )
 def test_a_text_goes_on_and_the_answer_does_not(text: str, answer: str) -> None:
     assert first_answer(text) == answer
-
-
-@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_an_interval_holds_the_share(counts: tuple[int, int]) -> None:
-    correct, n = counts
-    low, high = wilson(correct, n)
-    assert 0 <= low <= correct / n <= high <= 1
-    assert high - low > 0
-    mirrored = wilson(n - correct, n)
-    assert (1 - high, 1 - low) == pytest.approx(mirrored)
-
-
-def test_the_interval_is_wilsons() -> None:
-    # Newcombe (1998, doi 10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E), table I, method 3.
-    for (correct, n), expected in {
-        (81, 263): (0.2553, 0.3662),
-        (15, 148): (0.0624, 0.1605),
-        (0, 20): (0.0, 0.1611),
-        (1, 29): (0.0061, 0.1718),
-    }.items():
-        assert wilson(correct, n) == pytest.approx(expected, abs=5e-5)
 
 
 LEARNT = {

@@ -1,9 +1,4 @@
-import math
-
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from common.errors import UserError
 from tasks.exact_match import (
@@ -15,28 +10,8 @@ from tasks.exact_match import (
     shown_groups,
     shown_lengths,
     summarise,
-    wilson,
 )
-
-
-@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_the_interval_has_the_shares_that_a_score_test_does_not_refuse(case: tuple[int, int]) -> None:
-    right, n = case
-    low, high = wilson(right, n)
-    assert 0 <= low <= right / n <= high <= 1
-    # At its ends, what was found is 1.96 deviations away (Wilson, 1927).
-    for end in (low, high):
-        if 0 < end < 1:
-            assert abs(right / n - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / n), rel=1e-5)
-    assert low == 0 if right == 0 else low > 0
-    assert high == 1 if right == n else high < 1
-
-
-def test_the_interval_has_the_true_share_in_most_cases() -> None:
-    random = np.random.default_rng(0)
-    for share in (0.02, 0.5, 0.99):
-        found = [wilson(int(right), 100) for right in random.binomial(100, share, 4000)]
-        assert 0.92 < np.mean([low <= share <= high for low, high in found]) < 0.985
+from tasks.scores import wilson
 
 
 def test_the_summary_by_length() -> None:
