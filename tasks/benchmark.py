@@ -7,6 +7,7 @@ is done again because another was added, and an interrupted evaluation goes on a
 import logging
 import math
 import random
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -93,24 +94,33 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     Raises UserError for a task whose answers would be run as programs, and for one of pictures; where another version
     of lm-eval is installed or the data have changed since; and NotFinite where what the model says is not.
     """
+    check_current(config)
+    model = read_model(inputs["model"])
+    tokenizer = tokenizer_of(inputs["model"], model.config)
+    bos = adds_bos(inputs["model"] / "tokenizer") if config.bos is None else config.bos
+    engine = inference_engine(
+        config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
+    )
+    asked = Asked(engine, tokenizer, bos, config.batch_tokens, _watch(config.task, context))
+    context.local_scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=context.local_scratch) as cache:
+        task = load_task(config, Path(cache))
+        try:
+            found = asked.evaluate(task, config.limit)
+        except NotFinite as error:
+            raise NotFinite(f"the model '{context.labels.get('model', context.name)}'") from error
+        return _written(config, context, task, found, asked, bos) | {"device": engine.device}
+
+
+def _written(
+    config: Config, context: Context, task: Any, found: Mapping[str, Any], asked: "Asked", bos: bool
+) -> Metrics:
+    """Writes the files of a finished evaluation, and gives its metrics. `found`: what lm-eval gave."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from tasks.harness.results import levels, sample_columns, scores, told
 
-    check_current(config)
-    model = read_model(inputs["model"])
-    tokenizer = tokenizer_of(inputs["model"], model.config)
-    bos = adds_bos(inputs["model"] / "tokenizer") if config.bos is None else config.bos
-    task = load_task(config)
-    engine = inference_engine(
-        config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
-    )
-    asked = Asked(engine, tokenizer, bos, config.batch_tokens, _watch(config.task, context))
-    try:
-        found = asked.evaluate(task, config.limit)
-    except NotFinite as error:
-        raise NotFinite(f"the model '{context.labels.get('model', context.name)}'") from error
     samples = found["samples"][config.task]
     floor = levels(task, samples, asked.uniform)
     made = scores(
@@ -140,7 +150,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     (context.output / RESULTS).write_bytes(canonical_json(results))
     if asked.truncated:
         context.report(Note(f"{asked.truncated:,} requests were longer than the model and lost their beginning"))
-    return {"summary": ", ".join(told(made)), **results, "device": engine.device}
+    return {"summary": ", ".join(told(made)), **results}
 
 
 def check_current(config: Config) -> None:
@@ -155,15 +165,22 @@ def _definition(config: Config) -> dict[str, Any]:
     return definition(task_path(config.task))
 
 
-def load_task(config: Config) -> Any:
-    """lm-eval's task, with its data."""
+def load_task(config: Config, cache: Path | None = None) -> Any:
+    """lm-eval's task, with its data, and the random numbers that it draws from here on seeded as lm-eval seeds them.
+
+    `cache`: an empty folder for what `datasets` keeps, for it would give again what another had shuffled by other
+    seeds; None for the folder that all share.
+    """
     import datasets
     from lm_eval.tasks import TaskManager
 
     datasets.disable_progress_bars()
     # Below that are remarks on defaults that its own tasks rely on.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with offline_first(config.data or {}):
+    # Before the data are loaded, since some tasks shuffle them then.
+    random.seed(RANDOM_SEED)
+    np.random.seed(NUMPY_SEED)
+    with offline_first(config.data or {}, cache):
         loaded = TaskManager(include_defaults=False).load([str(task_path(config.task))])
     task = loaded["tasks"][config.task]
     if getattr(task, "UNSAFE_CODE", False):
@@ -178,12 +195,6 @@ def load_task(config: Config) -> Any:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return task
-
-
-def begin_draws() -> None:
-    """Begins anew what lm-eval's tasks draw from while they make their documents and requests."""
-    random.seed(RANDOM_SEED)
-    np.random.seed(NUMPY_SEED)
 
 
 class Asked:
@@ -210,7 +221,6 @@ class Asked:
         """lm-eval's results of a task, with its samples; `bootstraps` 0 leaves all standard errors out."""
         from lm_eval.evaluator import evaluate
 
-        begin_draws()
         name = task.config.task
         found = evaluate(self._model, {"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=bootstraps)
         assert found is not None

@@ -55,7 +55,6 @@ class _Task:
         benchmark.check_current(self._config)
         self._task = benchmark.load_task(self._config)
         self._metric = _share_of(self._task, name)
-        benchmark.begin_draws()
         self._task.build_all_requests(limit=tasks.limit)
         # lm-eval makes the requests at each evaluation, with other examples before them than the last time.
         self._task.build_all_requests = self._clear

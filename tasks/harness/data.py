@@ -38,15 +38,20 @@ def check_unchanged(data: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def offline_first(data: Mapping[str, str]) -> Iterator[None]:
+def offline_first(data: Mapping[str, str], cache: Path | None = None) -> Iterator[None]:
     """Within the block, `datasets.load_dataset` gives the local copy of a data set where there is one, and others at
-    their commits. lm-eval's tasks know no other way to their data, and nothing else is changed."""
+    their commits. lm-eval's tasks know no other way to their data, and nothing else is changed.
+
+    `cache`: the folder for what `datasets` makes of the files; None for its own.
+    """
     import datasets
 
     original = datasets.load_dataset
 
     def load_dataset(path: str, *arguments: Any, **options: Any) -> Any:
         options.pop("trust_remote_code", None)
+        if cache is not None:
+            options["cache_dir"] = str(cache)
         folder = local_copy("dataset", path) if "/" in path and not Path(path).is_absolute() else None
         if folder is None:
             commit = data.get(path, "")

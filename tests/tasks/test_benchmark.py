@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,9 +16,11 @@ from common.errors import StageInterrupted, UserError
 from models.generation import NotFinite
 from tasks.benchmark import STAGE, Config, resolved
 from tasks.events import Counted
+from tasks.harness.catalogue import task_path
+from tasks.harness.data import offline_first
 from tasks.scores import RESULTS, SAMPLES, Score
 from tests.tasks.conftest import RunStage, context_in
-from tests.tasks.harness.against_hf import Model, random_model
+from tests.tasks.harness.against_hf import Model, ours, random_model
 
 pytestmark = [
     pytest.mark.skipif("CAIRN_HUB" not in os.environ, reason="CAIRN_HUB names no folder with data sets"),
@@ -123,6 +126,45 @@ def test_a_task_that_is_written_is_scored_too(tmp_path: Path, run_stage: RunStag
     assert metrics["truncated"] == 2
     rows = pq.read_table(output / SAMPLES).to_pylist()
     assert [row["correct"] for row in rows] == [False, False]
+
+
+GPQA = "gpqa_main_zeroshot"
+
+
+@pytest.fixture
+def shuffled_task(empty_hub: Path) -> str:
+    """A task of lm-eval that shuffles the choices of each document when it is loaded, with data of the test's."""
+    folder = empty_hub / "Idavidrein" / "gpqa"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: gpqa_main\n  data_files: gpqa_main.csv\n---\n")
+    rows = [f"Question {n}?,right {n},wrong {n},worse {n},worst {n}" for n in range(12)]
+    head = "Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3"
+    (folder / "gpqa_main.csv").write_text("\n".join([head, *rows, ""]))
+    return GPQA
+
+
+def test_what_a_task_shuffles_when_it_is_loaded_is_in_lm_evals_order(
+    tmp_path: Path, run_stage: RunStage, shuffled_task: str, model: Model
+) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    config = asked(shuffled_task)
+    with offline_first(config["data"], tmp_path / "cache"):
+        manager = TaskManager(include_defaults=False)
+        expected = simple_evaluate(ours(model), tasks=[str(task_path(shuffled_task))], task_manager=manager)
+    assert expected is not None
+    for seed in (5, 6):
+        random.seed(seed)  # as whatever ran before in the process may have left it
+        output, metrics = run_stage("benchmark", config, model=model.artifact)
+        rows = pq.read_table(output / SAMPLES).to_pylist()
+        assert [json.loads(row["document"]) for row in rows] == [
+            sample["doc"] for sample in expected["samples"][shuffled_task]
+        ]
+        assert {score["metric"]: score["value"] for score in metrics["scores"]} == {
+            name: pytest.approx(expected["results"][shuffled_task][f"{name},none"]) for name in ("acc", "acc_norm")
+        }
+    assert len({row["target"] for row in rows}) > 1
 
 
 def changed(model: Model, place: Path, change: Callable[[Path], None]) -> Path:
