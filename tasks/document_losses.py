@@ -1,12 +1,19 @@
-"""How well each document was predicted: a row of `samples.parquet` each, and the scores over all of them.
+"""How well each document was predicted: rows of `samples.parquet`, one for each block of text, and the scores over
+all of them.
 
-N documents.
+A long document is told of in blocks, so that even the score of a single one has a standard error and is compared with
+another model's. Blocks end at white space, at places that the text alone decides: models with different tokenizers have
+the same ones, and are compared block by block in bits per byte.
+
+N blocks, T tokens of a document.
 """
 
 import math
+import re
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,28 +24,48 @@ from tasks.scores import Score
 TASK = "perplexity"
 ID_DIGITS = 16
 PROMPT_CHARACTERS = 200
+BLOCK_CHARACTERS = 4000
+"""Characters of a block, about 1,000 tokens; a text has so many blocks of even length as come nearest to it."""
 ROWS_AT_ONCE = 1024
 
+_WHITE_SPACE = re.compile(r"\s")
 
-class Document(NamedTuple):
-    """A document that is scored."""
+
+class Block(NamedTuple):
+    """A part of a document's text, the whole of one that is not long."""
 
     id: str
-    """The first digits of the SHA-256 of its text."""
+    """The first digits of the SHA-256 of the document's text, and the block's number in it, from 1. Documents of equal
+    text have equal ids: they are told apart by their order."""
     prompt: str
     """How it begins."""
     tokens: int
+    """Those that begin in it."""
     words: int
     """What white space separates."""
     bytes: int
     """Those of UTF-8."""
 
-    @classmethod
-    def of(cls, text: str, tokens: int) -> Self:
-        """The document with a text of so many tokens."""
-        encoded = text.encode()
-        start = text[:PROMPT_CHARACTERS]
-        return cls(sha256_bytes(encoded)[:ID_DIGITS], start, tokens, len(text.split()), len(encoded))
+
+def blocks_of(text: str, starts_T: Sequence[int]) -> list[Block]:
+    """The blocks of a text, the first characters of whose tokens are these, in their order."""
+    ends = _ends(text)
+    # No token begins before the one ahead of it, whatever a tokenizer says of tokens that stand for no character.
+    steady_T = np.maximum.accumulate(np.array(starts_T, np.int64))
+    tokens_N = np.diff(np.searchsorted(steady_T, ends[:-1]), prepend=0, append=len(steady_T))
+    digest = sha256_bytes(text.encode())[:ID_DIGITS]
+    parts = (text[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True))
+    return [
+        Block(f"{digest}/{number}", part[:PROMPT_CHARACTERS], tokens, len(part.split()), len(part.encode()))
+        for number, (part, tokens) in enumerate(zip(parts, tokens_N.tolist(), strict=True), 1)
+    ]
+
+
+def _ends(text: str) -> list[int]:
+    """Where the blocks of a text end: at the first white space behind even parts of it, so that no word is cut."""
+    count = max(1, round(len(text) / BLOCK_CHARACTERS))
+    found = (_WHITE_SPACE.search(text, part * len(text) // count) for part in range(1, count))
+    return [*sorted({space.start() for space in found if space is not None}), len(text)]
 
 
 class Measured(NamedTuple):
@@ -47,12 +74,17 @@ class Measured(NamedTuple):
     value: float | None
     """Null where it is too large to be a number."""
     standard_error: float | None
-    """Null for a single document."""
+    """Null for a single block."""
 
 
 def ratio(totals_N: NDArray[np.float64], sizes_N: NDArray[np.float64]) -> tuple[float, float | None]:
-    """sum(totals) / sum(sizes), with its standard error by the delta method, documents being drawn independently: that
-    of the ratio estimator (Cochran, Sampling Techniques, 3rd edition, 1977, section 6.4)."""
+    """sum(totals) / sum(sizes), with its standard error by the delta method, blocks being drawn independently: that of
+    the ratio estimator (Cochran, Sampling Techniques, 3rd edition, 1977, section 6.4).
+
+    Blocks of one document are not quite independent: what makes one hard makes its neighbours hard, so that over few
+    long documents the error is somewhat too small. Of the difference between two models, which are given the same
+    blocks, most of that goes out.
+    """
     count, size = len(sizes_N), float(sizes_N.sum())
     value = float(totals_N.sum()) / size
     if count < 2:
@@ -62,7 +94,7 @@ def ratio(totals_N: NDArray[np.float64], sizes_N: NDArray[np.float64]) -> tuple[
 
 
 class DocumentLosses:
-    """Takes the documents one by one, writes their rows, and knows the scores over all."""
+    """Takes the documents one by one, writes the rows of their blocks, and knows the scores over all."""
 
     def __init__(self, path: Path) -> None:
         """Begins the file of rows. It is complete once `close` was called."""
@@ -71,21 +103,27 @@ class DocumentLosses:
 
         text, count, number = pa.string(), pa.int64(), pa.float64()
         kinds = (text, text, count, count, count, number, number, number)
-        names = (*Document._fields, "loss", "bits_per_byte", "word_loss")
+        names = (*Block._fields, "loss", "bits_per_byte", "word_loss")
         self._schema = pa.schema(list(zip(names, kinds, strict=True)))
         self._file = pq.ParquetWriter(path, self._schema, compression="zstd")
         self._rows: list[dict[str, Any]] = []
+        self._documents = 0
         self._losses, self._tokens, self._words, self._bytes = (array("d") for _ in range(4))
 
-    def add(self, document: Document, loss: float) -> None:
-        """Takes a document and its −ln p, summed over its tokens."""
-        sizes = (document.tokens, document.words, document.bytes)
+    def add(self, blocks: Sequence[Block], losses_T: NDArray[np.float64]) -> None:
+        """Takes a document's blocks and the −ln p of all its tokens."""
+        self._documents += 1
+        ends = np.cumsum([block.tokens for block in blocks])
+        for block, losses in zip(blocks, np.split(losses_T, ends[:-1]), strict=True):
+            self._add(block, float(losses.sum()))
+
+    def _add(self, block: Block, loss: float) -> None:
+        sizes = (block.tokens, block.words, block.bytes)
         for column, value in zip((self._losses, self._tokens, self._words, self._bytes), (loss, *sizes), strict=True):
             column.append(value)
         per_token, per_word, per_byte = (loss / size if size else None for size in sizes)
         bits = None if per_byte is None else per_byte / math.log(2)
-        measured = {"loss": per_token, "bits_per_byte": bits, "word_loss": per_word}
-        self._rows.append({**document._asdict(), **measured})
+        self._rows.append({**block._asdict(), "loss": per_token, "bits_per_byte": bits, "word_loss": per_word})
         if len(self._rows) >= ROWS_AT_ONCE:
             self._write()
 
@@ -105,7 +143,8 @@ class DocumentLosses:
     def sizes(self) -> dict[str, int]:
         """How much there is of each."""
         columns = {"tokens": self._tokens, "words": self._words, "bytes": self._bytes}
-        return {"documents": len(self._losses), **{name: int(sum(column)) for name, column in columns.items()}}
+        counted = {"documents": self._documents, "blocks": len(self._losses)}
+        return counted | {name: int(sum(column)) for name, column in columns.items()}
 
     def scores(self) -> list[Score]:
         """The mean loss per token, the perplexities per token and per word, and the bits per byte."""

@@ -22,7 +22,7 @@ from models.weights import whole_pieces
 from tasks.checkpoint import read_model, tokenizer_of
 from tasks.corpus.hub_source import HubSource
 from tasks.corpus.sources import TEXT, Reading, Rows
-from tasks.document_losses import Document, DocumentLosses
+from tasks.document_losses import Block, DocumentLosses, blocks_of
 from tasks.documents import data_of
 from tasks.scores import RESULTS, SAMPLES
 from tasks.sliding_windows import negative_log_likelihoods
@@ -85,7 +85,7 @@ class _Read(NamedTuple):
 
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes `results.json`: the loss per token, the perplexity per token and per word, bits per byte, and their
-    standard errors under `scores`; and `samples.parquet` with a row for each document that has text.
+    standard errors under `scores`; and `samples.parquet` with a row for each block of the documents' texts.
 
     Before each document stands what stood there in training (<bos>, or the <eos> of the document before), which is not
     scored; `bos` in the results says which token. Every token of every document is scored once, with at least window −
@@ -102,12 +102,12 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
     )
     losses = DocumentLosses(context.output / SAMPLES)
-    waiting: deque[Document] = deque()
+    waiting: deque[list[Block]] = deque()
     documents = _encoded(read.texts, tokenizer, waiting)
     try:
         scored = negative_log_likelihoods(engine, documents, window, stride, config.batch_size, _Watch(context))
-        for loss in scored:
-            losses.add(waiting.popleft(), loss)
+        for losses_T in scored:
+            losses.add(waiting.popleft(), losses_T)
         samples = _samples(config, engine, tokenizer)
     except NotFinite as error:
         raise NotFinite(f"the model '{context.labels.get('model', context.name)}'") from error
@@ -159,14 +159,12 @@ class _Watch:
             self._context.report(Note(f"{self._tokens:,} tokens read"))
 
 
-def _encoded(texts: Iterator[str], tokenizer: Tokenizer, waiting: deque[Document]) -> Iterator[list[int]]:
-    """The tokens of each text that is not empty, behind what stands before a document; `waiting` gets what else is
-    told of it."""
+def _encoded(texts: Iterator[str], tokenizer: Tokenizer, waiting: deque[list[Block]]) -> Iterator[list[int]]:
+    """The tokens of each text that is not empty, behind what stands before a document; `waiting` gets its blocks."""
     for part in in_parts(text for text in texts if text):
         for text, encoding in zip(part, tokenizer.encode_batch(part), strict=True):
-            ids = encoding.ids
-            waiting.append(Document.of(text, len(ids)))
-            yield [tokenizer.bos_id, *ids]
+            waiting.append(blocks_of(text, [begin for begin, _ in encoding.offsets]))
+            yield [tokenizer.bos_id, *encoding.ids]
 
 
 def _read(config: Config, inputs: Mapping[str, Path]) -> _Read:
@@ -244,7 +242,7 @@ def model_of(config: Config, inputs: Mapping[str, ModelConfig]) -> ModelConfig:
 
 STAGE = Stage(
     name="perplexity",
-    version=3,
+    version=4,
     config=Config,
     inputs={"model": Kind.MODEL},
     optional_inputs={"documents": Kind.DOCUMENTS},

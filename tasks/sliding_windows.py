@@ -45,39 +45,42 @@ def negative_log_likelihoods(
     stride: int,
     batch_size: int,
     watch: Callable[[int], None] = lambda scored: None,
-) -> Iterator[float]:
-    """Of each document, in order, the sum over all its tokens but the first of −ln p(token | tokens before it in its
-    window), in nats; 0 for one that has no others.
+) -> Iterator[NDArray[np.float64]]:
+    """Of each document, in order, −ln p(token | tokens before it in its window) of all its tokens but the first, in
+    nats, (tokens − 1,).
 
     A batch may have windows of several documents; some batches' windows are in memory at once. `watch` is told after
     each batch how many tokens it scored. Raises NotFinite where a log-probability is not.
     """
-    totals: dict[int, float] = {}
+    found: dict[int, NDArray[np.float64]] = {}
 
-    def numbered() -> Iterator[tuple[int, Window]]:
+    def placed() -> Iterator[tuple[int, int, Window]]:
+        """Each window with its document's number, and how many of the document's targets lie before its own."""
         for number, tokens in enumerate(documents):
-            totals[number] = 0.0
+            found[number] = np.zeros(max(0, len(tokens) - 1))
+            done = 0
             for part in windows(tokens, window, stride):
-                yield number, part
+                yield number, done, part
+                done += part.scored
 
-    parts = numbered()
+    parts = placed()
     while together := list(itertools.islice(parts, batch_size * BATCHES_SORTED)):
         # Long ones first, so that too large a batch fails at once.
-        by_length = sorted(together, key=lambda part: -len(part[1].tokens))
+        by_length = sorted(together, key=lambda part: -len(part[2].tokens))
         for first in range(0, len(by_length), batch_size):
             batch = by_length[first : first + batch_size]
-            losses_B = _losses(engine, [part for _, part in batch])
-            for (number, _), loss in zip(batch, losses_B.tolist(), strict=True):
-                totals[number] += loss
-            watch(sum(part.scored for _, part in batch))
+            losses = _losses(engine, [part for _, _, part in batch])
+            for (number, done, part), own in zip(batch, losses, strict=True):
+                found[number][done : done + part.scored] = own
+            watch(sum(part.scored for _, _, part in batch))
         # The last document may have more windows.
-        for number in [number for number in totals if number < together[-1][0]]:
-            yield totals.pop(number)
-    yield from totals.values()
+        for number in [number for number in found if number < together[-1][0]]:
+            yield found.pop(number)
+    yield from found.values()
 
 
-def _losses(engine: InferenceEngine, parts: Sequence[Window]) -> NDArray[np.float64]:
-    """−ln p summed over each window's scored targets, (B,)."""
+def _losses(engine: InferenceEngine, parts: Sequence[Window]) -> list[NDArray[np.float64]]:
+    """−ln p of each window's scored targets."""
     length = max(len(part.tokens) for part in parts) - 1
     tokens_BT, targets_BT = (np.zeros((len(parts), length), np.int32) for _ in range(2))
     scored_BT = np.zeros((len(parts), length), np.bool_)
@@ -86,7 +89,7 @@ def _losses(engine: InferenceEngine, parts: Sequence[Window]) -> NDArray[np.floa
         tokens_BT[row, :own], targets_BT[row, :own] = part.tokens[:-1], part.tokens[1:]
         scored_BT[row, own - part.scored : own] = True
     found_BT = engine.log_probabilities(Batch(tokens_BT, targets_BT, scored_BT))
-    losses_B: NDArray[np.float64] = -found_BT.sum(axis=1, dtype=np.float64, where=scored_BT)
-    if not np.isfinite(losses_B).all():
+    losses = [-row_T[mask_T].astype(np.float64) for row_T, mask_T in zip(found_BT, scored_BT, strict=True)]
+    if not all(np.isfinite(own).all() for own in losses):
         raise NotFinite
-    return losses_B
+    return losses

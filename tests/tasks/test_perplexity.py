@@ -19,6 +19,7 @@ from models.tokenizer import Tokenizer
 from models.weights import Array, whole_pieces
 from tasks.checkpoint import ModelFolder, write_model
 from tasks.perplexity import STAGE, WIKITEXT_2, Config, resolved
+from tasks.reporting.significance import difference
 from tasks.scores import Score
 from tests.tasks.conftest import RunStage, context_in
 from tests.tasks.corpus.fake_hub import COMMITS, FakeHub
@@ -147,7 +148,7 @@ def test_long_documents_and_empty_ones_are_measured_together(run_stage: RunStage
     engine = inference_engine("torch", config, "float32", whole_pieces(random_weights(config)))
     for text, row in zip(texts[1:4:2], rows, strict=True):
         ids = [tokenizer.bos_id, *tokenizer.encode(text)]
-        assert row["loss"] == pytest.approx(one_pass_per_token(engine, ids, 8, 3) / len(text), rel=1e-5)
+        assert row["loss"] == pytest.approx(one_pass_per_token(engine, ids, 8, 3).mean(), rel=1e-5)
 
 
 def wikitext(hub: Path, rows: list[str]) -> None:
@@ -183,7 +184,7 @@ def test_without_documents_wikitext_is_read_as_one_document(
     assert row["prompt"] == "1+1=2\n\n12+30=42\n"
     assert metrics["data"] == {"Salesforce/wikitext": config.data.digest}
     assert metrics["split"] == "test"
-    assert [score["standard_error"] for score in metrics["scores"]] == [None] * 4
+    assert [(score["standard_error"], score["n"]) for score in metrics["scores"]] == [(None, 1)] * 4
     card = (run_stage("publish", {"title": "Card"}, model=model, evaluation=folder)[0] / "README.md").read_text()
     assert f"test split of `Salesforce/wikitext` ({config.data.digest[:12]}), 16 tokens" in card
     other = empty_hub / WIKITEXT_2.id / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet"
@@ -191,6 +192,29 @@ def test_without_documents_wikitext_is_read_as_one_document(
     assert read_instead({}).data != config.data
     with pytest.raises(UserError, match="is not what its digest"):
         run_stage("perplexity", config.model_dump(mode="json"), model=model)
+
+
+def test_a_single_long_document_has_errors_and_a_worse_model_is_found(
+    run_stage: RunStage, empty_hub: Path, tmp_path: Path
+) -> None:
+    wikitext(empty_hub, [f"{first} + {second} = {first + second}\n" for first in range(40) for second in range(40)])
+    tokenizer, _ = run_stage("tokenizer", {"vocabulary": {"kind": "bytes"}})
+    model, config = model_folder(tmp_path / "model", ARCHITECTURES["llama"], tokenizer)
+    arrays: dict[str, Array] = dict(random_weights(config))
+    arrays["model.norm.weight"] = 3 * arrays["model.norm.weight"]
+    worse = tmp_path / "worse"
+    shutil.copytree(model, worse)
+    write_model(worse, ModelFolder(config, arrays, None, None, ()))
+    read = read_instead({}).model_dump(mode="json") | {"batch_size": 64}
+    (better, metrics), (fallen, _) = (run_stage("perplexity", read, model=one) for one in (model, worse))
+    assert (metrics["documents"], metrics["blocks"]) == (1, 5)
+    assert all(score["standard_error"] and score["n"] == 5 for score in metrics["scores"])
+    rows = pq.read_table(better / "samples.parquet").to_pylist()
+    assert sum(row["loss"] * row["tokens"] for row in rows) == pytest.approx(metrics["loss"] * metrics["tokens"])
+    score = next(Score.of(row) for row in metrics["scores"] if row["metric"] == "bits_per_byte")
+    found = difference(fallen, better, score)
+    assert found is not None
+    assert found.is_fall()
 
 
 def test_the_default_names_its_commit_and_is_not_looked_for_before_it_is_read(empty_hub: Path) -> None:
