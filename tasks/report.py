@@ -2,11 +2,9 @@
 another model, as a page and as Markdown."""
 
 from collections.abc import Mapping, Sequence
-from datetime import date, datetime
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError
 
 from common.config import FrozenModel
 from common.errors import UserError
@@ -15,7 +13,7 @@ from tasks.reporting.markdown import to_markdown
 from tasks.reporting.page import to_html
 from tasks.reporting.reading import read_evaluation, told_apart
 from tasks.reporting.references import REFERENCES, reference_scores
-from tasks.reporting.report_data import Evaluation, Published, Report, Snapshot
+from tasks.reporting.report_data import Evaluation, Moment, Published, Report, Snapshot
 from tasks.reporting.significance import LEVEL, Difference, differences
 from tasks.stage import Context, Kind, Metrics, Stage, gathered
 
@@ -33,10 +31,13 @@ class Config(FrozenModel):
     """The model's name in the report."""
     other: str = Field(default="other", min_length=1)
     """What the model is held against, where there are `others`."""
-    at: str | None = None
+    at: Moment | None = None
     """When it was measured, ISO 8601; null where the history need not say."""
     digest: str | None = None
     """The digest of the model, by which the history tells a new model from the same one; null to go by scores alone."""
+    history: tuple[Snapshot, ...] = ()
+    """What was measured before, as an earlier report has it: instead of the input `previous`, for a report that is made
+    again and again would have every model of its history among what it was made from, and keep them all."""
     level: float = Field(default=LEVEL, gt=0, lt=1)
     """The p below which a difference is called significant."""
     references: str | None = None
@@ -46,18 +47,6 @@ class Config(FrozenModel):
     other_names: tuple[str, ...] = ()
     """What those of the others are called; set where the recipe is loaded."""
 
-    @field_validator("at", mode="before")
-    @classmethod
-    def _iso(cls, value: Any) -> Any:
-        if isinstance(value, date | datetime):  # as YAML reads one without quotes
-            return value.isoformat()
-        if isinstance(value, str):
-            try:
-                datetime.fromisoformat(value)
-            except ValueError:
-                raise ValueError("is no time as ISO 8601 writes it, such as 2026-11-22T18:00:00Z") from None
-        return value
-
 
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes `report.json`, a `tasks.reporting.report_data.Report`, and it as `report.html` and `report.md`, which are
@@ -65,7 +54,8 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
 
     A task that several of the evaluations have is told apart by the names of their stages; such evaluations are
     compared with the others of the same task in their order. Raises UserError for an evaluation without scores, and for
-    a previous report that is none of this model, and where the published values are not those of the config.
+    a previous report that is none of this model, where the history is given beside one, and where the published values
+    are not those of the config.
     """
     if config.references not in (None, sha256_file(REFERENCES)):
         raise UserError("the published values here are other ones than where the recipe was loaded; load it again")
@@ -80,7 +70,7 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
         evaluations=evaluations,
         references=_references(evaluations),
         differences=_differences(own, others, evaluations),
-    ).with_history(_earlier(inputs, config.model), config.at, config.digest)
+    ).with_history(_earlier(config, inputs), config.at, config.digest)
     (context.output / REPORT_DATA).write_bytes(canonical_json(report.model_dump(mode="json")))
     for folder in (context.output, context.logs):
         (folder / REPORT_PAGE).write_text(to_html(report), encoding="utf-8")
@@ -150,12 +140,16 @@ def _differences(
     return tuple(found)
 
 
-def _earlier(inputs: Mapping[str, Path], model: str) -> tuple[Snapshot, ...]:
+def _earlier(config: Config, inputs: Mapping[str, Path]) -> tuple[Snapshot, ...]:
     if "previous" not in inputs:
-        return ()
+        return config.history
+    if config.history:
+        raise UserError("the history is given, and a previous report that has one: leave one of them out")
     previous = read_report(inputs["previous"] / REPORT_DATA)
-    if previous.model != model:
-        raise UserError(f"the previous report is of '{previous.model}', not of '{model}': its history is another one")
+    if previous.model != config.model:
+        raise UserError(
+            f"the previous report is of '{previous.model}', not of '{config.model}': its history is another one"
+        )
     return previous.history
 
 
@@ -167,7 +161,7 @@ def resolved(config: Config) -> Config:
 # How a report is written and drawn is part of what comes out: the version is raised when that changes.
 STAGE = Stage(
     name="report",
-    version=1,
+    version=2,
     config=Config,
     inputs={"evaluations": Kind.EVALUATION},
     optional_inputs={"others": Kind.EVALUATION, "previous": Kind.REPORT},

@@ -119,13 +119,14 @@ def _history(report: Report) -> Iterator[str]:
     shown = list(enumerate(report.history, 1))[-SHOWN_SNAPSHOTS:]
     yield "## Over time"
     rows = []
-    for (task, metric), points in lines.items():
+    for series, points in lines.items():
         given = {id(snapshot): score for snapshot, score in points}
-        cells = (given.get(id(snapshot)) for _, snapshot in shown)
-        rows.append(
-            [markdown(task), markdown(metric), *(wording.score_text(one) if one else wording.NONE for one in cells)]
-        )
-    yield _table(["task", "metric", *(wording.moment(snapshot, number) for number, snapshot in shown)], rows, (0, 1))
+        cells = [given.get(id(snapshot)) for _, snapshot in shown]
+        if any(cells):
+            asked = (series.task, series.metric, wording.series_text(series, lines))
+            rows.append([*map(markdown, asked), *(wording.score_text(one) if one else wording.NONE for one in cells)])
+    times = (wording.moment(snapshot, number) for number, snapshot in shown)
+    yield _table(["task", "metric", "asked", *times], rows, (0, 1, 2))
 
 
 def _groups(report: Report) -> Iterator[str]:

@@ -19,7 +19,7 @@ def to_html(report: Report) -> str:
     ]
     body = "\n".join(sections)
     measured = report.history[-1].at if report.history else None
-    at = f", measured {escape(measured[:10])}" if measured else ""
+    at = f", measured {wording.day(measured)}" if measured else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -161,9 +161,10 @@ def _history(report: Report) -> Iterator[str]:
         "to either side, the dashed line chance.</p>"
     )
     charts = (
-        f'<div class="card"><h3><span>{escape(task)} <span class="quiet">{escape(metric)}</span></span>'
+        f'<div class="card"><h3><span>{escape(series.task)} <span class="quiet">{escape(series.metric)}, '
+        f"{escape(wording.series_text(series, lines))}</span></span>"
         f"<span>{wording.score_text(points[-1][1])}</span></h3>\n{drawing.chart(points)}</div>"
-        for (task, metric), points in lines.items()
+        for series, points in lines.items()
     )
     yield f'<div class="charts">\n{"".join(charts)}\n</div>'
 

@@ -1,11 +1,30 @@
 """What a report over evaluations says, apart from how it looks: the page and the Markdown are two views of it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from datetime import date, datetime
+from typing import Annotated, Any, NamedTuple, Self
+
+from pydantic import BeforeValidator
 
 from common.config import FrozenModel
 from tasks.reporting.significance import GROUP_COLON, LEVEL, Difference
 from tasks.scores import NEAR, Score
+
+
+def iso_time(value: Any) -> Any:
+    """A time as text, where it is one. Raises ValueError for text that is none as ISO 8601 writes it."""
+    if isinstance(value, date | datetime):  # as YAML reads one without quotes
+        return value.isoformat()
+    if isinstance(value, str):
+        try:
+            datetime.fromisoformat(value)
+        except ValueError:
+            raise ValueError("is no time as ISO 8601 writes it, such as 2026-11-22T18:00:00Z") from None
+    return value
+
+
+Moment = Annotated[str, BeforeValidator(iso_time)]
+"""A time, ISO 8601."""
 
 
 class Provenance(FrozenModel):
@@ -83,15 +102,36 @@ class Published(FrozenModel):
     """Where that is."""
 
 
-class Snapshot(FrozenModel):
-    """What a model was given at one time."""
+class Series(NamedTuple):
+    """What two scores have in common of which one may be held against the other over time."""
 
-    at: str | None = None
+    task: str
+    metric: str
+    group: str | None
+    n: int
+    few_shot: int | None
+    task_version: str | None
+    data: tuple[tuple[str, str], ...]
+    """The data sets: id and digest of each."""
+
+
+class Snapshot(FrozenModel):
+    """What a model was newly given at one time."""
+
+    at: Moment | None = None
     """When it was measured, ISO 8601; null where nobody said."""
     digest: str | None = None
     """The digest of the model; null where nobody said."""
     scores: tuple[Score, ...]
     """Its scores."""
+    provenance: dict[str, Provenance] = {}  # noqa: RUF012 - frozen
+    """How they came about, by task."""
+
+    def series(self, score: Score) -> Series:
+        """What one of its scores is a point of."""
+        how = self.provenance.get(score.task, Provenance())
+        asked = (how.num_fewshot, how.task_version, tuple(sorted(how.data.items())))
+        return Series(score.task, score.metric, score.group, score.n, *asked)
 
 
 class Report(FrozenModel):
@@ -145,21 +185,29 @@ class Report(FrozenModel):
                 models.append(one.model)
         return [(title, url, models) for (title, url), models in found.items()]
 
-    def lines(self) -> dict[tuple[str, str], list[tuple[Snapshot, Score]]]:
-        """The whole scores over time that have more than one point, by task and metric."""
-        found: dict[tuple[str, str], list[tuple[Snapshot, Score]]] = {}
+    def lines(self) -> dict[Series, list[tuple[Snapshot, Score]]]:
+        """The scores of whole tasks over time that have more than one point."""
+        found: dict[Series, list[tuple[Snapshot, Score]]] = {}
         for snapshot in self.history:
             for score in snapshot.scores:
                 if score.group is None and score.value is not None:
-                    found.setdefault((score.task, score.metric), []).append((snapshot, score))
-        return {key: points for key, points in found.items() if len(points) > 1}
+                    found.setdefault(snapshot.series(score), []).append((snapshot, score))
+        return {series: points for series, points in found.items() if len(points) > 1}
 
     def with_history(self, earlier: Sequence[Snapshot], at: str | None, digest: str | None) -> Self:
-        """The report with its own scores behind earlier ones; the same scores of the same model are not told twice."""
-        newest = Snapshot(at=at, digest=digest, scores=self.scores)
-        last = earlier[-1] if earlier else None
-        same = last is not None and (last.digest, last.scores) == (newest.digest, newest.scores)
-        return self.model_copy(update={"history": (*earlier, *(() if same else (newest,)))})
+        """The report with what is new in it behind earlier measurements: scores of whole tasks, but for those that the
+        same model was given the time before, as of a task that was not asked again."""
+        told: dict[Series, tuple[str | None, Score]] = {}
+        for snapshot in earlier:
+            told |= {snapshot.series(score): (snapshot.digest, score) for score in snapshot.scores}
+        scores = tuple(score for _, score in self.wholes)
+        # Templates are long, and no series is told by them.
+        how = {score.task: one.provenance.model_copy(update={"template": None}) for one, score in self.wholes}
+        whole = Snapshot(at=at, digest=digest, scores=scores, provenance=how)
+        news = tuple(score for score in scores if told.get(whole.series(score)) != (digest, score))
+        known = {score.task: how[score.task] for score in news}
+        newest = whole.model_copy(update={"scores": news, "provenance": known})
+        return self.model_copy(update={"history": (*earlier, newest) if news else tuple(earlier)})
 
     @property
     def summary(self) -> str:

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Collection
+from datetime import datetime
 
-from tasks.reporting.report_data import Part, Provenance, Published, Snapshot, below_chance
+from tasks.reporting.report_data import Part, Provenance, Published, Series, Snapshot, below_chance
 from tasks.reporting.significance import Difference
 from tasks.scores import NEAR, Score
 
@@ -121,20 +122,42 @@ def published_text(one: Published, share: bool) -> str:
 
 def provenance_rows(provenance: Provenance) -> list[tuple[str, str]]:
     """How scores came about: what is known of it, by name."""
-    data = ", ".join(f"{identity} {digest[:_DIGEST]}" for identity, digest in sorted(provenance.data.items()))
     rows = [
         ("few-shot", "" if provenance.num_fewshot is None else str(provenance.num_fewshot)),
         ("template", provenance.template or ""),
         ("task version", provenance.task_version or ""),
         ("lm-eval", provenance.lm_eval or ""),
-        ("data", data),
+        ("data", _data_text(sorted(provenance.data.items()))),
     ]
     return [(name, text) for name, text in rows if text]
 
 
+def day(at: str) -> str:
+    """The day of a time, whichever way ISO 8601 writes it."""
+    return datetime.fromisoformat(at).date().isoformat()
+
+
 def moment(snapshot: Snapshot, number: int) -> str:
     """When a snapshot was taken: its day, or its number, counted from 1."""
-    return f"#{number}" if snapshot.at is None else snapshot.at[:10]
+    return f"#{number}" if snapshot.at is None else day(snapshot.at)
+
+
+def series_text(one: Series, others: Collection[Series]) -> str:
+    """How the points of a series were asked: `n 500, 5-shot`, and the task's version and the data where others of the
+    same measure have other ones."""
+    alike = [other for other in others if (other.task, other.metric) == (one.task, one.metric)]
+    told = [f"n {one.n:,}"]
+    if one.few_shot is not None:
+        told.append(f"{one.few_shot}-shot")
+    if one.task_version is not None and len({other.task_version for other in alike}) > 1:
+        told.append(f"version {one.task_version}")
+    if one.data and len({other.data for other in alike}) > 1:
+        told.append(_data_text(one.data))
+    return ", ".join(told)
+
+
+def _data_text(data: Collection[tuple[str, str]]) -> str:
+    return ", ".join(f"{identity} {digest[:_DIGEST]}" for identity, digest in data)
 
 
 def markdown(text: str) -> str:

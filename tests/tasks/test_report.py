@@ -75,6 +75,19 @@ def test_history_is_carried_on(run_stage: RunStage, tmp_path: Path) -> None:
     assert values[1] == values[2] == pytest.approx(np.mean(answers(0.5)))
 
 
+def test_the_history_may_be_given_as_data(run_stage: RunStage, tmp_path: Path) -> None:
+    worse, better = (evaluation(tmp_path / name, answers(share)) for name, share in (("a", 0.4), ("b", 0.5)))
+    first, _ = run_stage("report", {**CONFIG, "at": "2026-11-01"}, evaluations=worse)
+    history = [one.model_dump(mode="json") for one in read_report(first / REPORT_DATA).history]
+    config = {**CONFIG, "at": "2026-11-08"}
+    as_data, metrics = run_stage("report", {**config, "history": history}, evaluations=better)
+    as_input, _ = run_stage("report", config, evaluations=better, previous=first)
+    assert (as_data / REPORT_DATA).read_bytes() == (as_input / REPORT_DATA).read_bytes()
+    assert metrics["snapshots"] == 2
+    with pytest.raises(UserError, match="the history is given, and a previous report that has one"):
+        run_stage("report", {**config, "history": history}, evaluations=better, previous=first)
+
+
 def test_a_history_of_something_else_is_refused(run_stage: RunStage, tmp_path: Path) -> None:
     one = evaluation(tmp_path / "a", answers(0.4))
     other, _ = run_stage("report", {**CONFIG, "model": "mtlm2-40m"}, evaluations=one)
@@ -154,7 +167,6 @@ def test_kinds_and_intervals_of_parts_are_read(run_stage: RunStage, tmp_path: Pa
         ({"scores": []}, "has no scores"),
         ({"scores": [{"task": "arc_easy"}]}, r"has no scores that can be read \(Field required\)"),
         ({"scores": [{**score().dumped(), "n": -1}]}, "greater than or equal to 0"),
-        ({"scores": [{**score().dumped(), "surprise": 1}]}, "Extra inputs are not permitted"),
         ({"scores": [score().dumped()], "data": ["x"]}, "has no scores that can be read"),
         ({"scores": [score().dumped()], "categories": [{"kind": "creation"}]}, "has no scores that can be read"),
         ({"scores": [score().dumped()], "num_fewshot": "five"}, "has no scores that can be read"),

@@ -61,8 +61,8 @@ def test_differences_history_parts_and_sources_follow() -> None:
     assert differences[0][2:4] == ["elite-112m", "elite-112m"]
     assert differences[2][2:] == ["40.0%", "50.0%", "−10.0", "−13.9 to −6.1", "< 0.001", "2,376", "**worse**"]
     assert [row[-1] for row in differences[2:]] == ["**worse**", "**better**", "", "**worse**", "**worse**"]
-    assert history[0] == ["task", "metric", "2026-10-01", "#2"]
-    assert history[2] == ["elite-112m", "acc", "36.0% ± 1.0", "40.0% ± 1.0"]
+    assert history[0] == ["task", "metric", "asked", "2026-10-01", "#2"]
+    assert history[2] == ["elite-112m", "acc", "n 2,376", "36.0% ± 1.0", "40.0% ± 1.0"]
     assert parts[2][:3] == ["elite-112m", "elite-112m", "25.0% ± 1.0"]
     assert parts[3][:3] == ["digits", "3", "100.0% (86–100)"]
     assert "- elite-112m: elite-112m, <https://example.org/card>" in text
