@@ -1,7 +1,7 @@
 """What is asked of a model outside of a recipe: tasks of lm-eval and Cairn's own, each an artifact of its own."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +12,13 @@ from artifacts.record import InputReference, Record
 from artifacts.store import Store
 from common.config import FrozenModel
 from common.errors import UserError
-from common.files import canonical_json
+from common.files import canonical_json, sha256_bytes
 from flows.inference import model_record
 from models.engine import EngineName, check_engine
 from models.machine import default_engine, engine_for
 from tasks.harness.catalogue import leaves
 from tasks.registry import STAGES
+from tasks.report import REPORT_DATA, read_report
 from tasks.reporting.significance import LEVEL, Difference
 from tasks.stage import Runtime, Worker
 from tasks.work import Work
@@ -74,12 +75,13 @@ def evaluate(store: Store, ref: str, asking: Asking, do: Do, level: float = LEVE
     model = model_record(store, ref)
     asked = works(store, model, asking, run)
     made = [do(work) for work in asked]
-    key = store.names().get(report_name(ref))
-    previous = None if key is None else store.read_record(key)
+    names = store.names()
+    key = names.get(report_name(ref))
+    previous = None if key is None else store.find(key)
     last = {_asked_as(one): one for one in _evaluations(store, previous)}
     if previous is not None and all(_is_of(last.get(_asked_as(one)), one) for one in made):
         return Evaluated(made, previous, False, [])
-    before = _before(store, previous)
+    before = {_asked_as(one): old for one in made if (old := _base(store, names, ref, one)) is not None}
     others = [old for one in made if (old := before.get(_asked_as(one))) is not None and not _is_of(old, one)]
     tasks = {_task(one) for one in made}
     kept = [one for one in _evaluations(store, previous) if _task(one) not in tasks and _is_about(one, model)]
@@ -93,6 +95,8 @@ def keep(store: Store, ref: str, found: Evaluated) -> None:
     """Makes what `evaluate` found the last of the model's history, which the next time is compared with."""
     if found.is_news:
         store.set_name(report_name(ref), found.report.key)
+        for one in found.evaluations:
+            store.set_name(_base_name(ref, one), one.key)
 
 
 def report_name(ref: str) -> str:
@@ -116,7 +120,6 @@ def _report(
 ) -> Work:
     inputs = {f"evaluations.{number}": one for number, one in enumerate(evaluations)}
     inputs |= {f"others.{number}": one for number, one in enumerate(others)}
-    inputs |= {} if previous is None else {"previous": previous}
     config = {
         "title": f"Evaluation of {ref}",
         # What it is called, however it was named: a folder may be by several paths.
@@ -124,6 +127,8 @@ def _report(
         "other": "the time before",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "digest": model.output,
+        # As data: were the last report an input, every model that was ever evaluated would be kept for good.
+        "history": _history(store, previous),
         "level": level,
         "names": [one.name for one in evaluations],
         "other_names": [one.name for one in others],
@@ -146,20 +151,22 @@ def _evaluations(store: Store, report: Record | None) -> list[Record]:
     return [found for key in keys if (found := store.find(key)) is not None]
 
 
-def _reports(store: Store, last: Record | None) -> Iterator[Record]:
-    while last is not None:
-        yield last
-        earlier = last.inputs.get("previous")
-        last = None if earlier is None else store.read_record(earlier.key)
+def _history(store: Store, report: Record | None) -> list[dict[str, Any]]:
+    """What a report tells of the time before it and of its own."""
+    if report is None:
+        return []
+    found = read_report(store.fetch(report, [REPORT_DATA]) / REPORT_DATA)
+    return [snapshot.model_dump(mode="json") for snapshot in found.history]
 
 
-def _before(store: Store, previous: Record | None) -> dict[str, Record]:
-    """The last evaluation of each task, by how it was asked."""
-    found: dict[str, Record] = {}
-    for report in _reports(store, previous):
-        for one in _evaluations(store, report):
-            found.setdefault(_asked_as(one), one)
-    return found
+def _base_name(ref: str, evaluation: Record) -> str:
+    """What the last evaluation of a task is called that was asked as this one is: what the next is compared with."""
+    return f"{report_name(ref)}@{_task(evaluation)}.{sha256_bytes(_asked_as(evaluation).encode())[:8]}"
+
+
+def _base(store: Store, names: Mapping[str, str], ref: str, evaluation: Record) -> Record | None:
+    key = names.get(_base_name(ref, evaluation))
+    return None if key is None else store.find(key)
 
 
 _IMMATERIAL = ("engine", "batch_tokens", "batch_size", "shown_samples")

@@ -64,14 +64,28 @@ class Score(FrozenModel):
     def near_chance(self) -> bool:
         """Whether it is within two standard errors of guessing, or worse: for a share of which all or none are right
         and that has no such error, within Wilson's interval of two deviations."""
-        if self.value is None or self.chance is None:
+        bounds = self._bounds()
+        if bounds is None or self.chance is None:
             return False
+        return bounds[0] <= self.chance if self.higher_is_better else bounds[1] >= self.chance
+
+    @property
+    def below_chance(self) -> bool:
+        """Whether it is worse than guessing by more than that."""
+        bounds = self._bounds()
+        if bounds is None or self.chance is None:
+            return False
+        return bounds[1] < self.chance if self.higher_is_better else bounds[0] > self.chance
+
+    def _bounds(self) -> tuple[float, float] | None:
+        """What lies two standard errors to either side; None where that is not known."""
+        if self.value is None:
+            return None
         if self.is_share and self.value in (0, 1) and self.n:
-            return wilson(round(self.value * self.n), self.n, NEAR)[0] <= self.chance
+            return wilson(round(self.value * self.n), self.n, NEAR)
         if self.standard_error is None:
-            return False
-        better = self.value - self.chance if self.higher_is_better else self.chance - self.value
-        return better <= NEAR * self.standard_error
+            return None
+        return self.value - NEAR * self.standard_error, self.value + NEAR * self.standard_error
 
     @property
     def is_share(self) -> bool:

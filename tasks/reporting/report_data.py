@@ -8,7 +8,7 @@ from pydantic import BeforeValidator
 
 from common.config import FrozenModel
 from tasks.reporting.significance import GROUP_COLON, LEVEL, Difference
-from tasks.scores import NEAR, Score
+from tasks.scores import Score
 
 
 def iso_time(value: Any) -> Any:
@@ -217,7 +217,7 @@ class Report(FrozenModel):
         told = [_count(len(tasks), "task") + (f" with {len(wholes)} scores" if len(wholes) > len(tasks) else "")]
         if any(score.chance is not None for score in wholes):
             near = [score for score in wholes if score.near_chance]
-            below = any(below_chance(score) for score in near)
+            below = any(score.below_chance for score in near)
             told.append(f"{len(near)} within two standard errors of chance{' or below' if below else ''}")
         compared = [one for one in self.differences if one.group is None]
         if compared:
@@ -233,13 +233,6 @@ class Report(FrozenModel):
         below = f"{_count(falls, what) if what else falls} significantly below {self.other}"
         above = f"{_count(rises, what) if what else rises} significantly above it"
         return [below, *([above] if rises else [])]
-
-
-def below_chance(score: Score) -> bool:
-    """Whether a score is worse than guessing by more than two standard errors."""
-    if score.value is None or score.chance is None or score.standard_error is None:
-        return False
-    return score.near_chance and abs(score.value - score.chance) > NEAR * score.standard_error
 
 
 def _count(number: int, what: str) -> str:

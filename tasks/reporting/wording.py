@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection
 from datetime import datetime
 
-from tasks.reporting.report_data import Part, Provenance, Published, Series, Snapshot, below_chance
+from tasks.reporting.report_data import Part, Provenance, Published, Series, Snapshot
 from tasks.reporting.significance import Difference
 from tasks.scores import NEAR, Score
 
@@ -86,7 +86,7 @@ def mark(score: Score) -> str:
     if score.value is None or score.standard_error is None:
         return ""
     if score.near_chance:
-        return "below chance" if below_chance(score) else "near chance"
+        return "below chance" if score.below_chance else "near chance"
     if score.majority is not None:
         better = score.value - score.majority if score.higher_is_better else score.majority - score.value
         return "near majority" if better <= NEAR * score.standard_error else ""

@@ -119,7 +119,8 @@ def test_another_model_is_compared_with_the_one_before(store: Store, ask: Ask, p
     change(store, published, tmp_path / "contrary")
     second = ask(level=0.9999)
     assert second.is_news
-    assert second.report.inputs["previous"].key == first.report.key
+    # The history is data: an input would keep every model that was ever evaluated.
+    assert first.report.key not in {reference.key for reference in second.report.inputs.values()}
     assert second.report.inputs["others.0"].key == first.evaluations[0].key
     assert second.report.metrics["snapshots"] == 2
     report = read_report(store.fetch(second.report) / REPORT_DATA)
