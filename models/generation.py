@@ -27,11 +27,13 @@ def generate(
     stop_ids: Collection[int],
     batch_size: int = 1024,
     ended: Callable[[Sequence[int]], bool] | None = None,
+    watch: Callable[[int], None] = lambda answered: None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, in the order of the prompts, with the stop token that ended them, if one did.
 
     A row ends at a stop token, where `ended` says so of its new tokens, after `max_new_tokens`, or when prompt and
-    continuation fill the model's `max_position_embeddings`. Neither `batch_size` nor the other prompts change what a
+    continuation fill the model's `max_position_embeddings`. `watch` is told after each batch how many prompts have been
+    answered, and may raise what stops it. Neither `batch_size` nor the other prompts change what a
     row gets, beyond what an engine's rounding of other shapes may.
 
     Raises ValueError for a prompt that is empty or too long, and NotFinite where the model's logits are not finite.
@@ -46,6 +48,7 @@ def generate(
     for start in range(0, len(order), batch_size):
         numbers = np.array(order[start : start + batch_size], np.int64)
         _continue_rows(engine, prompts, numbers, sampling, frozenset(stop_ids), answers, ended)
+        watch(start + len(numbers))
     return answers
 
 

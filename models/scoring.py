@@ -44,6 +44,8 @@ class _Row(NamedTuple):
     context: tuple[int, ...]
     numbers: list[int]
     """Of the requests."""
+    width: int
+    """Tokens of its continuations but the first of each, which the context's own pass predicts."""
 
 
 def fits(request: Request, positions: int) -> bool:
@@ -69,9 +71,9 @@ def score(
 
     Contexts are encoded once for all continuations behind them; for one that is a single token, that pass is all. What
     is longer than the model's positions loses tokens at its beginning, as in lm-eval. Rows of similar length go
-    together, `batch_tokens` positions or so at once, long ones first; `watch` is told after each batch how many
-    requests have been answered. Neither the other requests nor `batch_tokens` change an answer beyond what an engine's
-    rounding of other shapes may.
+    together, long ones first; neither their contexts nor what follows have more than `batch_tokens` positions at once,
+    unless one row alone has. `watch` is told after each batch how many requests have been answered. Neither the other
+    requests nor `batch_tokens` change an answer beyond what an engine's rounding of other shapes may.
 
     Raises ValueError for an empty context or continuation, UserError for a continuation that is longer than the model's
     positions, and NotFinite where what the model says is not.
@@ -156,24 +158,27 @@ def _rows(requests: Sequence[Request]) -> list[_Row]:
         for number in numbers:
             length = len(requests[number].continuation)
             if part and size + length > ROW_TOKENS:
-                rows.append(_Row(context, part))
+                rows.append(_Row(context, part, size - len(part)))
                 part, size = [], 0
             part.append(number)
             size += length
-        rows.append(_Row(context, part))
-    behind = [sum(len(requests[number].continuation) for number in row.numbers) for row in rows]
-    order = sorted(range(len(rows)), key=lambda place: (-len(rows[place].context), -behind[place]))
-    return [rows[place] for place in order]
+        rows.append(_Row(context, part, size - len(part)))
+    return sorted(rows, key=lambda row: (-len(row.context), -row.width))
 
 
 def _batches(rows: Sequence[_Row], batch_tokens: int, vocab_size: int) -> Iterator[list[_Row]]:
     at_most = max(1, _LOGITS_AT_ONCE // vocab_size)
     start = 0
     while start < len(rows):
-        # The first context is the longest.
-        count = max(1, min(at_most, batch_tokens // len(rows[start].context)))
-        yield list(rows[start : start + count])
-        start += count
+        end = start
+        length = len(rows[start].context)  # the longest
+        while end < len(rows) and end - start < at_most:
+            length = max(length, rows[end].width)
+            if end > start and (end - start + 1) * length > batch_tokens:
+                break
+            end += 1
+        yield list(rows[start:end])
+        start = end
 
 
 def _answered(
@@ -207,7 +212,7 @@ def _behind(
 ) -> dict[int, Answer]:
     """What all tokens but the first of each continuation are given, by the requests' numbers."""
     parts = [[(number, requests[number].continuation) for number in row.numbers] for row in rows]
-    width = max(sum(len(continuation) - 1 for _, continuation in part) for part in parts)
+    width = max(row.width for row in rows)
     tokens_BT, targets_BT, documents_BT = (np.zeros((len(rows), width), np.int32) for _ in range(3))
     counted_BT = np.zeros((len(rows), width), np.bool_)
     places: dict[int, tuple[int, slice]] = {}

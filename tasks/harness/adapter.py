@@ -6,7 +6,7 @@ or the caller wants it, and an empty context is <bos> alone.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -25,6 +25,13 @@ MAX_NEW_TOKENS = 256
 """Tokens of an answer where a task names no number; lm-eval's own."""
 _STOP_TAIL = 32
 """Tokens at the end of an answer in which its stop sequences are looked for after each new one."""
+_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+"""Options of generation that are followed, as lm-eval normalises them."""
+_WITHOUT_EFFECT = {
+    **{"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "length_penalty": 1, "typical_p": 1},
+    **{"min_p": 0, "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "use_cache": True},
+}
+"""What may be said of others, for it is as if nothing were."""
 
 Watch = Callable[[int, int], None]
 
@@ -135,14 +142,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         done = 0
         for numbers in kinds.values():
             contexts = [requests[number].args[0] for number in numbers]
-            for number, text in zip(numbers, self._written(contexts, requests[numbers[0]].args[1]), strict=True):
+            written = self._written(contexts, requests[numbers[0]].args[1], self._told(len(requests), done))
+            for number, text in zip(numbers, written, strict=True):
                 texts[number] = text
             done += len(numbers)
-            self._watch(done, len(requests))
         return texts
 
-    def _written(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
+    def _written(self, contexts: Sequence[str], options: dict[str, Any], watch: Callable[[int], None]) -> list[str]:
         kinds = normalize_gen_kwargs(options, MAX_NEW_TOKENS)
+        _check_options(kinds)
         limit, room = int(kinds["max_gen_toks"]), self._room(kinds)
         stops = [stop for stop in kinds.get("until") or () if stop]
         sampling = SamplingConfig.model_validate(
@@ -163,7 +171,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             return any(stop in tail for stop in stops)
 
         rows = max(1, self._batch_tokens // (max(map(len, prompts)) + limit))
-        answers = generate(self._engine, prompts, sampling, self._tokens.stop_ids, rows, ended if stops else None)
+        answers = generate(
+            self._engine, prompts, sampling, self._tokens.stop_ids, rows, ended if stops else None, watch
+        )
         return [_before(self._decoded(answer), stops) for answer in answers]
 
     def _room(self, options: dict[str, Any]) -> int:
@@ -178,8 +188,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def _decoded(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
-    def _told(self, total: int) -> Callable[[int], None]:
-        return lambda done: self._watch(done, total)
+    def _told(self, total: int, before: int = 0) -> Callable[[int], None]:
+        return lambda done: self._watch(before + done, total)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raises UserError for an option of generation that would change the answers, and that Cairn has not."""
+    for name, value in options.items():
+        if name not in _OPTIONS and value is not None and value != _WITHOUT_EFFECT.get(name):
+            raise UserError(f"the task wants text generated with {name}: {value}, which Cairn does not do")
 
 
 def _before(text: str, stops: Sequence[str]) -> str:

@@ -104,6 +104,32 @@ def test_very_many_continuations_of_one_context_are_spread_over_rows() -> None:
     same(found[:5], [slowly(TORCH, request) for request in requests[:5]])
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    contexts=st.lists(st.integers(1, POSITIONS), min_size=1, max_size=6),
+    lengths=st.lists(st.tuples(st.integers(0, 5), st.integers(1, POSITIONS)), min_size=1, max_size=24),
+    batch_tokens=st.integers(1, 200),
+)
+def test_neither_contexts_nor_what_follows_them_are_more_at_once_than_was_asked(
+    contexts: list[int], lengths: list[tuple[int, int]], batch_tokens: int
+) -> None:
+    requests = [Request([1] * contexts[number % len(contexts)], [2] * length) for number, length in lengths]
+    engine = Counting(TORCH)
+    score(engine, requests, batch_tokens)  # type: ignore[arg-type]
+    shapes = [shape for name, shape in engine.calls if name != "select"]
+    assert all(rows == 1 or rows * width <= batch_tokens for rows, width in shapes)
+    read = [shape[1] for name, shape in engine.calls if name == "prefill"]
+    assert read == sorted(read, reverse=True)
+
+
+def test_long_texts_behind_one_token_are_spread_over_batches() -> None:
+    requests = [Request([0], [number % VOCABULARY, *[1] * (POSITIONS - 1)]) for number in range(60)]
+    engine = Counting(TORCH)
+    found = score(engine, requests, 2 * ROW_TOKENS)  # type: ignore[arg-type]
+    assert [shape[0] for name, shape in engine.calls if name == "continuations"] == [2, 2, 2]
+    same(found, [slowly(TORCH, request) for request in requests])
+
+
 def test_whole_texts_behind_a_token() -> None:
     requests = [Request([1], [2, 3, 4]), Request([1, 9], list(range(POSITIONS - 2))), Request([0], [0])]
     told: list[int] = []

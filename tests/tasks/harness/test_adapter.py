@@ -10,7 +10,10 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from common.errors import UserError
-from models.engine import EngineName
+from models.engine import EngineName, inference_engine
+from models.tokenizer import Tokenizer
+from models.weights import whole_pieces
+from tasks.checkpoint import read_model
 from tasks.harness.adapter import HarnessModel
 from tests.tasks.harness.against_hf import NEAR, Model, answers, compare, ours, random_model, theirs
 
@@ -124,6 +127,28 @@ def test_what_is_written_behind_contexts(name: str, model: Callable[[str], Model
     assert own.truncated == 1
 
 
+def test_it_is_told_after_each_batch_of_answers_how_far_it_is(model: Callable[[str], Model]) -> None:
+    told: list[tuple[int, int]] = []
+    read = read_model(model("llama").artifact)
+    engine = inference_engine("torch", read.config, "float32", whole_pieces(read.weights))
+    tokenizer = Tokenizer(model("llama").artifact / "tokenizer")
+    own = HarnessModel(engine, tokenizer, False, 64, lambda done, total: told.append((done, total)))
+    short, long = ({"until": ["\n"], "max_gen_toks": number} for number in (20, 25))
+    own.generate_until(requests("generate_until", *[("Question: what is it?", short)] * 4, ("Question:", long)))
+    assert told == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_options_that_would_change_an_answer_are_refused_and_others_pass(model: Callable[[str], Model]) -> None:
+    own = ours(model("llama"))
+    plain = {"until": ["\n"], "max_gen_toks": 8}
+    expected = own.generate_until(requests("generate_until", ("Question:", plain)))
+    harmless = {**plain, "num_beams": 1, "do_sample": False, "temperature": 0.0, "top_p": 0.95, "min_p": None}
+    assert own.generate_until(requests("generate_until", ("Question:", harmless))) == expected
+    for name, value in {"num_beams": 10, "no_repeat_ngram_size": 3, "penalty_alpha": 0.6}.items():
+        with pytest.raises(UserError, match=f"generated with {name}: {value}, which Cairn does not do"):
+            own.generate_until(requests("generate_until", ("Question:", {**plain, name: value})))
+
+
 def test_answers_that_leave_no_room_for_a_question(model: Callable[[str], Model]) -> None:
     with pytest.raises(UserError, match="answers of up to 256 tokens, and the model has 64 positions"):
         ours(model("llama")).generate_until(requests("generate_until", ("Question:", {"until": ["\n"]})))
@@ -131,9 +156,8 @@ def test_answers_that_leave_no_room_for_a_question(model: Callable[[str], Model]
 
 def test_what_a_tokenizer_cannot_represent_is_told(tmp_path: Path) -> None:
     """A tokenizer of some characters alone has no token for others."""
-    from models.engine import inference_engine
-    from models.tokenizer import Tokenizer, write_tokenizer
-    from models.weights import initial_weights, whole_pieces
+    from models.tokenizer import write_tokenizer
+    from models.weights import initial_weights
     from tasks.vocabulary.config import ROLES, Characters
     from tasks.vocabulary.written import characters_tokenizer
     from tests.models.tiny import tiny
