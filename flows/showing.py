@@ -92,7 +92,8 @@ def show_stage(recipe: str, stage: str, store: Store, record: Record) -> None:
             for name, data in pictures.items():
                 card = card.replace(f"]({name})", f"]({data})")
             create_markdown_artifact(card, key=f"{key}-card", description="Data card")
-        if REPORT_MARKDOWN in attached:
+        # A tokenizer has a file of that name too.
+        if record.stage == "report" and REPORT_MARKDOWN in attached:
             report = store.attachment(record.key, REPORT_MARKDOWN).decode()
             create_markdown_artifact(report, key=f"{key}-report", description="Report")
 

@@ -94,10 +94,12 @@ def test_ctrl_c_ends_it_in_a_line(place: Path) -> None:
 
 
 def test_samples_are_shown(place: Path) -> None:
-    text = said(place, "show", "evaluations/published", "--samples", "copa", "--wrong", "--count", "2")
+    said(place, "evaluate", "./published", "--tasks", "copa", "--limit", "30")
+    name = f"evaluations/{place.name}/published"
+    text = said(place, "show", name, "--samples", "copa", "--wrong", "--count", "2")
     assert "2 of " in text
     assert "wrong samples of copa" in text
-    text = said(place, "show", "evaluations/published", "--samples", "copo", code=1)
+    text = said(place, "show", name, "--samples", "copo", code=1)
     assert "has no samples of 'copo'; did you mean 'copa'?" in text
 
 
