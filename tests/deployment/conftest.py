@@ -21,7 +21,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from artifacts.identity import content_digest, describe_files
 from artifacts.store import Store
-from tests.flows.processes import descendants, kill, runs_module
+from tests.flows.processes import checkpoints, descendants, kill, runs_module
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "arithmetic-tiny"
@@ -196,8 +196,7 @@ class Fleet:
 
     def training(self) -> None:
         """Waits until stage `base` has written a checkpoint."""
-        checkpoints = self.folder / "store" / "checkpoints"
-        wait_for(lambda: list(checkpoints.glob("*/step-*/state.json")), what="a checkpoint")
+        wait_for(lambda: checkpoints(self.folder / "store"), what="a checkpoint")
 
     def stage_process(self, worker: Process) -> int:
         """The process in which a worker's stage trains."""

@@ -5,6 +5,7 @@ import signal
 import time
 from contextlib import suppress
 from pathlib import Path
+from subprocess import Popen
 
 
 def descendants(pid: int) -> list[int]:
@@ -56,3 +57,19 @@ def wait_until_gone(pid: int, seconds: float = 30.0) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def files(folder: Path) -> list[Path]:
+    """The files below a folder that is being written to: what vanishes meanwhile is left out, which glob raises for."""
+    return [Path(place) / name for place, _, names in os.walk(folder) for name in names]
+
+
+def checkpoints(store: Path) -> list[Path]:
+    """The folders of whole checkpoints in a store, the newest of a stage last."""
+    return sorted(path.parent for path in files(store / "checkpoints") if path.name == "state.json")
+
+
+def wait_for_checkpoints(process: "Popen[str]", store: Path, count: int = 1) -> None:
+    """Waits until a run has written some checkpoints, or has ended."""
+    while process.poll() is None and len(checkpoints(store)) < count:
+        time.sleep(0.01)

@@ -17,7 +17,7 @@ from flows import run
 from flows.plan import plan
 from flows.recipe import load_recipe
 from tests.flows.conftest import DATA, RECIPE, STAGES, Cairn, Made, Start, after, assert_one_line, published, spoil
-from tests.flows.processes import descendants, kill, stage_process
+from tests.flows.processes import checkpoints, descendants, kill, stage_process, wait_for_checkpoints
 
 EVERY_STEP = tuple(
     part for stage in ("base", "refined") for part in ("--set", f"stages.{stage}.checkpoints.every_seconds=0")
@@ -173,8 +173,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     forget(own_store, "base", *after("base"))
     shutil.rmtree(own_store / "checkpoints")
     process = start_cairn("run", RECIPE, *EVERY_STEP)
-    while process.poll() is None and len(checkpoints(own_store)) < 2:
-        time.sleep(0.01)
+    wait_for_checkpoints(process, own_store, 2)
     kill(process.pid, *descendants(process.pid))
     process.communicate()
     *_, intact, newest = checkpoints(own_store)
@@ -185,11 +184,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert f"going on from the checkpoint of step {int(intact.name.split('-')[1])}" in output
     assert published(tmp_path) == made.digest
     assert record_of("base").key == key
-
-
-def checkpoints(store: Path) -> list[Path]:
-    """The folders of whole checkpoints, the newest last."""
-    return sorted(path.parent for path in store.glob("checkpoints/*/step-*/state.json"))
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import importlib.util
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from models.engine import EngineName
 from tasks.produce import produce
 from tasks.work import Work
 from tests.flows.conftest import RECIPE, Cairn, Start
+from tests.flows.processes import wait_for_checkpoints
 
 RUN = ("run", RECIPE, "--set", "stages.base.checkpoints.every_seconds=0", "--set", "stages.base.training.steps=300")
 
@@ -56,8 +56,7 @@ def test_the_engine_that_goes_on_has_to_be_there_and_no_other(monkeypatch: pytes
 
 def stopped_in_the_middle(start_cairn: Start, store: Path) -> None:
     process = start_cairn(*RUN, "--set", "engine=torch")
-    while process.poll() is None and not list(store.glob("checkpoints/*/*/state.json")):
-        time.sleep(0.01)
+    wait_for_checkpoints(process, store)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output

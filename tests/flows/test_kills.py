@@ -1,6 +1,5 @@
 """A run that is killed at any moment and started again publishes, bit for bit, what one publishes that never was."""
 
-import os
 import random
 import signal
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.flows.conftest import Start, published
-from tests.flows.processes import descendants, kill, stage_process, wait_until_gone
+from tests.flows.processes import descendants, files, kill, stage_process, wait_for_checkpoints, wait_until_gone
 
 # A checkpoint after every step: most moments of training are then in the middle of writing one.
 RUN = (
@@ -99,11 +98,6 @@ def test_killed_in_the_middle_of_a_checkpoint_write(
     finish(cairn, tmp_path, digest)
 
 
-def files(folder: Path) -> list[Path]:
-    """The files below a folder that is being written to: what vanishes meanwhile is left out, which glob raises for."""
-    return [Path(place) / name for place, _, names in os.walk(folder) for name in names]
-
-
 def unfinished_checkpoints(store: Path) -> set[Path]:
     """Folders of checkpoints that were begun and not finished."""
     present = files(store / "checkpoints")
@@ -137,8 +131,7 @@ def test_a_killed_stage_process_is_started_again_by_the_run_itself(
 ) -> None:
     digest, _ = reference(RUN)
     process = start_cairn(*RUN, **THREADS)
-    while process.poll() is None and not list((tmp_path / "store").glob("checkpoints/*/*/state.json")):
-        time.sleep(0.01)
+    wait_for_checkpoints(process, tmp_path / "store")
     child = stage_process(process.pid)
     assert child is not None
     kill(child)
@@ -159,8 +152,7 @@ def test_a_stopped_run_writes_a_checkpoint_and_goes_on(
 ) -> None:
     digest, _ = reference(RUN)
     process = start_cairn(*RUN, **THREADS)
-    while process.poll() is None and not list((tmp_path / "store").glob("checkpoints/*/*/state.json")):
-        time.sleep(0.01)
+    wait_for_checkpoints(process, tmp_path / "store")
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130

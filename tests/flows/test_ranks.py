@@ -1,7 +1,6 @@
 """A whole run whose training stages have several processes, stopped by Ctrl-C."""
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from artifacts.store import Store
 from flows.plan import stage_ref
 from tests.flows.conftest import RECIPE, Cairn, Start
-from tests.flows.processes import descendants, runs_module, wait_until_gone
+from tests.flows.processes import descendants, runs_module, wait_for_checkpoints, wait_until_gone
 
 RUN = (
     "run",
@@ -26,8 +25,7 @@ def test_ctrl_c_stops_all_processes_and_the_same_command_goes_on(
     start_cairn: Start, cairn: Cairn, tmp_path: Path
 ) -> None:
     process = start_cairn(*RUN)
-    while process.poll() is None and not list((tmp_path / "store").glob("checkpoints/*/*/state.json")):
-        time.sleep(0.01)
+    wait_for_checkpoints(process, tmp_path / "store")
     ranks = [pid for pid in descendants(process.pid) if runs_module(pid, "tasks.rank")]
     assert len(ranks) == 2
     process.send_signal(signal.SIGINT)
