@@ -120,8 +120,9 @@ def answers(lm: Any, task: str, limit: int | None) -> dict[str, Any]:
     """What lm-eval gives, with every sample."""
     from lm_eval.evaluator import evaluate
 
-    loaded = load_task(resolved(Config(task=task)))
-    found = evaluate(lm, {"tasks": {task: loaded}, "groups": {}}, limit=limit, bootstrap_iters=BOOTSTRAPS)
+    with tempfile.TemporaryDirectory() as cache:
+        loaded, _ = load_task(resolved(Config(task=task)), Path(cache))
+        found = evaluate(lm, {"tasks": {task: loaded}, "groups": {}}, limit=limit, bootstrap_iters=BOOTSTRAPS)
     assert found is not None
     return dict(found)
 
@@ -166,7 +167,7 @@ def main() -> None:
         print("| task | documents | requests | furthest apart | theirs | ours | other choices | s theirs | s ours |")
         print("|---|---|---|---|---|---|---|---|---|")
         for task in options.tasks.split(","):
-            size = len(load_task(resolved(Config(task=task))).eval_docs)
+            size = len(load_task(resolved(Config(task=task)), Path(folder, "data", task))[0].eval_docs)
             limit = None if size <= options.whole_up_to else options.limit
             started = time.monotonic()
             first = answers(reference, task, limit)
