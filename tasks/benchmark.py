@@ -176,8 +176,8 @@ def load_task(config: Config, cache: Path) -> tuple[Any, list[str]]:
     """lm-eval's task, with its data, and the random numbers that it draws from here on seeded as lm-eval seeds them;
     and what there is to say of its data, a sentence each.
 
-    `cache`: an empty folder for what `datasets` keeps, for it would give again what another had shuffled by other
-    seeds; the task reads from it as long as it is asked.
+    `cache`: a folder for what `datasets` keeps, which nobody has used with other seeds, for it would give again what
+    they had shuffled; the task reads from it as long as it is asked.
 
     Raises UserError for data, packages and examples that are not there, and for a task that Cairn does not ask.
     """

@@ -30,10 +30,12 @@ def packages_named(task: str) -> Iterator[None]:
 
 def _advice(error: Exception) -> str | None:
     """What is missing and how it is had; None where an error is of something else."""
-    chain = list(_chain(error))
     resource = _NLTK.search(str(error)) if type(error) is LookupError else None
     if resource is not None:
         return f"NLTK's '{resource[1]}', which is not here; run: python -m nltk.downloader {resource[1]}"
+    if not isinstance(error, ImportError) and not _ADVICE.search(str(error)):
+        return None
+    chain = list(_chain(error))
     named = [one.name for one in chain if isinstance(one, ModuleNotFoundError) and one.name]
     # Some of lm-eval's tasks say it in words alone.
     named += [found for one in chain for found in _ADVICE.findall(str(one))]

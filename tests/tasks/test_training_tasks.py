@@ -19,7 +19,7 @@ from models.config import ModelConfig
 from models.engine import EngineName, InferenceEngine, inference_engine, is_installed, training_engine
 from models.optimizer import OptimizerConfig
 from models.training.config import TrainingConfig
-from models.training.events import Validation
+from models.training.events import Note, Validation
 from models.training.loop import Interrupted
 from models.training.metrics import read_csv
 from models.training.state import TaskScore
@@ -189,9 +189,14 @@ MakeProbes = Callable[[Path, dict[str, Any], InferenceEngine], list[Probe]]
 
 
 @pytest.fixture
-def made_probes(tmp_path: Path) -> Iterator[MakeProbes]:
-    """Makes what asks a model some tasks."""
-    context = context_in(tmp_path / "asking", "pretrain")
+def told() -> list[object]:
+    return []
+
+
+@pytest.fixture
+def made_probes(tmp_path: Path, told: list[object]) -> Iterator[MakeProbes]:
+    """Makes what asks a model some tasks, and gives its events to `told`."""
+    context = replace(context_in(tmp_path / "asking", "pretrain"), report=told.append)
     with ExitStack() as kept:
 
         def make(folder: Path, tasks: dict[str, Any], engine: InferenceEngine) -> list[Probe]:
@@ -224,6 +229,19 @@ def test_each_asking_begins_anew(made_probes: MakeProbes, tokenizer: Path) -> No
         assert found.setdefault(seed, scores) == scores
     assert found[0] != found[1]
     assert times >= 8
+
+
+def test_the_data_of_tasks_are_read_anew(
+    made_probes: MakeProbes, told: list[object], tokenizer: Path, hidden_task: str, tmp_path: Path
+) -> None:
+    """What is in no key is told, and nothing is taken that others have made of it."""
+    pytest.importorskip("torch")
+    (ask,) = made_probes(tokenizer, {"names": [hidden_task]}, random_engine())
+    assert ask(lambda: None).n == 1
+    assert list((tmp_path / "asking" / "scratch").rglob("*.arrow"))
+    (note,) = told
+    assert isinstance(note, Note)
+    assert note.text.startswith("'cieacova_choice' reads gplsi/cieacova, which only lm-eval's code names")
 
 
 def test_what_cannot_be_asked_is_refused_before_the_training(
