@@ -100,9 +100,9 @@ def offline_first(data: Mapping[str, str], cache: Path) -> Iterator[list[str]]:
     try:
         yield asked
     except Exception as error:
-        if not asked or not _is_of_data(error):
+        if not _is_of_data(error):
             raise
-        raise _unreadable(asked[-1], places, error) from error
+        raise _unreadable(asked[-1] if asked else None, places, error) from error
     finally:
         datasets.load.load_dataset_builder = original
 
@@ -193,7 +193,9 @@ def _is_of_data(error: Exception) -> bool:
     return isinstance(error, OSError) or any(kind.partition(".")[0] in _LIBRARIES for kind in kinds)
 
 
-def _unreadable(name: str, places: Mapping[str, Path | None], error: Exception) -> UserError:
+def _unreadable(name: str | None, places: Mapping[str, Path | None], error: Exception) -> UserError:
+    if name is None:
+        return UserError(f"what lm-eval's code asks for cannot be had: {one_line(error)}")
     place = places.get(name)
     if place is None and name in places:
         return not_found("dataset", name, one_line(error))

@@ -90,7 +90,7 @@ def check_examples(task: Any, name: str) -> None:
         return
     own = task.fewshot_cfg
     if not (own.split or own.samples or task.has_training_docs() or task.has_validation_docs()):
-        raise UserError(f"'{name}' has no examples to show, only its questions: leave num_fewshot out, or ask for 0")
+        raise UserError(f"'{name}' has no examples to show, only its questions: ask it apart, without num_fewshot")
     # lm-eval draws no example that is the question itself.
     found = len(task.sampler.fewshot_docs()) - (own.split == task.get_config("test_split"))
     if wanted > found:

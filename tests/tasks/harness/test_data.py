@@ -114,7 +114,8 @@ def test_files_inside_an_archive_are_read_from_the_local_copy(
     empty_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # `datasets` takes an archive's address for one on the network wherever it is.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for settings in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{settings}.HF_HUB_OFFLINE", False)
     write_lines(tmp_path / "x.jsonl")
     (empty_hub / "some" / "rows").mkdir(parents=True)
     with zipfile.ZipFile(empty_hub / "some" / "rows" / "part.zip", "w") as archive:
@@ -163,6 +164,14 @@ def test_what_is_nowhere_is_told(empty_hub: Path, tmp_path: Path) -> None:
             load({}, tmp_path, **asked)
     with pytest.raises(UserError, match=r"data set '/nowhere/x.csv' cannot be read: .*/nowhere/x.csv"):
         load({}, tmp_path, "csv", data_files={"train": "/nowhere/x.csv"})
+
+
+def test_what_code_asks_the_network_for_by_itself_is_told(tmp_path: Path) -> None:
+    import httpx
+
+    message = "^what lm-eval's code asks for cannot be had: .* missing an 'http"
+    with pytest.raises(UserError, match=message), offline_first({}, tmp_path):
+        httpx.get("nowhere")
 
 
 def test_what_a_local_copy_has_not_is_told(empty_hub: Path, tmp_path: Path) -> None:
