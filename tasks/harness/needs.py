@@ -9,7 +9,7 @@ from typing import Any
 
 from common.errors import UserError
 
-_ADVICE = re.compile(r"pip install [`'\"]?([A-Za-z0-9][\w.-]*)")
+_ADVICE = re.compile(r"pip install [`'\"]?([A-Za-z0-9][\w.+:/-]*)")
 _EXTRA = re.compile(r"lm[-_]eval\[(\w+)\]")
 _NLTK = re.compile(r"nltk\.download\('([\w-]+)'\)")
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -21,6 +21,8 @@ def packages_named(task: str) -> Iterator[None]:
     names it; others pass as they are."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         advice = _advice(error)
         if advice is None:
@@ -37,14 +39,16 @@ def _advice(error: Exception) -> str | None:
         return None
     chain = list(_chain(error))
     named = [one.name for one in chain if isinstance(one, ModuleNotFoundError) and one.name]
-    # Some of lm-eval's tasks say it in words alone.
-    named += [found for one in chain for found in _ADVICE.findall(str(one))]
+    # Some of lm-eval's tasks say it in words alone, and of some packages where else they are.
+    advised = [found for one in chain for found in _ADVICE.findall(str(one))]
+    named += [one for one in advised if "/" not in one]
     missing = next((name for name in map(_root, named) if importlib.util.find_spec(name) is None), None)
     if missing is None:
         return None
     said = next((found[1] for one in chain if (found := _EXTRA.search(str(one)))), None)
     extra = said or _extra_with(missing)
-    wanted = missing if extra is None else f"'lm-eval[{extra}]'"
+    place = next((one for one in advised if "/" in one), missing)
+    wanted = place if extra is None else f"'lm-eval[{extra}]'"
     return f"the package '{missing}', which is not installed; run: pip install {wanted}"
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import HfFileSystem
+from huggingface_hub import DatasetInfo, HfApi, HfFileSystem
 
 from common.errors import UserError
 from tasks.harness.catalogue import definition, task_path
@@ -150,6 +150,20 @@ def test_what_is_not_here_is_asked_for_at_its_commit(
     with pytest.raises(UserError, match=r"dataset 'some/rows' was not found: not below CAIRN_HUB=.*no network"):
         load({"some/rows": COMMIT}, tmp_path, "json", data_files="hf://datasets/some/rows/data/x.jsonl")
     assert f"datasets/some/rows@{COMMIT}/data/x.jsonl" in asked[0][0]
+
+
+def test_a_commit_is_that_of_the_revision_that_a_task_asks_for(
+    empty_hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def info(self: HfApi, repo_id: str, *, revision: str | None) -> Any:
+        if revision is None:
+            raise TypeError("a defect")
+        return DatasetInfo(id=repo_id, sha=f"{repo_id} at {revision}")
+
+    monkeypatch.setattr(HfApi, "dataset_info", info)
+    assert identities({"some/rows": "refs/convert/parquet"}) == {"some/rows": "some/rows at refs/convert/parquet"}
+    with pytest.raises(TypeError, match="a defect"):
+        identities({"some/rows": None})
 
 
 def test_what_is_nowhere_is_told(empty_hub: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_other_errors_pass_as_they_are() -> None:
         ModuleNotFoundError("No module named 'numpy.absent'", name="numpy.absent"),
         ImportError("cannot import name 'absent' from 'numpy'", name="numpy"),
         ImportError("try pip install numpy"),
-        UserError("no such data"),
+        UserError("no such data; run: pip install absent-package"),
         TypeError("a defect"),
         LookupError("not found"),
     ):
@@ -65,6 +65,7 @@ def test_a_package_is_named_by_the_words_of_others_too() -> None:
     for error, message in {
         ImportError("you need to install it using 'pip install absent-package'"): "'absent_package', which",
         ModuleNotFoundError(name="absent.part"): "run: pip install absent$",
+        ModuleNotFoundError("pip install git+https://a.b/absent", name="absent"): r"install git\+https://a\.b/absent$",
     }.items():
         with pytest.raises(UserError, match=message), packages_named("arc_easy"):
             raise error
