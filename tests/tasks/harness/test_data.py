@@ -1,9 +1,10 @@
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import DatasetInfo, HfApi, HfFileSystem
+from huggingface_hub import HfApi, HfFileSystem
 
 from common.errors import UserError
 from tasks.harness.catalogue import definition, task_path
@@ -158,7 +159,7 @@ def test_a_commit_is_that_of_the_revision_that_a_task_asks_for(
     def info(self: HfApi, repo_id: str, *, revision: str | None) -> Any:
         if revision is None:
             raise TypeError("a defect")
-        return DatasetInfo(id=repo_id, sha=f"{repo_id} at {revision}")
+        return SimpleNamespace(sha=f"{repo_id} at {revision}")
 
     monkeypatch.setattr(HfApi, "dataset_info", info)
     assert identities({"some/rows": "refs/convert/parquet"}) == {"some/rows": "some/rows at refs/convert/parquet"}
