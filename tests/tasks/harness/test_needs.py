@@ -64,7 +64,7 @@ def test_a_package_is_named_by_the_words_of_others_too() -> None:
     for error, message in {
         ImportError("you need to install it using 'pip install absent-package'"): "'absent_package', which",
         ModuleNotFoundError(name="absent.part"): "run: pip install absent$",
-        LookupError("Resource 'punkt' not found\n>>> nltk.download('punkt')"): r"NLTK's 'punkt', .* downloader punkt$",
+        LookupError("Resource 'punkt' not found\n>>> nltk.download('punkt')"): r"NLTK's 'punkt', which .* punkt$",
         ModuleNotFoundError("pip install git+https://a.b/absent", name="absent"): r"install git\+https://a\.b/absent$",
     }.items():
         with pytest.raises(UserError, match=message), packages_named("arc_easy"):
