@@ -1,6 +1,8 @@
 """The same steps on one device, on eight, and in two processes."""
 
 import socket
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,18 @@ def job(optimizer: str, model: str = "llama", **more: Any) -> dict[str, Any]:
     return {"model": model, "layout": {}, "optimizer": optimizer, **more}
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What one device loses with an optimizer, and the folder where it has left what it came to, as `saved`."""
+
+    @cache
+    def trained(optimizer: str) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("alone")
+        return {**run(job(optimizer, save=str(folder)), folder), "saved": folder}
+
+    return trained
+
+
 def assert_close(found: dict[str, Any], expected: dict[str, Any], optimizer: str) -> None:
     assert found["batches"] == expected["batches"]
     assert len(found["losses"]) == len(expected["losses"]) > 0
@@ -45,14 +59,14 @@ def free_port() -> int:
 @pytest.mark.agreement
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", list(TOLERANCES))
-def test_eight_devices_lose_as_one(optimizer: str, tmp_path: Path) -> None:
-    alone = run(job(optimizer), tmp_path)
-    assert alone["device"] == "cpu"
-    assert alone["losses"][-1] < alone["losses"][0]
+def test_eight_devices_lose_as_one(optimizer: str, alone: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
+    expected = alone(optimizer)
+    assert expected["device"] == "cpu"
+    assert expected["losses"][-1] < expected["losses"][0]
     for layout in LAYOUTS.values():
         several = run(job(optimizer, layout=layout), tmp_path, devices=8)
         assert several["device"] == "8 × cpu"
-        assert_close(several, alone, optimizer)
+        assert_close(several, expected, optimizer)
 
 
 @pytest.mark.slow
@@ -91,9 +105,11 @@ def test_pairs_are_preferred_as_on_one_device(layout: dict[str, int], tmp_path: 
 @pytest.mark.agreement
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"fsdp": 2}, {"data": 2, "tensor": 2}], ids=str)
-def test_two_processes_lose_as_one(layout: dict[str, int], tmp_path: Path) -> None:
+def test_two_processes_lose_as_one(
+    layout: dict[str, int], alone: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
     devices = 2 if layout.get("tensor") else 1
-    alone = run(job("adamw", save=str(tmp_path / "alone")), tmp_path)
+    expected = alone("adamw")
     together = run(
         job("adamw", layout=layout, save=str(tmp_path / "together")),
         tmp_path,
@@ -102,11 +118,14 @@ def test_two_processes_lose_as_one(layout: dict[str, int], tmp_path: Path) -> No
         port=free_port(),
     )
     assert together["device"] == f"{2 * devices} × cpu"
-    assert_close(together, alone, "adamw")
+    assert_close(together, expected, "adamw")
     assert together["agreed"] == [8, 0]
-    assert alone["agreed"] == [7, 0]
+    assert expected["agreed"] == [7, 0]
     for state in ("weights", "optimizer"):
-        one, other = (weights.read_arrays(tmp_path / name / f"{state}.safetensors") for name in ("alone", "together"))
+        one, other = (
+            weights.read_arrays(folder / f"{state}.safetensors")
+            for folder in (expected["saved"], tmp_path / "together")
+        )
         assert one.keys() == other.keys()
         for name, array in one.items():
             np.testing.assert_allclose(array.astype(float), other[name].astype(float), atol=1e-4, err_msg=name)
