@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+_LINE = 300
+"""Letters of a library's message that there is room for in a line."""
+
 
 class UserError(Exception):
     """An error that the user can mend: one clear line that says what, where, and what to do.
@@ -30,3 +33,10 @@ def suggestion(wrong: str, known: Iterable[str]) -> str:
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; known are: {', '.join(names)}" if names else ""
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong underneath, in a line of no more than 300 letters: without the advice that a library wraps it
+    in."""
+    first = error.__cause__ or error
+    return " ".join(str(first).split())[:_LINE] or type(first).__name__

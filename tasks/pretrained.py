@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from common.config import FrozenModel
-from common.errors import UserError
+from common.errors import UserError, one_line
 from models.chat import chat_of
 from models.config import ModelConfig
 from models.hub_files import HUB_CONFIG, HUB_INDEX, HUB_WEIGHTS, read_object, read_weights, weight_files
@@ -27,7 +27,7 @@ from tasks.checkpoint import ModelFolder, tokenizer_of, write_model
 from tasks.corpus.digests import files_digest
 from tasks.hub import folder_named, is_hub_id, local_copy, not_found
 from tasks.stage import Context, Kind, Metrics, Stage
-from tasks.vocabulary.hub import FILES, one_line, puts_bos, write_hub_tokenizer
+from tasks.vocabulary.hub import FILES, puts_bos, write_hub_tokenizer
 
 _SMALL = (HUB_CONFIG, HUB_INDEX, *FILES)
 """What is fetched of a model on the network where its recipe is loaded; the weights are where the stage runs."""

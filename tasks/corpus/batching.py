@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from tasks.corpus.sizes import row_sizes
-from tasks.corpus.sources import TEXT, FileStart, Reading, Refused, Rows, Split, check_column, one_line
+from tasks.corpus.sources import TEXT, FileStart, Reading, Refused, Rows, Split, check_column
 
 if TYPE_CHECKING:
     import pyarrow as pa

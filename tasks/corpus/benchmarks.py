@@ -8,10 +8,9 @@ from typing import Any, Self
 from pydantic import Field
 
 from common.config import FrozenModel
-from common.errors import UserError, suggestion
+from common.errors import UserError, one_line, suggestion
 from tasks.corpus.digests import files_digest
 from tasks.corpus.file_source import names_below
-from tasks.corpus.sources import one_line
 from tasks.hub import HUB_VARIABLE, hub_folder, local_copy, not_found
 
 

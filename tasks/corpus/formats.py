@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from tasks.corpus.columns import BadRow, Columns, line_place
 from tasks.corpus.parquet import learn_later_types, parquet_tables
-from tasks.corpus.sources import DOCUMENT_LIMIT_BYTES, TEXT, Reading, accepted, check_column, one_line, too_long
+from tasks.corpus.sources import DOCUMENT_LIMIT_BYTES, TEXT, Reading, accepted, check_column, too_long
 from tasks.corpus.streams import BLOCK_BYTES, BOM, DamagedFile, Decompressed, Readable, line_blocks
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from common.errors import UserError, suggestion
+from common.errors import UserError, one_line, suggestion
 from tasks.corpus.columns import Columns, row_place
 from tasks.corpus.digests import files_digest
 from tasks.corpus.file_source import names_below
@@ -20,7 +20,6 @@ from tasks.corpus.sources import (
     Opened,
     Reading,
     Rows,
-    one_line,
     with_digest,
 )
 from tasks.hub import HUB_VARIABLE, hub_folder, local_copy, not_found

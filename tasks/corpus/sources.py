@@ -270,8 +270,3 @@ def _not_utf8(column: "pa.ChunkedArray") -> Iterator[int]:
 def text_sizes(table: "pa.Table") -> NDArray[np.int64]:
     """The bytes of each document."""
     return value_sizes(table[TEXT])
-
-
-def one_line(error: Exception) -> str:
-    """What a library says of bad input, in a line."""
-    return " ".join(str(error).split())[:300]

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, Protocol
 
-from tasks.corpus.sources import DOCUMENT_LIMIT_BYTES, Reading, one_line, too_long
+from common.errors import one_line
+from tasks.corpus.sources import DOCUMENT_LIMIT_BYTES, Reading, too_long
 
 BLOCK_BYTES = 1 << 20
 LINE_LIMIT_BYTES = 2 * DOCUMENT_LIMIT_BYTES

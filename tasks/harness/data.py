@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from tasks.corpus.digests import files_digest
 from tasks.corpus.file_source import names_below
-from tasks.corpus.sources import one_line
 from tasks.hub import local_copy, not_found
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import canonical_json, sha256_bytes, sha256_file
 from models.tokenizer import (
     ADD_BOS_SETTING,
@@ -188,9 +188,3 @@ def _downloaded(name: str, revision: str | None) -> Path:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*FILES]))
     except Exception as error:  # the network has as many errors as libraries
         raise not_found("tokenizer", name, one_line(error)) from error
-
-
-def one_line(error: Exception) -> str:
-    """What went wrong underneath, without the library's advice on it."""
-    first = error.__cause__ or error
-    return " ".join(str(first).split()) or type(first).__name__
