@@ -25,6 +25,8 @@ from tasks.process import EngineProcess, engine_process
 from tasks.registry import STAGES
 from tasks.remote import REFUSED, refuse_password
 from tasks.reporting.significance import LEVEL, Difference
+from tasks.reporting.wording import p_text
+from tasks.scores import figure
 from tasks.stage import Kind, Worker
 from tasks.work import Outcome, Work
 
@@ -194,8 +196,9 @@ class _Round:
 def _tell_fall(ref: str, found: Evaluated, fall: Difference) -> None:
     """Emits the event of a fall, with the model, the task and both scores."""
     get_run_logger().warning(
-        "%s is worse in %s %s: %.4g, and %.4g the time before (p %.2g)",
-        *(ref, fall.task, fall.metric, fall.first, fall.second, fall.p),
+        "%s is worse in %s %s: %s, and %s the time before (p %s)",
+        *(ref, fall.task, fall.metric),
+        *(figure(fall.first, fall.is_share), figure(fall.second, fall.is_share), p_text(fall.p)),
     )
     emit_event(
         event=REGRESSED,

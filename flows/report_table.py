@@ -7,6 +7,7 @@ from rich.text import Text
 from tasks.reporting import wording
 from tasks.reporting.report_data import Report
 from tasks.reporting.significance import Difference
+from tasks.scores import NONE
 
 _STYLES = {"better": "green", "worse": "red", "": ""}
 
@@ -33,8 +34,8 @@ def report_table(report: Report) -> Table:
     for _, score in report.wholes:
         table.add_row(
             Text.assemble(score.task, " ", (score.metric, "dim")),
-            wording.score_text(score),
-            wording.figure(score.chance, wording.is_share(score)),
+            score.text,
+            score.figure(score.chance),
             Text(wording.mark(score), style="yellow"),
             *(_against(compared.get((score.task, score.metric)), report.level) if compared else ()),
         )
@@ -43,6 +44,6 @@ def report_table(report: Report) -> Table:
 
 def _against(one: Difference | None, level: float) -> tuple[Text, Text]:
     if one is None:
-        return Text(wording.NONE), Text("")
+        return Text(NONE), Text("")
     style = _STYLES[wording.verdict(one, level)]
-    return Text(wording.signed(one.difference, wording.is_share(one)), style=style), Text(wording.p_text(one.p))
+    return Text(wording.signed(one.difference, one.is_share), style=style), Text(wording.p_text(one.p))

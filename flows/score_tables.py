@@ -13,7 +13,8 @@ from artifacts.store import Store
 from common.errors import UserError, suggestion
 from tasks.registry import STAGES
 from tasks.reporting.significance import Difference
-from tasks.scores import SAMPLES, Score
+from tasks.reporting.wording import p_text
+from tasks.scores import SAMPLES, Score, figure
 from tasks.stage import Kind
 
 MARK = "*"
@@ -36,9 +37,9 @@ def score_table(records: Sequence[Record]) -> Table:
             table.add_row(
                 "" if number else Text(score.task),
                 Text(score.metric),
-                Text(f"{score.told(score.value, score.standard_error)}{MARK if score.near_chance else ' '}"),
-                score.told(score.chance),
-                score.told(score.majority),
+                Text(f"{score.text}{MARK if score.near_chance else ' '}"),
+                score.figure(score.chance),
+                score.figure(score.majority),
                 f"{score.n:,}",
                 str(metrics.get("num_fewshot", "")),
             )
@@ -116,6 +117,7 @@ def differences_table(report: Record) -> Table:
         name = found.metric if found.group is None else f"{found.metric}, {found.group}"
         style = "red" if found.is_fall(1.0) else "green"
         table.add_row(
-            Text(found.task), Text(name), f"{found.second:.4g}", Text(f"{found.first:.4g}", style), f"{found.p:.2g}"
+            *(Text(found.task), Text(name), figure(found.second, found.is_share)),
+            *(Text(figure(found.first, found.is_share), style), p_text(found.p)),
         )
     return table

@@ -7,7 +7,7 @@ from tasks.reporting import wording
 from tasks.reporting.report_data import Evaluation, Report
 from tasks.reporting.significance import Difference
 from tasks.reporting.wording import markdown
-from tasks.scores import Score
+from tasks.scores import NONE, Score, figure
 
 SHOWN_REFERENCES = 6
 """Models beside whose published scores there is room in a table."""
@@ -59,7 +59,7 @@ def _shown_models(report: Report) -> list[str]:
 
 
 def _score_row(report: Report, evaluation: Evaluation, score: Score, models: Sequence[str]) -> Row:
-    share = wording.is_share(score)
+    share = score.is_share
     published = {
         model: ", ".join(
             wording.published_text(one, share) for one in report.references_of(score) if one.model == model
@@ -69,13 +69,13 @@ def _score_row(report: Report, evaluation: Evaluation, score: Score, models: Seq
     return [
         markdown(score.task),
         _metric(score.metric, score.higher_is_better),
-        f"**{wording.score_text(score)}**",
+        f"**{score.text}**",
         f"{score.n:,}",
         wording.shots(evaluation.provenance.num_fewshot),
-        wording.figure(score.chance, share),
-        wording.figure(score.majority, share),
+        score.figure(score.chance),
+        score.figure(score.majority),
         wording.mark(score),
-        *(published[model] or wording.NONE for model in models),
+        *(published[model] or NONE for model in models),
     ]
 
 
@@ -97,13 +97,13 @@ def _differences(report: Report) -> Iterator[str]:
 
 
 def _difference_row(one: Difference, level: float) -> Row:
-    share = wording.is_share(one)
+    share = one.is_share
     said = wording.verdict(one, level)
     return [
         markdown(one.task if one.group is None else f"{one.task}: {one.group}"),
         _metric(one.metric, one.higher_is_better),
-        wording.figure(one.first, share),
-        wording.figure(one.second, share),
+        figure(one.first, share),
+        figure(one.second, share),
         wording.signed(one.difference, share),
         wording.interval_text(one),
         wording.p_text(one.p),
@@ -124,7 +124,7 @@ def _history(report: Report) -> Iterator[str]:
         cells = [given.get(id(snapshot)) for _, snapshot in shown]
         if any(cells):
             asked = (series.task, series.metric, wording.series_text(series, lines))
-            rows.append([*map(markdown, asked), *(wording.score_text(one) if one else wording.NONE for one in cells)])
+            rows.append([*map(markdown, asked), *(one.text if one else NONE for one in cells)])
     times = (wording.moment(snapshot, number) for number, snapshot in shown)
     yield _table(["task", "metric", "asked", *times], rows, (0, 1, 2))
 

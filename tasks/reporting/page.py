@@ -7,7 +7,7 @@ from tasks.reporting import drawing, wording
 from tasks.reporting.report_data import Evaluation, Part, Published, Report
 from tasks.reporting.significance import INTERVAL, Difference
 from tasks.reporting.style import STYLE
-from tasks.scores import Score
+from tasks.scores import NONE, Score, figure
 
 
 def to_html(report: Report) -> str:
@@ -75,18 +75,17 @@ def _legend(report: Report) -> str:
 
 
 def _score_row(report: Report, evaluation: Evaluation, score: Score) -> str:
-    share = wording.is_share(score)
     numbers = [
         f"{score.n:,}",
         wording.shots(evaluation.provenance.num_fewshot),
-        wording.figure(score.chance, share),
-        wording.figure(score.majority, share),
+        score.figure(score.chance),
+        score.figure(score.majority),
     ]
     cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
     return (
         f"<tr>{_task_cell(score.task, score)}"
         f'<td class="drawing">{drawing.bar(score, report.references_of(score))}</td>'
-        f'<td class="number own">{wording.score_text(score)}</td>{cells}<td>{_tag(wording.mark(score))}</td></tr>'
+        f'<td class="number own">{score.text}</td>{cells}<td>{_tag(wording.mark(score))}</td></tr>'
     )
 
 
@@ -118,7 +117,7 @@ def _differences(report: Report) -> Iterator[str]:
     for title, found in _scales(report.differences):
         reach = drawing.reach(found)
         rows = "\n".join(_difference_row(one, report.level, reach) for one in found)
-        scale = drawing.interval_heading(reach, wording.is_share(found[0]))
+        scale = drawing.interval_heading(reach, found[0].is_share)
         yield _table(f'<th>{escape(title)}</th><th class="drawing">{scale}</th>{numbers}<th></th>', rows)
 
 
@@ -127,17 +126,17 @@ def _scales(differences: Sequence[Difference]) -> Iterator[tuple[str, Sequence[D
     parts of each task."""
     found: dict[str, list[Difference]] = {}
     for one in differences:
-        whole = "task" if wording.is_share(one) else f"task, {one.metric}"
+        whole = "task" if one.is_share else f"task, {one.metric}"
         found.setdefault(whole if one.group is None else f"{one.task}, {one.metric}", []).append(one)
     yield from found.items()
 
 
 def _difference_row(one: Difference, level: float, reach: float) -> str:
-    share = wording.is_share(one)
+    share = one.is_share
     said = wording.verdict(one, level)
     numbers = [
-        wording.figure(one.first, share),
-        wording.figure(one.second, share),
+        figure(one.first, share),
+        figure(one.second, share),
         wording.signed(one.difference, share),
         wording.interval_text(one),
         escape(wording.p_text(one.p)),
@@ -163,7 +162,7 @@ def _history(report: Report) -> Iterator[str]:
     charts = (
         f'<div class="card"><h3><span>{escape(series.task)} <span class="quiet">{escape(series.metric)}, '
         f"{escape(wording.series_text(series, lines))}</span></span>"
-        f"<span>{wording.score_text(points[-1][1])}</span></h3>\n{drawing.chart(points)}</div>"
+        f"<span>{points[-1][1].text}</span></h3>\n{drawing.chart(points)}</div>"
         for series, points in lines.items()
     )
     yield f'<div class="charts">\n{"".join(charts)}\n</div>'
@@ -215,14 +214,14 @@ def _published(report: Report) -> Iterator[str]:
 def _published_row(
     score: Score, references: Sequence[Published], models: Sequence[str], numbers: Mapping[tuple[str, str], int]
 ) -> str:
-    share = wording.is_share(score)
+    share = score.is_share
     found: dict[str, list[str]] = {model: [] for model in models}
     for one in references:
         number = numbers[one.source, one.url]
         source = f'<sup><a href="#source-{number}">{number}</a></sup>'
         found[one.model].append(f"{wording.published_text(one, share)}{source}")
-    cells = "".join(f'<td class="number">{"<br>".join(values) or wording.NONE}</td>' for values in found.values())
-    own = f'<td class="number own">{wording.figure(score.value, share)}</td>'
+    cells = "".join(f'<td class="number">{"<br>".join(values) or NONE}</td>' for values in found.values())
+    own = f'<td class="number own">{score.figure(score.value)}</td>'
     return f"<tr>{_task_cell(score.task, score)}{own}{cells}</tr>"
 
 
@@ -242,7 +241,7 @@ def _provenance(report: Report) -> Iterator[str]:
     names = "".join(f"<th>{head}</th>" for head in ("evaluation", *heads, "scores"))
     rows = "\n".join(
         f'<tr><td class="prose">{escape(one.name)}</td>'
-        + "".join(f'<td class="prose">{escape(rows.get(head, wording.NONE))}</td>' for head in heads)
+        + "".join(f'<td class="prose">{escape(rows.get(head, NONE))}</td>' for head in heads)
         + f"<td>{len(one.scores)}</td></tr>"
         for one, rows in told
     )
