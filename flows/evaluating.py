@@ -16,6 +16,7 @@ from common.files import canonical_json, sha256_bytes
 from flows.inference import model_record
 from models.engine import EngineName, check_engine
 from models.machine import default_engine, engine_for
+from tasks.groups import TaskGroup, groups_in
 from tasks.harness.catalogue import leaves
 from tasks.registry import STAGES
 from tasks.report import REPORT_DATA, read_report
@@ -36,7 +37,9 @@ class Asking(FrozenModel):
     """How a model is evaluated."""
 
     tasks: tuple[str, ...] = Field(default=("seed",), min_length=1)
-    """Tasks, groups and tags of lm-eval, the group `seed`, `perplexity` (of WikiText-2), and `behaviour`."""
+    """Tasks, groups and tags of lm-eval, the group `seed`, `perplexity` (of WikiText-2), and `behaviour`. A group of
+    lm-eval's that defines a figure of its own, such as `mmlu`, is shown with it beside its tasks; tags and `seed` have
+    none, and stand for their tasks alone."""
     limit: int | None = Field(default=None, gt=0)
     """Documents of each task of lm-eval that are asked, the first ones; null for all."""
     num_fewshot: int | None = Field(default=None, ge=0)
@@ -54,6 +57,8 @@ class Evaluated(NamedTuple):
 
     evaluations: list[Record]
     """One for each task, in order."""
+    groups: list[TaskGroup]
+    """The groups among what was asked that have a figure of their own."""
     report: Record
     """The report on them, which has the history."""
     is_news: bool
@@ -74,21 +79,28 @@ def evaluate(store: Store, ref: str, asking: Asking, do: Do, level: float = LEVE
     """
     model = model_record(store, ref)
     asked = works(store, model, asking, run)
+    groups = groups_in([name for name in asking.tasks if name not in MEASURES])
     made = [do(work) for work in asked]
     names = store.names()
     key = names.get(report_name(ref))
     previous = None if key is None else store.find(key)
-    last = {_asked_as(one): one for one in _evaluations(store, previous)}
-    if previous is not None and all(_is_of(last.get(_asked_as(one)), one) for one in made):
-        return Evaluated(made, previous, False, [])
+    earlier = _evaluations(store, previous)
+    last = {_asked_as(one): one for one in earlier}
+    told = _groups(previous)
+    if previous is not None and all(_is_of(last.get(_asked_as(one)), one) for one in made) and {*groups} <= {*told}:
+        return Evaluated(made, groups, previous, False, [])
     before = {_asked_as(one): old for one in made if (old := _base(store, names, ref, one)) is not None}
     others = [old for one in made if (old := before.get(_asked_as(one))) is not None and not _is_of(old, one)]
     tasks = {_task(one) for one in made}
-    kept = [one for one in _evaluations(store, previous) if _task(one) not in tasks and _is_about(one, model)]
-    report = do(_report(store, ref, model, [*made, *kept], others, previous, level, run))
+    kept = [one for one in earlier if _task(one) not in tasks and _is_about(one, model)]
+    same = {_task(one) for one in [*made, *kept] if _is_of(last.get(_asked_as(one)), one)}
+    # A group some of whose tasks are asked otherwise now is none that anybody asked for.
+    known = {one.name for one in groups}
+    groups_kept = [one for one in told if one.name not in known and same.issuperset(one.tasks)]
+    report = do(_report(store, ref, model, [*made, *kept], [*groups, *groups_kept], others, previous, level, run))
     marked: Any = report.metrics["differences"]
     found = [Difference.model_validate(one) for one in marked]
-    return Evaluated(made, report, True, [one for one in found if one.is_fall(level)])
+    return Evaluated(made, groups, report, True, [one for one in found if one.is_fall(level)])
 
 
 def keep(store: Store, ref: str, found: Evaluated) -> None:
@@ -113,6 +125,7 @@ def _report(
     ref: str,
     model: Record,
     evaluations: Sequence[Record],
+    groups: Sequence[TaskGroup],
     others: Sequence[Record],
     previous: Record | None,
     level: float,
@@ -130,6 +143,7 @@ def _report(
         # As data: were the last report an input, every model that was ever evaluated would be kept for good.
         "history": _history(store, previous),
         "level": level,
+        "groups": [one.model_dump(mode="json") for one in groups],
         "names": [one.name for one in evaluations],
         "other_names": [one.name for one in others],
     }
@@ -149,6 +163,12 @@ def _evaluations(store: Store, report: Record | None) -> list[Record]:
         return []
     keys = [reference.key for name, reference in report.inputs.items() if name.partition(".")[0] == "evaluations"]
     return [found for key in keys if (found := store.find(key)) is not None]
+
+
+def _groups(report: Record | None) -> list[TaskGroup]:
+    """The groups whose figures a report shows."""
+    told: Any = [] if report is None else report.config.get("groups", [])
+    return [TaskGroup.model_validate(one) for one in told]
 
 
 def _history(store: Store, report: Record | None) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def evaluate_on(store: Store, ref: str, keys: Mapping[str, Any], console: Consol
         keep(store, ref, found)
     benchmarks = [one for one in found.evaluations if one.stage == "benchmark"]
     if benchmarks:
-        console.print(score_table(benchmarks))
+        console.print(score_table(benchmarks, found.groups))
     for one in found.evaluations:
         if one.stage != "benchmark":
             console.print(evaluation_tables(one))

@@ -13,7 +13,7 @@ _STYLES = {"better": "green", "worse": "red", "": ""}
 
 
 def report_table(report: Report) -> Table:
-    """The scores of whole tasks, each beside chance and beside the other model where there is one."""
+    """The scores of whole tasks and of groups, each beside chance and beside the other model where there is one."""
     table = Table(
         title=Text(report.title),
         title_justify="left",
@@ -31,9 +31,11 @@ def report_table(report: Report) -> Table:
     table.add_column("", no_wrap=True)
     for heading in (Text(f"against\n{report.other}", overflow="ellipsis"), "p") if compared else ():
         table.add_column(heading, justify="right", no_wrap=True)
-    for _, score in report.wholes:
+    rows = [(score.task, score) for _, score in report.wholes]
+    rows += [(f"{found.score.task}, {len(found.tasks)} tasks", found.score) for _, found in report.grouped]
+    for name, score in rows:
         table.add_row(
-            Text.assemble(score.task, " ", (score.metric, "dim")),
+            Text.assemble(name, " ", (score.metric, "dim")),
             score.text,
             score.figure(score.chance),
             Text(wording.mark(score), style="yellow"),

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from tasks.reporting import wording
-from tasks.reporting.report_data import Evaluation, Report
+from tasks.reporting.report_data import Provenance, Report
 from tasks.reporting.significance import Difference
 from tasks.reporting.wording import markdown
 from tasks.scores import NONE, Score, figure
@@ -18,6 +18,7 @@ SHOWN_LETTERS = 200
 """Letters of a template, say, for which there is room in a line."""
 
 Row = Sequence[str]
+_HEADS = ("metric", "score", "n", "few-shot", "chance", "majority", "")
 
 
 def to_markdown(report: Report) -> str:
@@ -25,6 +26,7 @@ def to_markdown(report: Report) -> str:
     parts = [
         f"# {markdown(report.title)}",
         f"**{markdown(report.model)}**: {markdown(report.summary)}.",
+        *_task_groups(report),
         *_scores(report),
         *_differences(report),
         *_history(report),
@@ -35,13 +37,26 @@ def to_markdown(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _task_groups(report: Report) -> Iterator[str]:
+    if not report.grouped:
+        return
+    models = _shown_models(report)
+    rows = []
+    for provenance, found in report.grouped:
+        row = _score_row(report, provenance, found.score, models)
+        rows.append([*row[:3], f"{len(found.tasks):,}", *row[3:]])
+    yield "## Groups of tasks"
+    yield _table(["group", *_HEADS[:2], "tasks", *_HEADS[2:], *map(markdown, models)], rows, left=(0, 1, 8))
+    yield wording.GROUPED
+
+
 def _scores(report: Report) -> Iterator[str]:
     if not report.wholes:
         return
     models = _shown_models(report)
-    heads = ["task", "metric", "score", "n", "few-shot", "chance", "majority", "", *map(markdown, models)]
+    rows = [_score_row(report, one.provenance, score, models) for one, score in report.wholes]
     yield "## Scores"
-    yield _table(heads, [_score_row(report, one, score, models) for one, score in report.wholes], left=(0, 1, 7))
+    yield _table(["task", *_HEADS, *map(markdown, models)], rows, left=(0, 1, 7))
     yield wording.LEGEND
     if not all(one.certain for one in report.references):
         yield wording.UNCERTAIN
@@ -58,7 +73,7 @@ def _shown_models(report: Report) -> list[str]:
     return [model for model in known if model in most]
 
 
-def _score_row(report: Report, evaluation: Evaluation, score: Score, models: Sequence[str]) -> Row:
+def _score_row(report: Report, provenance: Provenance, score: Score, models: Sequence[str]) -> Row:
     share = score.is_share
     published = {
         model: ", ".join(
@@ -71,7 +86,7 @@ def _score_row(report: Report, evaluation: Evaluation, score: Score, models: Seq
         _metric(score.metric, score.higher_is_better),
         f"**{score.text}**",
         f"{score.n:,}",
-        wording.shots(evaluation.provenance.num_fewshot),
+        wording.shots(provenance.num_fewshot),
         score.figure(score.chance),
         score.figure(score.majority),
         wording.mark(score),

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from tasks.reporting import drawing, wording
-from tasks.reporting.report_data import Evaluation, Part, Published, Report
+from tasks.reporting.report_data import Part, Provenance, Published, Report
 from tasks.reporting.significance import INTERVAL, Difference
 from tasks.reporting.style import STYLE
 from tasks.scores import NONE, Score, figure
@@ -14,7 +14,7 @@ def to_html(report: Report) -> str:
     """The whole page as text. All that comes from names and texts of others is escaped."""
     sections = [
         section
-        for make in (_scores, _differences, _history, _groups, _published, _provenance)
+        for make in (_task_groups, _scores, _differences, _history, _groups, _published, _provenance)
         for section in make(report)
     ]
     body = "\n".join(sections)
@@ -38,20 +38,35 @@ def to_html(report: Report) -> str:
 """
 
 
+def _task_groups(report: Report) -> Iterator[str]:
+    if not report.grouped:
+        return
+    rows = "\n".join(_score_row(report, how, found.score, len(found.tasks)) for how, found in report.grouped)
+    yield "<h2>Groups of tasks</h2>"
+    yield _legend(report)
+    yield _table(_score_heads("group", "tasks"), rows)
+    yield f"<p>{escape(wording.GROUPED)}</p>"
+
+
 def _scores(report: Report) -> Iterator[str]:
     if not report.wholes:
         return
-    rows = "\n".join(_score_row(report, one, score) for one, score in report.wholes)
+    rows = "\n".join(_score_row(report, one.provenance, score) for one, score in report.wholes)
     yield "<h2>Scores</h2>"
-    yield _legend(report)
-    heads = ("score", "n", "few-shot", "chance", "majority")
-    numbers = "".join(f'<th class="number">{head}</th>' for head in heads)
-    yield _table(f'<th>task</th><th class="drawing">{drawing.bar_heading()}</th>{numbers}<th></th>', rows)
+    if not report.grouped:
+        yield _legend(report)
+    yield _table(_score_heads("task"), rows)
     yield f"<p>{wording.LEGEND} Bars of anything but shares have a scale of their own.</p>"
 
 
+def _score_heads(of: str, *further: str) -> str:
+    heads = ("score", *further, "n", "few-shot", "chance", "majority")
+    numbers = "".join(f'<th class="number">{head}</th>' for head in heads)
+    return f'<th>{of}</th><th class="drawing">{drawing.bar_heading()}</th>{numbers}<th></th>'
+
+
 def _legend(report: Report) -> str:
-    scores = report.scores
+    scores = [*report.scores, *(found.score for _, found in report.grouped)]
     marks = [('<rect class="bar" x="1" y="3" width="20" height="10"/>', "score")]
     if any(map(wording.mark, scores)):
         marks.append(
@@ -74,10 +89,11 @@ def _legend(report: Report) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _score_row(report: Report, evaluation: Evaluation, score: Score) -> str:
+def _score_row(report: Report, provenance: Provenance, score: Score, tasks: int | None = None) -> str:
     numbers = [
+        *([] if tasks is None else [f"{tasks:,}"]),
         f"{score.n:,}",
-        wording.shots(evaluation.provenance.num_fewshot),
+        wording.shots(provenance.num_fewshot),
         score.figure(score.chance),
         score.figure(score.majority),
     ]
@@ -193,7 +209,8 @@ def _part(part: Part) -> str:
 
 def _published(report: Report) -> Iterator[str]:
     models = report.reference_models()
-    measured = [score for _, score in report.wholes if report.references_of(score)]
+    scores = [*(found.score for _, found in report.grouped), *(score for _, score in report.wholes)]
+    measured = [score for score in scores if report.references_of(score)]
     if not measured:
         return
     yield "<h2>Published values</h2>"

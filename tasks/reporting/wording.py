@@ -12,6 +12,10 @@ LEGEND = (
     "± is one standard error. Near chance: within two standard errors of what guessing gives; below chance: worse than "
     "that; near majority: within two standard errors of always giving the commonest answer, or worse."
 )
+GROUPED = (
+    "The mean over a group's tasks, which count by their documents or each alike, as lm-eval defines the group; its "
+    "standard error is pooled from theirs."
+)
 UNCERTAIN = "A question mark: the source does not say which of several such metrics it means."
 _DIGEST = 12
 

@@ -1,5 +1,6 @@
 """What a model is asked, what is asked again, and what becomes of its history."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from safetensors.numpy import load_file, save_file
 from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import UserError
-from flows.evaluating import Asking, Evaluated, evaluate, keep, questions, report_name, works
+from flows.evaluating import Asking, Evaluated, _groups, evaluate, keep, questions, report_name, works
 from flows.inference import model_record
+from flows.score_tables import score_table
 from tasks.produce import produce
 from tasks.report import REPORT_DATA, read_report
 from tasks.work import Work
+from tests.flows.test_exact_match import shown
 from tests.tasks.harness.against_hf import random_model
+from tests.tasks.made_group import SIZES, write_group_data
 
 REF = "models/tiny"
 COPA = Asking(tasks=("copa",), limit=4)
@@ -175,6 +179,44 @@ def test_scores_of_another_model_are_not_kept_beside_new_ones(
     assert [found.report.inputs[name].key for name in found.report.inputs if name.startswith("evaluations")] == [
         found.evaluations[0].key
     ]
+
+
+def test_a_group_is_told_beside_its_tasks(
+    store: Store, ask: Ask, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: list[Work]
+) -> None:
+    hub = write_group_data(tmp_path / "hub")
+    (hub / "aps").symlink_to(Path(os.environ["CAIRN_HUB"]) / "aps")
+    monkeypatch.setenv("CAIRN_HUB", str(hub))
+    tasks = ask(Asking(tasks=(*SIZES,)))
+    assert tasks.groups == []
+    group = Asking(tasks=("wmdp",))
+    found = ask(group)
+    # Its tasks are not asked again, and their scores are no news; its own is.
+    assert [work.stage for work in done] == ["benchmark"] * 3 + ["report"] * 2
+    assert found.is_news
+    assert found.evaluations == tasks.evaluations
+    scores: Any = [one.metrics["scores"] for one in found.evaluations]
+    mean = sum(score["value"] * score["n"] for (score,) in scores) / sum(SIZES.values())
+    report = read_report(store.fetch(found.report) / REPORT_DATA)
+    ((provenance, (told, members)),) = report.grouped
+    assert told.value == pytest.approx(mean)
+    assert (told.task, told.n, members) == ("wmdp", 19, tuple(SIZES))
+    assert (provenance.num_fewshot, provenance.lm_eval, list(provenance.data)) == (0, "0.4.13", ["cais/wmdp"])
+    assert [[score.task for score in one.scores] for one in report.history] == [[*SIZES], ["wmdp"]]
+    assert report.history[1].scores == (told,)
+    lines = shown(score_table(found.evaluations, found.groups), 120)
+    (line,) = (line for line in lines if "tasks" in line)
+    assert line.split()[:5] == ["wmdp:", "3", "tasks", "acc", f"{100 * mean:.1f}%"]
+    assert not ask(group).is_news
+    # The rest of the tasks does not take it away, unless one of them is asked otherwise.
+    kept = ask(COPA)
+    assert [one.name for one in _groups(kept.report)] == ["wmdp"]
+    assert not ask(Asking(tasks=("wmdp_bio",))).is_news
+    assert _groups(ask(Asking(tasks=("wmdp_bio",), limit=2)).report) == []
+    assert [one.name for one in _groups(ask(group).report)] == ["wmdp"]
+    # Of another model, it is one that was not asked.
+    change(store, published, tmp_path / "contrary")
+    assert _groups(ask(Asking(tasks=("wmdp_bio",))).report) == []
 
 
 def test_each_task_is_a_work_of_its_own(store: Store, published: Path) -> None:
