@@ -2,16 +2,21 @@
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from artifacts.errors import LeaseLost
 from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import UserError
-from flows.evaluating import Asking, Evaluated, _groups, evaluate, keep, questions, report_name, works
+from common.files import sha256_bytes
+from flows.evaluating import Asking, Evaluated, _groups, evaluate, history, keep, questions, renewed, report_name, works
 from flows.inference import model_record
 from flows.score_tables import score_table
 from tasks.produce import produce
@@ -57,10 +62,7 @@ def ask(store: Store, done: list[Work]) -> Ask:
         return outcome.record
 
     def asked(asking: Asking = COPA, level: float = 0.01, kept: bool = True) -> Evaluated:
-        found = evaluate(store, REF, asking, do, level)
-        if kept:
-            keep(store, REF, found)
-        return found
+        return evaluate(store, REF, asking, do, level, keeps=lambda found: kept)
 
     return asked
 
@@ -143,6 +145,65 @@ def test_what_was_not_kept_is_found_again(store: Store, ask: Ask, published: Pat
     assert again.evaluations == once.evaluations
     assert store.resolve(report_name(REF)) == again.report
     assert ask(level=0.9999).falls == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "object store"])
+def test_two_at_once_lose_nothing(
+    store: Store, published: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("artifacts.object_lease.POLL_SECONDS", 0.05)
+    if kind != "folder":
+        store = Store.open(f"memory://{tmp_path.name}")
+        store.set_name(REF, model_record(store, str(published)).key)
+    both = Barrier(2)
+
+    def do(work: Work) -> Record:
+        # Both would have read the same history by now.
+        if work.stage == "report":
+            with suppress(BrokenBarrierError):
+                both.wait(timeout=1.0)
+        return produce(store, work, lambda event: None).record
+
+    askings = [Asking(tasks=(task,), limit=4) for task in ("copa", "winogrande")]
+    for asking in askings:  # what is asked twice at once is done once, as of any stage
+        for work in works(store, model_record(store, REF), asking):
+            produce(store, work, lambda event: None)
+    with ThreadPoolExecutor() as threads:
+        found = list(threads.map(lambda asking: evaluate(store, REF, asking, do), askings))
+    report = read_report(store.fetch(store.resolve(report_name(REF))) / REPORT_DATA)
+    assert {score.task for one in report.evaluations for score in one.scores} == {"copa", "winogrande"}
+    assert sorted(score.task for one in report.history for score in one.scores) == ["copa", "winogrande"]
+    assert store.resolve(report_name(REF)) in [one.report for one in found]
+    assert [evaluate(store, REF, asking, do).is_news for asking in askings] == [False, False]
+
+
+def test_a_fall_that_two_have_found_is_told_once(
+    store: Store, ask: Ask, published: Path, tmp_path: Path, done: list[Work]
+) -> None:
+    def do(work: Work) -> Record:
+        return produce(store, work, lambda event: None).record
+
+    boolq = Asking(tasks=("boolq",), limit=30)
+    ask(boolq)
+    change(store, published, tmp_path / "contrary")
+    first, second = (ask(boolq, level=0.9999, kept=False) for _ in range(2))
+    assert first.falls == second.falls != []
+    # Something else becomes known before the first one tells of it.
+    ask(Asking(tasks=("winogrande",), limit=4))
+    with history(store, REF) as lease:
+        latest = renewed(store, REF, first, do, 0.9999)
+        assert latest.falls == first.falls
+        keep(store, REF, latest, lease)
+    report = read_report(store.fetch(store.resolve(report_name(REF))) / REPORT_DATA)
+    assert [one.scores[0].task for one in report.history] == ["boolq", "winogrande", "boolq"]
+    with history(store, REF) as lease:
+        latest = renewed(store, REF, second, do, 0.9999)
+        assert (latest.is_news, latest.falls) == (False, [])
+        assert renewed(store, REF, latest, do, 0.9999) is latest
+        (Path(store.root) / "leases" / f"{sha256_bytes(report_name(REF).encode())}.lock").unlink()
+        with pytest.raises(LeaseLost, match="was removed by somebody"):
+            keep(store, REF, first, lease)
+    assert store.resolve(report_name(REF)) == latest.report
 
 
 def test_another_limit_is_compared_with_nothing(store: Store, ask: Ask, published: Path, tmp_path: Path) -> None:
