@@ -40,7 +40,8 @@ def to_markdown(report: Report) -> str:
 def _task_groups(report: Report) -> Iterator[str]:
     if not report.grouped:
         return
-    models = _shown_models(report)
+    published = {one.model for _, found in report.grouped for one in report.references_of(found.score)}
+    models = [model for model in _shown_models(report) if model in published]
     rows = []
     for provenance, found in report.grouped:
         row = _score_row(report, provenance, found.score, models)

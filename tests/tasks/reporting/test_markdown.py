@@ -106,7 +106,8 @@ def test_groups_come_first_with_the_number_of_their_tasks(name: str) -> None:
     assert text.index("## Groups of tasks") < text.index("## Scores")
     head, rule, row = tables(text)[0]
     assert head[:9] == ["group", "metric", "score", "tasks", "n", "few-shot", "chance", "majority", ""]
-    assert {len(head), len(rule), len(row)} == {11}
+    # Models of which nothing was published for groups have no column.
+    assert {len(head), len(rule), len(row)} == {9}
     assert row[0] == markdown(name)
     # Both are of 2,376 documents: 52% ± 5 and 60% ± 1.
     assert row[1:9] == ["acc", "**56.0% ± 2.5**", "2", "4,752", "5", "50.0%", "58.5%", "near majority"]

@@ -196,4 +196,5 @@ def test_a_scale_has_few_round_numbers(low: float, length: float) -> None:
     found = drawing.round_values(low, low + length)
     assert 1 <= len(found) <= 6
     assert len(set(found)) == len(found)
-    assert all(low - 1e-9 * abs(low) <= value <= low + length + 1e-9 * abs(low + length) for value in found)
+    rounding = 1e-9 * (abs(low) + length)
+    assert all(low - rounding <= value <= low + length + rounding for value in found)
