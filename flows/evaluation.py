@@ -53,7 +53,8 @@ def evaluation(
     Args:
         models: Names of the store, folders of published models, and ids on the hub; * stands for any part of a name.
             Relative folders, such as `published/*`, are looked for where the worker of `pipeline` was started.
-        tasks: Tasks, groups and tags of lm-eval, the group `seed`, `perplexity` and `behaviour`.
+        tasks: Tasks, groups and tags of lm-eval, the group `seed`, `perplexity` and `behaviour`. A group for which
+            lm-eval defines a figure, such as `mmlu`, is reported with it.
         limit: Documents of each task of lm-eval that are asked, 0 for all.
         num_fewshot: Examples before each question of lm-eval, -1 for as many as the task says.
         worker: Where they are asked: on a worker of a pool, or `local` for the machine that this runs on.
