@@ -1,6 +1,7 @@
 """Scores as tables, and the samples behind them."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -22,6 +23,9 @@ MARK = "*"
 """Stands behind a score that is no better than chance."""
 PROMPT_END = 600
 """Characters of a prompt that are shown, the last ones: examples stand before the question."""
+_SHOWN = ("prompt", "target", "prediction", "correct", "choices", "log_probabilities")
+_READ_ROWS, _READ_BYTES = 256, 1 << 20
+"""Rows, and bytes of a column, that are read of samples at once."""
 
 
 def score_table(records: Sequence[Record], groups: Sequence[TaskGroup] = ()) -> Table:
@@ -62,11 +66,12 @@ def _cells(score: Score) -> tuple[RenderableType, ...]:
 def show_samples(store: Store, record: Record, task: str, wrong: bool, count: int, console: Console) -> None:
     """Prints the first samples of a task, of an evaluation or of one that a report is of. Raises UserError where there
     is none."""
-    rows = sample_rows(store, evaluation_of(store, record, task), wrong)
+    folder = store.fetch(evaluation_of(store, record, task), [SAMPLES])
+    rows, found = sample_rows(folder / SAMPLES, wrong, count)
     kind = "wrong " if wrong else ""
     if rows:
-        console.print(samples_table(rows[:count]))
-    console.print(f"{min(count, len(rows)):,} of {len(rows):,} {kind}samples of {task}", highlight=False, markup=False)
+        console.print(samples_table(rows))
+    console.print(f"{len(rows):,} of {found:,} {kind}samples of {task}", highlight=False, markup=False)
 
 
 def evaluation_of(store: Store, record: Record, task: str) -> Record:
@@ -80,12 +85,26 @@ def evaluation_of(store: Store, record: Record, task: str) -> Record:
     return found[task]
 
 
-def sample_rows(store: Store, evaluation: Record, wrong: bool) -> list[dict[str, Any]]:
-    """The samples of an evaluation, or those alone that were answered wrongly."""
+def sample_rows(path: Path, wrong: bool, count: int) -> tuple[list[dict[str, Any]], int]:
+    """The first `count` samples of a file, or of those alone that were answered wrongly, with the columns that are
+    shown; and how many there are in all. Nothing behind them is read, but for what was right."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    rows: list[dict[str, Any]] = pq.read_table(store.fetch(evaluation, [SAMPLES]) / SAMPLES).to_pylist()
-    return [row for row in rows if row.get("correct") is False] if wrong else rows
+    rows: list[dict[str, Any]] = []
+    with pq.ParquetFile(path, buffer_size=_READ_BYTES) as file:
+        shown = [name for name in _SHOWN if name in file.schema_arrow.names]
+        for batch in file.iter_batches(_READ_ROWS, columns=shown):
+            rows += [row for row in batch.to_pylist() if not wrong or row.get("correct") is False]
+            if len(rows) >= count:
+                break
+        if not wrong:
+            return rows[:count], file.metadata.num_rows
+        if "correct" not in shown:
+            return [], 0
+        right = file.read(["correct"])["correct"]
+        return rows[:count], pc.sum(pc.equal(right.cast(pa.bool_()), False)).as_py() or 0
 
 
 def samples_table(rows: Iterable[dict[str, Any]]) -> Table:

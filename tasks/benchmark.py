@@ -28,6 +28,7 @@ from tasks.checkpoint import read_model, tokenizer_of
 from tasks.events import Counted
 from tasks.harness.catalogue import definition, harness_version, leaves, task_path
 from tasks.harness.data import check_unchanged, data_sets, identities, offline_first
+from tasks.harness.needs import check_examples, packages_named, splits_named
 from tasks.scores import RESULTS, SAMPLES
 from tasks.stage import Context, Kind, Metrics, Stage
 
@@ -39,6 +40,9 @@ BOOTSTRAPS = 1000
 the error itself uncertain by 2%, one in the square root of twice as many."""
 _TEMPLATE = ("description", "doc_to_text", "doc_to_target", "doc_to_choice", "target_delimiter", "fewshot_delimiter")
 _UNSAFE = "'{}' runs what a model writes as a program, unfenced, and Cairn does not; `behaviour` asks for programs too"
+_HIDDEN = (
+    "'{}' reads {}, which only lm-eval's code names: it is in no key, and where it changes, what was found is reused"
+)
 _LEVELLED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
@@ -82,7 +86,7 @@ def resolved(config: Config) -> Config:
     described = definition(task_path(config.task))
     if described.get("unsafe_code"):
         raise UserError(_UNSAFE.format(config.task))
-    data = identities(data_sets(described))
+    data = identities(data_sets(described, task_path(config.task).parent))
     if config.data is not None and config.data != data:
         raise UserError(f"the data of '{config.task}' are not what they were; take `data` out of the recipe")
     return config.model_copy(update={"harness": version, "data": data})
@@ -104,12 +108,15 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     asked = Asked(engine, tokenizer, bos, config.batch_tokens, _watch(config.task, context))
     context.local_scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=context.local_scratch) as cache:
-        task = load_task(config, Path(cache))
+        task, notes = load_task(config, Path(cache))
+        for note in notes:
+            context.report(Note(note))
         try:
             found = asked.evaluate(task, config.limit)
         except NotFinite as error:
             raise NotFinite(f"the model '{context.labels.get('model', context.name)}'") from error
-        return _written(config, context, task, found, asked, bos) | {"device": engine.device}
+        told = {"notes": notes} if notes else {}
+        return _written(config, context, task, found, asked, bos) | {"device": engine.device, **told}
 
 
 def _written(
@@ -165,11 +172,14 @@ def _definition(config: Config) -> dict[str, Any]:
     return definition(task_path(config.task))
 
 
-def load_task(config: Config, cache: Path | None = None) -> Any:
-    """lm-eval's task, with its data, and the random numbers that it draws from here on seeded as lm-eval seeds them.
+def load_task(config: Config, cache: Path) -> tuple[Any, list[str]]:
+    """lm-eval's task, with its data, and the random numbers that it draws from here on seeded as lm-eval seeds them;
+    and what there is to say of its data, a sentence each.
 
-    `cache`: an empty folder for what `datasets` keeps, for it would give again what another had shuffled by other
-    seeds; None for the folder that all share.
+    `cache`: a folder for what `datasets` keeps, which nobody has used with other seeds, for it would give again what
+    they had shuffled; the task reads from it as long as it is asked.
+
+    Raises UserError for data, packages and examples that are not there, and for a task that Cairn does not ask.
     """
     import datasets
     from lm_eval.tasks import TaskManager
@@ -180,21 +190,23 @@ def load_task(config: Config, cache: Path | None = None) -> Any:
     # Before the data are loaded, since some tasks shuffle them then.
     random.seed(RANDOM_SEED)
     np.random.seed(NUMPY_SEED)
-    with offline_first(config.data or {}, cache):
-        loaded = TaskManager(include_defaults=False).load([str(task_path(config.task))])
-    task = loaded["tasks"][config.task]
+    data, name = config.data or {}, config.task
+    with packages_named(name), splits_named(name, _definition(config)), offline_first(data, cache) as read:
+        loaded = TaskManager(include_defaults=False).load([str(task_path(name))])
+    task = loaded["tasks"][name]
     if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(_UNSAFE.format(config.task))
+        raise UserError(_UNSAFE.format(name))
     if getattr(task, "MULTIMODAL", False) or task.OUTPUT_TYPE not in _LEVELLED:
-        raise UserError(f"'{config.task}' asks for more than text ({task.OUTPUT_TYPE})")
-    own = task.get_config("num_fewshot")
+        raise UserError(f"'{name}' asks for more than text ({task.OUTPUT_TYPE})")
+    # lm-eval shows no examples before texts that are scored whole.
+    own = 0 if task.OUTPUT_TYPE == "loglikelihood_rolling" else task.get_config("num_fewshot")
     # As lm-eval has it: a task that says 0 means it.
-    if config.num_fewshot is not None and own != 0:
-        task.set_config(key="num_fewshot", value=config.num_fewshot)
-    elif own is None:
-        task.set_config(key="num_fewshot", value=0)
+    wanted = own if own == 0 or config.num_fewshot is None else config.num_fewshot
+    task.set_config(key="num_fewshot", value=wanted or 0)
+    check_examples(task, name)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    return task
+    hidden = dict.fromkeys(one for one in read if one not in data)
+    return task, [_HIDDEN.format(name, ", ".join(hidden) or "its data")] if hidden or not data else []
 
 
 class Asked:
@@ -222,7 +234,10 @@ class Asked:
         from lm_eval.evaluator import evaluate
 
         name = task.config.task
-        found = evaluate(self._model, {"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=bootstraps)
+        with packages_named(name):
+            found = evaluate(
+                self._model, {"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=bootstraps
+            )
         assert found is not None
         return dict(found)
 

@@ -109,29 +109,29 @@ def run_training(
         )
         if tuning.lora is not None:
             start = start._replace(adapters=initial_adapters(model, tuning.lora, config.training.seed))
-        asking = probes(config.training, own_tokenizer, engine.inference())
-        result = train(
-            engine,
-            model,
-            data.batches,
-            data.validation,
-            config.training,
-            Checkpoints(filesystem, folder, context.runtime.checkpoints),
-            start,
-            report=context.report,
-            metrics=TrainingLogs(
-                context.logs,
-                context.name,
-                config.model_dump(mode="json"),
-                data.validated,
-                tuning.preference is not None,
-                _asked(config.training),
-            ),
-            should_stop=context.should_stop,
-            decode=tokenizer.decode,
-            probes=asking,
-            continue_on=context.runtime.continue_on,
-        )
+        with probes(config.training, own_tokenizer, engine.inference(), context) as asking:
+            result = train(
+                engine,
+                model,
+                data.batches,
+                data.validation,
+                config.training,
+                Checkpoints(filesystem, folder, context.runtime.checkpoints),
+                start,
+                report=context.report,
+                metrics=TrainingLogs(
+                    context.logs,
+                    context.name,
+                    config.model_dump(mode="json"),
+                    data.validated,
+                    tuning.preference is not None,
+                    _asked(config.training),
+                ),
+                should_stop=context.should_stop,
+                decode=tokenizer.decode,
+                probes=asking,
+                continue_on=context.runtime.continue_on,
+            )
         blend = blend_rows(tokens, data.batches, result.state.step)
     history = (*history, _entry(model, result, start, data))
     # Every process exports, and process 0 writes: what is spread over several is gathered.

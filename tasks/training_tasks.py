@@ -1,6 +1,8 @@
 """Tasks of lm-eval that a training stage asks of its model at its validations, as the stage `benchmark` would."""
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,12 @@ from common.errors import UserError
 from models.engine import InferenceEngine
 from models.tokenizer import Tokenizer, adds_bos
 from models.training.config import TasksConfig, TrainingConfig
+from models.training.events import Note
 from models.training.state import TaskScore
 from models.training.validation import Probe
 from tasks import benchmark
 from tasks.scores import share
+from tasks.stage import Context
 
 
 def resolved(training: TrainingConfig) -> TrainingConfig:
@@ -31,8 +35,10 @@ def resolved(training: TrainingConfig) -> TrainingConfig:
     return training.model_copy(update={"validation": validation.model_copy(update=update)})
 
 
-def probes(training: TrainingConfig, folder: Path, engine: InferenceEngine) -> list[Probe]:
-    """What asks a model each of the tasks of a run; none where it has none. Their requests are made here, once.
+@contextmanager
+def probes(training: TrainingConfig, folder: Path, engine: InferenceEngine, context: Context) -> Iterator[list[Probe]]:
+    """What asks a model each of the tasks of a run, within the block; none where it has none. Their requests are made
+    here, once.
 
     `folder`: the tokenizer. `engine`: what is asked; its weights need not be there yet.
 
@@ -41,19 +47,27 @@ def probes(training: TrainingConfig, folder: Path, engine: InferenceEngine) -> l
     training, which would be lost otherwise.
     """
     if training.validation is None or training.validation.tasks is None:
-        return []
+        yield []
+        return
     tasks = training.validation.tasks
     tokenizer, bos = Tokenizer(folder), adds_bos(folder)
-    return [_Task(name, tasks, engine, tokenizer, bos).ask for name in tasks.names]
+    context.local_scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=context.local_scratch) as cache:
+        made = [_Task(name, tasks, engine, tokenizer, bos, Path(cache, name)) for name in tasks.names]
+        for note in (note for task in made for note in task.notes):
+            context.report(Note(note))
+        yield [task.ask for task in made]
 
 
 class _Task:
     """A task with its requests, to be asked again and again."""
 
-    def __init__(self, name: str, tasks: TasksConfig, engine: InferenceEngine, tokenizer: Tokenizer, bos: bool) -> None:
+    def __init__(
+        self, name: str, tasks: TasksConfig, engine: InferenceEngine, tokenizer: Tokenizer, bos: bool, cache: Path
+    ) -> None:
         self._config = benchmark.Config(task=name, limit=tasks.limit, harness=tasks.harness, data=tasks.data)
         benchmark.check_current(self._config)
-        self._task = benchmark.load_task(self._config)
+        self._task, self.notes = benchmark.load_task(self._config, cache)
         self._metric = _share_of(self._task, name)
         self._task.build_all_requests(limit=tasks.limit)
         # lm-eval makes the requests at each evaluation, with other examples before them than the last time.

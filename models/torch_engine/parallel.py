@@ -5,13 +5,11 @@ N packed positions, M read positions, V vocab_size, D hidden_size.
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from models import weights
@@ -19,6 +17,11 @@ from models.torch_engine.head import summed_loss
 from models.torch_engine.model import Transformer
 from models.torch_engine.packing import Packed
 from models.torch_engine.world import World
+
+# Loading FSDP2 takes a second (SymPy comes with it), which only those who divide weights pay.
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 class Ended(NamedTuple):
@@ -79,10 +82,12 @@ class Parallel:
         elif world.size > 1 and not frozen:
             self.trained = self._replicated = _replicated(cast(nn.Module, self.trained))
         self._originals = dict(model.named_parameters())
-        self.parameters: dict[str, Tensor] = {name: _local(tensor) for name, tensor in self._originals.items()}
+        self.parameters: dict[str, Tensor] = {name: self._local(tensor) for name, tensor in self._originals.items()}
 
     def _fully_sharded(self, module: nn.Module) -> nn.Module:
         """Divides the weights of each block, then those of the rest."""
+        from torch.distributed.fsdp import fully_shard
+
         mesh = self.world.mesh
         assert mesh is not None
         # Over a mesh of two dimensions the first one replicates.
@@ -92,7 +97,7 @@ class Parallel:
             # Losses are divided by the targets of all processes already: gradients add up.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
-        self._sharded = cast(FSDPModule, module)
+        self._sharded = cast("FSDPModule", module)
         return module
 
     def load(self, found: Mapping[str, weights.Array]) -> None:
@@ -133,7 +138,12 @@ class Parallel:
         for name, original in self._originals.items():
             if original.requires_grad:
                 assert original.grad is not None
-                self.parameters[name].grad = _local(original.grad)
+                self.parameters[name].grad = self._local(original.grad)
+
+    @torch.no_grad()
+    def _local(self, tensor: Tensor) -> Tensor:
+        """What this process holds of a parameter or of its gradient."""
+        return tensor if self._sharded is None else cast("DTensor", tensor).to_local()
 
     def warm_up(self, part: Packed) -> None:
         """Before the first step: one pass there and back through `part`, whose gradients are forgotten.
@@ -167,7 +177,3 @@ def _summed(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tens
     future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
     return future
 
-
-@torch.no_grad()
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -28,17 +28,17 @@ TRIED = 60
 """Documents on which batch sizes are tried."""
 
 
-def timed(lm: Any, task: str, limit: int | None) -> tuple[float, dict[str, Any]]:
+def timed(lm: Any, task: str, limit: int | None, data: Path) -> tuple[float, dict[str, Any]]:
     started = time.monotonic()
-    found = answers(lm, task, limit)
+    found = answers(lm, task, limit, data)
     return time.monotonic() - started, found
 
 
-def best_batch_size(model: Model, task: str) -> int:
+def best_batch_size(model: Model, task: str, data: Path) -> int:
     """The batch size at which lm-eval's own model is fastest on some documents."""
     seconds = {}
     for batch_size in BATCH_SIZES:
-        seconds[batch_size], _ = timed(theirs(model, batch_size), task, TRIED)
+        seconds[batch_size], _ = timed(theirs(model, batch_size), task, TRIED, data)
         print(f"hf, batch size {batch_size}: {seconds[batch_size]:.1f} s for {TRIED} documents", flush=True)
     return min(seconds, key=seconds.__getitem__)
 
@@ -54,11 +54,12 @@ def main() -> None:
     os.environ["TQDM_DISABLE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(Path(folder), "llama", **ELITE)
-        batch_size = best_batch_size(model, options.task)
+        data = Path(folder, "data")
+        batch_size = best_batch_size(model, options.task, data)
         reference, own = theirs(model, batch_size), ours(model, batch_tokens=options.batch_tokens)
         for _ in range(options.rounds):
-            own_seconds, own_answers = timed(own, options.task, options.limit)
-            seconds, reference_answers = timed(reference, options.task, options.limit)
+            own_seconds, own_answers = timed(own, options.task, options.limit, data)
+            seconds, reference_answers = timed(reference, options.task, options.limit, data)
             found = compare(options.task, reference_answers, own_answers)
             print(
                 f"{options.task}: Cairn {own_seconds:.1f} s, hf (batch size {batch_size}) {seconds:.1f} s, "

@@ -16,7 +16,7 @@ RUN = (
     *("--set", "stages.base.layout.processes=2"),
     *("--set", "stages.refined.layout={processes: 2, fsdp: 2, rematerialize: true}"),
     *("--set", "stages.base.checkpoints.every_seconds=0"),
-    *("--set", "stages.base.training.steps=300"),
+    *("--set", "stages.base.training.steps=80"),
 )
 
 

@@ -132,7 +132,11 @@ def test_mtlm1_with_a_head_of_its_own_has_the_size_of_its_name() -> None:
 
 def test_the_control_of_mtlm1_costs_what_is_said() -> None:
     recipe = load_recipe("mtlm1-200m", ["stages.refined.control=scratch"], resolve=False)
-    assert [entry.name for entry in recipe.stages][-4:] == ["refined", "refined-scratch", "refined-growth", "published"]
+    assert [entry.name for entry in recipe.stages if entry.name.startswith("refined")] == [
+        "refined",
+        "refined-scratch",
+        "refined-growth",
+    ]
     (control,) = (entry for entry in recipe.stages if entry.name == "refined-scratch")
     training = control.config.model_dump()["training"]
     assert training["schedule"] == {"name": "cosine", "warmup_steps": 300, "decay_steps": None, "floor": 0.1}

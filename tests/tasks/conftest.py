@@ -1,5 +1,6 @@
 """What tests of stages share: running one into a folder, with nothing around it."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,24 @@ def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     return folder
+
+
+@pytest.fixture
+def hidden_task(empty_hub: Path) -> str:
+    """A task of lm-eval that names its data in code, with data of the test's."""
+    folder = empty_hub / "gplsi" / "cieacova"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: multiple_choice\n  data_files:\n"
+        "  - {split: train, path: rows.jsonl}\n  - {split: test, path: rows.jsonl}\n---\n"
+    )
+    facts = ("Anotador", "Año", "Dificultad", "Fuente", "Idioma", "Mes", "N. Pregunta", "Sección")
+    row = {
+        **dict.fromkeys(("Tarea", "Instrucción", "Pista", "Pregunta", "Prompt"), "?"),
+        "Respuesta": ["sí"],
+        "Opciones": ["sí", "no"],
+        "Metadata": dict.fromkeys(facts, "C1"),
+        "Subtarea": "text",
+    }
+    (folder / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    return "cieacova_choice"

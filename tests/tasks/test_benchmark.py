@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import random
@@ -13,14 +14,20 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from common.errors import StageInterrupted, UserError
+from models.engine import inference_engine
 from models.generation import NotFinite
-from tasks.benchmark import STAGE, Config, resolved
+from models.tokenizer import Tokenizer
+from models.training.events import Note
+from models.weights import whole_pieces
+from tasks.benchmark import STAGE, Asked, Config, resolved
+from tasks.checkpoint import read_model
 from tasks.events import Counted
 from tasks.harness.catalogue import task_path
 from tasks.harness.data import offline_first
 from tasks.scores import RESULTS, SAMPLES, Score
 from tests.tasks.conftest import RunStage, context_in
 from tests.tasks.harness.against_hf import Model, ours, random_model
+from tests.tasks.harness.test_results import small_task
 
 pytestmark = [
     pytest.mark.skipif("CAIRN_HUB" not in os.environ, reason="CAIRN_HUB names no folder with data sets"),
@@ -165,6 +172,53 @@ def test_what_a_task_shuffles_when_it_is_loaded_is_in_lm_evals_order(
             name: pytest.approx(expected["results"][shuffled_task][f"{name},none"]) for name in ("acc", "acc_norm")
         }
     assert len({row["target"] for row in rows}) > 1
+
+
+def test_data_that_are_in_no_key_are_told(tmp_path: Path, hidden_task: str, model: Model) -> None:
+    told: list[Any] = []
+    config = Config.model_validate(asked(hidden_task))
+    assert config.data == {}
+    context = replace(context_in(tmp_path / "told", hidden_task), report=told.append)
+    metrics = STAGE.run(config, {"model": model.artifact}, context)
+    (note,) = metrics["notes"]
+    assert note == (
+        "'cieacova_choice' reads gplsi/cieacova, which only lm-eval's code names: it is in no key, and where it "
+        "changes, what was found is reused"
+    )
+    assert Note(note) in told
+    assert "notes" not in json.loads((context.output / RESULTS).read_bytes())
+
+
+def test_data_that_are_in_the_key_are_not(run_stage: RunStage, model: Model) -> None:
+    _, metrics = run_stage("benchmark", asked("copa", limit=2), model=model.artifact)
+    assert "notes" not in metrics
+
+
+def test_files_of_a_data_set_are_in_the_key(empty_hub: Path) -> None:
+    with pytest.raises(UserError, match=r"dataset 'EleutherAI/arithmetic' was not found: not below CAIRN_HUB="):
+        resolved(Config(task="arithmetic_2da"))
+    folder = empty_hub / "EleutherAI" / "arithmetic" / "data"
+    folder.mkdir(parents=True)
+    keys = []
+    for answer in "23":
+        (folder / "two_digit_addition.jsonl").write_text(json.dumps({"context": "1 + 1 =", "completion": answer}))
+        keys.append(asked("arithmetic_2da")["data"])
+    assert list(keys[0]) == ["EleutherAI/arithmetic"]
+    assert keys[0] != keys[1]
+
+
+def test_a_package_that_is_missed_while_answers_are_scored(tmp_path: Path, model: Model) -> None:
+    def score(document: Any, results: Any) -> Any:
+        return importlib.import_module("absent_package").score(document, results)
+
+    rows = [{"text": "1 + 1 =", "label": 0}]
+    choices = {"output_type": "multiple_choice", "doc_to_choice": ["2", "3"], "doc_to_target": "label"}
+    task = small_task(tmp_path, rows, ["acc"], doc_to_text="{{text}}", process_results=score, **choices)
+    read = read_model(model.artifact)
+    engine = inference_engine("torch", read.config, "float32", whole_pieces(read.weights))
+    tokenizer = Tokenizer(model.artifact / "tokenizer")
+    with pytest.raises(UserError, match="'small' needs the package 'absent_package', which is not installed"):
+        Asked(engine, tokenizer, False, 4096, lambda done, total: None).evaluate(task, None)
 
 
 def changed(model: Model, place: Path, change: Callable[[Path], None]) -> Path:

@@ -45,7 +45,7 @@ class Training:
         documents = self._make("documents", {"source": SOURCE})
         tokenizer = self._make("tokenizer", TOKENIZER)
         self.tokens = self._make("tokens", {"loss_on": "target"}, documents=documents, tokenizer=tokenizer)
-        self.config = pretraining(packing="documents", validation={"every": 20, "exact_match_rows": 4}, **training)
+        self.config = pretraining(packing="documents", validation={"every": 10, "exact_match_rows": 4}, **training)
 
     def _make(self, stage: str, config: dict[str, Any], **inputs: Record) -> Record:
         return produce(Store.open(self.store), self._work(stage, config, {}, **inputs), lambda event: None).record
@@ -102,21 +102,21 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Record:
     """What two processes make of it that nobody disturbs."""
     store = str(tmp_path_factory.mktemp("undisturbed") / "store")
     with engine_process() as process:
-        return process.do(Training(store, steps=60).work(processes=2), ignore).record
+        return process.do(Training(store, steps=30).work(processes=2), ignore).record
 
 
 @pytest.mark.slow
 def test_several_processes_make_what_one_makes(process: EngineProcess, undisturbed: Record, tmp_path: Path) -> None:
     events: list[Event] = []
     store = str(tmp_path / "one")
-    one = process.do(Training(store, steps=60).work(processes=1), events.append).record
+    one = process.do(Training(store, steps=30).work(processes=1), events.append).record
     assert one.key == undisturbed.key
     assert one.metrics["device"] == "cpu"
     assert undisturbed.metrics["device"] == "2 × cpu"
     for name in ("steps", "tokens", "parameters", "blend"):
         assert undisturbed.metrics[name] == one.metrics[name]
     found, expected = validations(undisturbed), validations(one)
-    assert [record["step"] for record in found] == [20, 40, 60]
+    assert [record["step"] for record in found] == [10, 20, 30]
     losses, wanted = ([record["loss"] for record in records] for records in (found, expected))
     np.testing.assert_allclose(losses, wanted, atol=1e-3)
 
@@ -124,9 +124,9 @@ def test_several_processes_make_what_one_makes(process: EngineProcess, undisturb
 @pytest.mark.slow
 def test_what_is_said_is_said_once(process: EngineProcess, tmp_path: Path) -> None:
     events: list[Event] = []
-    training = Training(str(tmp_path / "store"), steps=40)
+    training = Training(str(tmp_path / "store"), steps=20)
     record = process.do(training.work(processes=3, fsdp=3), events.append).record
-    assert [event["step"] for event in events if event["event"] == "Validation"] == [20, 40]
+    assert [event["step"] for event in events if event["event"] == "Validation"] == [10, 20]
     assert record.metrics["device"] == "3 × cpu"
     assert {"loss.png", "training.csv"} <= set(Store.open(training.store).attachments(record.key))
     assert ranks(process) == []
@@ -137,7 +137,7 @@ def test_what_is_said_is_said_once(process: EngineProcess, tmp_path: Path) -> No
 def test_the_death_of_one_ends_all_and_the_stage_goes_on(
     process: EngineProcess, undisturbed: Record, tmp_path: Path, number: int
 ) -> None:
-    work = Training(str(tmp_path / "store"), steps=60).work(processes=2)
+    work = Training(str(tmp_path / "store"), steps=30).work(processes=2)
     seen: list[int] = []
 
     def strike() -> None:
@@ -145,7 +145,7 @@ def test_the_death_of_one_ends_all_and_the_stage_goes_on(
         kill(seen[number])
 
     with pytest.raises(StageFailed, match=rf"process {number} of 2 ended \(killed by signal 9\)$"):
-        process.do(work, after(25, strike))
+        process.do(work, after(12, strike))
     assert len(seen) == 2
     assert all(wait_until_gone(pid, 5) for pid in seen)
     notes: list[str] = []
@@ -158,7 +158,7 @@ def test_the_death_of_one_ends_all_and_the_stage_goes_on(
 @pytest.mark.parametrize("whom", ["stage", "rank"])
 def test_all_stop_together_and_go_on(process: EngineProcess, undisturbed: Record, tmp_path: Path, whom: str) -> None:
     """A stage that is told to stop, and one process alone that gets a signal: either way a checkpoint is written."""
-    work = Training(str(tmp_path / "store"), steps=60).work(processes=2)
+    work = Training(str(tmp_path / "store"), steps=30).work(processes=2)
     seen: list[int] = []
 
     def stop() -> None:
@@ -169,7 +169,7 @@ def test_all_stop_together_and_go_on(process: EngineProcess, undisturbed: Record
             os.kill(seen[1], signal.SIGTERM)
 
     with pytest.raises(StageInterrupted, match="it goes on from there when run again"):
-        process.do(work, after(25, stop))
+        process.do(work, after(12, stop))
     assert all(wait_until_gone(pid, 5) for pid in seen)
     with engine_process() as another:
         notes: list[str] = []
@@ -228,7 +228,7 @@ def test_other_engines_meet_in_their_own_way(process: EngineProcess, tmp_path: P
     """JAX through its coordinator, MLX through its ring."""
     if not is_installed(engine):
         pytest.skip(f"{engine} is not installed")
-    work = Training(str(tmp_path / "store"), steps=40).work(processes=2)
+    work = Training(str(tmp_path / "store"), steps=20).work(processes=2)
     one, two = (
         Work.model_validate({**work.model_dump(), "config": {**work.config, "engine": engine}, "runtime": runtime})
         for runtime in ({}, {"layout": {"processes": 2}})

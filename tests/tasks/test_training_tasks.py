@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from models.config import ModelConfig
 from models.engine import EngineName, InferenceEngine, inference_engine, is_installed, training_engine
 from models.optimizer import OptimizerConfig
 from models.training.config import TrainingConfig
-from models.training.events import Validation
+from models.training.events import Note, Validation
 from models.training.loop import Interrupted
 from models.training.metrics import read_csv
 from models.training.state import TaskScore
@@ -184,9 +185,26 @@ def test_a_stopped_run_repeats_no_evaluation_and_loses_none(tokens: Path, tmp_pa
     assert (found / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
-def _probes(folder: Path, tasks: dict[str, Any], engine: InferenceEngine) -> list[Probe]:
-    run = {**pretraining()["training"], "validation": {"every": 1, "tasks": tasks}}
-    return probes(TrainingConfig.model_validate(run), folder, engine)
+MakeProbes = Callable[[Path, dict[str, Any], InferenceEngine], list[Probe]]
+
+
+@pytest.fixture
+def told() -> list[object]:
+    return []
+
+
+@pytest.fixture
+def made_probes(tmp_path: Path, told: list[object]) -> Iterator[MakeProbes]:
+    """Makes what asks a model some tasks, and gives its events to `told`."""
+    context = replace(context_in(tmp_path / "asking", "pretrain"), report=told.append)
+    with ExitStack() as kept:
+
+        def make(folder: Path, tasks: dict[str, Any], engine: InferenceEngine) -> list[Probe]:
+            run = {**pretraining()["training"], "validation": {"every": 1, "tasks": tasks}}
+            return kept.enter_context(probes(TrainingConfig.model_validate(run), folder, engine, context))
+
+        yield make
+    assert list(context.local_scratch.iterdir()) == []
 
 
 def random_engine(seed: int = 0, **shape: Any) -> InferenceEngine:
@@ -194,7 +212,7 @@ def random_engine(seed: int = 0, **shape: Any) -> InferenceEngine:
     return inference_engine("torch", model, "float32", whole_pieces(initial_weights(model, seed)))
 
 
-def test_each_asking_begins_anew(tokenizer: Path) -> None:
+def test_each_asking_begins_anew(made_probes: MakeProbes, tokenizer: Path) -> None:
     pytest.importorskip("torch")
     times = 0
 
@@ -203,7 +221,7 @@ def test_each_asking_begins_anew(tokenizer: Path) -> None:
         times += 1
 
     engine = training_engine("torch", ModelConfig.model_validate(MODEL), OPTIMIZER, "float32")
-    asked = _probes(tokenizer, {"names": ["copa", "arc_easy"], "limit": 20}, engine.inference())
+    asked = made_probes(tokenizer, {"names": ["copa", "arc_easy"], "limit": 20}, engine.inference())
     found: dict[int, list[TaskScore]] = {}
     for seed in (0, 1, 1, 0):
         engine.restore("weights", whole_pieces(initial_weights(ModelConfig.model_validate(MODEL), seed)))
@@ -213,20 +231,35 @@ def test_each_asking_begins_anew(tokenizer: Path) -> None:
     assert times >= 8
 
 
-def test_what_cannot_be_asked_is_refused_before_the_training(run_stage: RunStage, tokenizer: Path) -> None:
+def test_the_data_of_tasks_are_read_anew(
+    made_probes: MakeProbes, told: list[object], tokenizer: Path, hidden_task: str, tmp_path: Path
+) -> None:
+    """What is in no key is told, and nothing is taken that others have made of it."""
+    pytest.importorskip("torch")
+    (ask,) = made_probes(tokenizer, {"names": [hidden_task]}, random_engine())
+    assert ask(lambda: None).n == 1
+    assert list((tmp_path / "asking" / "scratch").rglob("*.arrow"))
+    (note,) = told
+    assert isinstance(note, Note)
+    assert note.text.startswith("'cieacova_choice' reads gplsi/cieacova, which only lm-eval's code names")
+
+
+def test_what_cannot_be_asked_is_refused_before_the_training(
+    made_probes: MakeProbes, run_stage: RunStage, tokenizer: Path
+) -> None:
     pytest.importorskip("torch")
     engine = random_engine()
     with pytest.raises(UserError, match=r"^training.validation.tasks: 'wikitext' gives no share of right answers; ask"):
-        _probes(tokenizer, {"names": ["wikitext"], "limit": 2}, engine)
+        made_probes(tokenizer, {"names": ["wikitext"], "limit": 2}, engine)
     with pytest.raises(UserError, match=r"a continuation of \d+ tokens is to be scored, and the model has 4 positions"):
-        _probes(tokenizer, {"names": ["copa"]}, random_engine(max_position_embeddings=4))
+        made_probes(tokenizer, {"names": ["copa"]}, random_engine(max_position_embeddings=4))
     with pytest.raises(UserError, match="answers of up to 256 tokens, and the model has 48 positions in all"):
-        _probes(tokenizer, {"names": ["gsm8k"], "limit": 2}, engine)
+        made_probes(tokenizer, {"names": ["gsm8k"], "limit": 2}, engine)
     characters, _ = run_stage("tokenizer", TOKENIZER)
     with pytest.raises(UserError, match="the tokenizer cannot represent 'The man"):
-        _probes(characters, TASKS, engine)
+        made_probes(characters, TASKS, engine)
     with pytest.raises(UserError, match=r"^the stage wants lm-eval 0\.1, and this machine has "):
-        _probes(tokenizer, {**TASKS, "harness": "0.1"}, engine)
+        made_probes(tokenizer, {**TASKS, "harness": "0.1"}, engine)
 
 
 def test_what_a_run_asks_is_in_its_key() -> None:

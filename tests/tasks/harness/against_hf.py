@@ -116,11 +116,11 @@ def ours(model: Model, engine: EngineName = "torch", *, bos: bool = False, batch
     return HarnessModel(reader, Tokenizer(model.artifact / "tokenizer"), bos, batch_tokens)
 
 
-def answers(lm: Any, task: str, limit: int | None) -> dict[str, Any]:
-    """What lm-eval gives, with every sample."""
+def answers(lm: Any, task: str, limit: int | None, cache: Path) -> dict[str, Any]:
+    """What lm-eval gives, with every sample. `cache`: a folder for what is made of the data, which others may share."""
     from lm_eval.evaluator import evaluate
 
-    loaded = load_task(resolved(Config(task=task)))
+    loaded, _ = load_task(resolved(Config(task=task)), cache)
     found = evaluate(lm, {"tasks": {task: loaded}, "groups": {}}, limit=limit, bootstrap_iters=BOOTSTRAPS)
     assert found is not None
     return dict(found)
@@ -166,12 +166,13 @@ def main() -> None:
         print("| task | documents | requests | furthest apart | theirs | ours | other choices | s theirs | s ours |")
         print("|---|---|---|---|---|---|---|---|---|")
         for task in options.tasks.split(","):
-            size = len(load_task(resolved(Config(task=task))).eval_docs)
+            cache = Path(folder, "data")
+            size = len(load_task(resolved(Config(task=task)), cache)[0].eval_docs)
             limit = None if size <= options.whole_up_to else options.limit
             started = time.monotonic()
-            first = answers(reference, task, limit)
+            first = answers(reference, task, limit, cache)
             between = time.monotonic()
-            second = answers(own, task, limit)
+            second = answers(own, task, limit, cache)
             ended = time.monotonic()
             found = compare(task, first, second)
             both = [" ".join(f"{name} {pair[side]:.4f}" for name, pair in found.scores.items()) for side in (0, 1)]

@@ -39,10 +39,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
 
 
 @pytest.fixture(scope="module")
-def reference(model: Callable[[str], Model]) -> Callable[[str, str], dict[str, Any]]:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what is made of the tasks' data, once for all tests."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def reference(model: Callable[[str], Model], data: Path) -> Callable[[str, str], dict[str, Any]]:
     """What lm-eval's own model answers, once for all tests."""
     lm = cache(lambda name: theirs(model(name)))
-    return cache(lambda name, task: answers(lm(name), task, LIMIT))
+    return cache(lambda name, task: answers(lm(name), task, LIMIT, data))
 
 
 def check(task: str, first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -56,27 +62,27 @@ def check(task: str, first: dict[str, Any], second: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "task"), ASKED)
 def test_scores_are_those_of_lm_evals_own_model(
-    name: str, task: str, model: Callable[[str], Model], reference: Callable[[str, str], dict[str, Any]]
+    name: str, task: str, model: Callable[[str], Model], reference: Callable[[str, str], dict[str, Any]], data: Path
 ) -> None:
     own = ours(model(name), bos=name == "llama-bos")
-    check(task, reference(name, task), answers(own, task, LIMIT))
+    check(task, reference(name, task), answers(own, task, LIMIT, data))
     if task == "boolq":
         assert own.truncated > 0
 
 
 @pytest.mark.parametrize("engine", ["jax", "mlx"])
 def test_every_engine_gives_the_same_scores(
-    engine: EngineName, model: Callable[[str], Model], reference: Callable[[str, str], dict[str, Any]]
+    engine: EngineName, model: Callable[[str], Model], reference: Callable[[str, str], dict[str, Any]], data: Path
 ) -> None:
-    check("arc_easy", reference("llama", "arc_easy"), answers(ours(model("llama"), engine), "arc_easy", LIMIT))
+    check("arc_easy", reference("llama", "arc_easy"), answers(ours(model("llama"), engine), "arc_easy", LIMIT, data))
 
 
 def test_the_size_of_batches_changes_nothing(
-    model: Callable[[str], Model], reference: Callable[[str, str], dict[str, Any]]
+    model: Callable[[str], Model], reference: Callable[[str, str], dict[str, Any]], data: Path
 ) -> None:
     for batch_tokens in (1, 300):
         own = ours(model("llama"), batch_tokens=batch_tokens)
-        check("hellaswag", reference("llama", "hellaswag"), answers(own, "hellaswag", LIMIT))
+        check("hellaswag", reference("llama", "hellaswag"), answers(own, "hellaswag", LIMIT, data))
 
 
 def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:

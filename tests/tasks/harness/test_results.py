@@ -74,8 +74,8 @@ def small_task(folder: Path, rows: list[dict[str, Any]], metrics: Sequence[str],
     return ConfigurableTask(cache_dir=str(folder / "cache"), config={**data, **kept, **config})
 
 
-def real_task(name: str) -> Any:
-    return load_task(resolved(Config(task=name)))
+def real_task(name: str, folder: Path) -> Any:
+    return load_task(resolved(Config(task=name)), folder)[0]
 
 
 WORDS = [{"text": f"{number} and", "word": word} for number, word in enumerate(["one", "three", "seventeen"])]
@@ -154,8 +154,8 @@ def test_the_commonest_answer_is_a_level_and_an_order_is_none(tmp_path: Path) ->
 
 @needs_hub
 @pytest.mark.parametrize("name", ["truthfulqa_mc1", "truthfulqa_mc2"])
-def test_right_choices_that_always_come_first_are_no_majority(name: str) -> None:
-    found = Found(real_task(name), Known(lambda *_: -1.0), limit=20)
+def test_right_choices_that_always_come_first_are_no_majority(name: str, tmp_path: Path) -> None:
+    found = Found(real_task(name, tmp_path), Known(lambda *_: -1.0), limit=20)
     acc = found.scores["acc"]
     assert acc.majority is None
     assert acc.chance is not None
@@ -196,22 +196,22 @@ def test_answers_that_are_written_have_no_level(tmp_path: Path) -> None:
 
 
 @needs_hub
-def test_a_prediction_is_right_or_wrong_by_the_same_filter() -> None:
+def test_a_prediction_is_right_or_wrong_by_the_same_filter(tmp_path: Path) -> None:
     # The first question's answer, in words that the second filter alone reads.
-    found = Found(real_task("gsm8k"), Known(lambda *_: 0.0, "She makes 18 of them"), limit=2)
+    found = Found(real_task("gsm8k", tmp_path), Known(lambda *_: 0.0, "She makes 18 of them"), limit=2)
     assert found.columns["exact_match (strict-match)"] == [0, 0]
     assert found.columns["exact_match (flexible-extract)"] == [1, 0]
     assert found.columns["prediction"] == ["[invalid]"] * 2
     assert found.columns["correct"] == [False, False]
-    found = Found(real_task("gsm8k"), Known(lambda *_: 0.0, "#### 18"), limit=2)
+    found = Found(real_task("gsm8k", tmp_path), Known(lambda *_: 0.0, "#### 18"), limit=2)
     assert found.columns["prediction"] == ["18"] * 2
     assert found.columns["correct"] == [True, False]
 
 
 @needs_hub
 @pytest.mark.parametrize("name", ["winogrande", "wsc273"])
-def test_what_is_said_behind_each_choice_is_the_prompt(name: str) -> None:
-    found = Found(real_task(name), Known(lambda context, _: -float(len(context))), limit=4)
+def test_what_is_said_behind_each_choice_is_the_prompt(name: str, tmp_path: Path) -> None:
+    found = Found(real_task(name, tmp_path), Known(lambda context, _: -float(len(context))), limit=4)
     for row, sample in enumerate(found.samples):
         contexts, continuations = zip(*sample["arguments"], strict=True)
         assert found.columns["choices"][row] == list(contexts)

@@ -1,0 +1,101 @@
+"""What a task of lm-eval needs and has not got, in a line that says what to do: packages, splits and examples."""
+
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from common.errors import UserError
+
+_ADVICE = re.compile(r"pip install [`'\"]?([A-Za-z0-9][\w.+:/-]*)")
+_EXTRA = re.compile(r"lm[-_]eval\[(\w+)\]")
+_NLTK = re.compile(r"nltk\.download\('([\w-]+)'\)")
+_SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+
+
+@contextmanager
+def packages_named(task: str) -> Iterator[None]:
+    """Turns errors for a package that is not installed, which only some of lm-eval's tasks need, into a UserError that
+    names it; others pass as they are."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        advice = _advice(error)
+        if advice is None:
+            raise
+        raise UserError(f"'{task}' needs {advice}") from error
+
+
+def _advice(error: Exception) -> str | None:
+    """What is missing and how it is had; None where an error is of something else."""
+    resource = _NLTK.search(str(error)) if type(error) is LookupError else None
+    if resource is not None:
+        return f"NLTK's '{resource[1]}', which is not here; run: python -m nltk.downloader {resource[1]}"
+    if not isinstance(error, ImportError) and not _ADVICE.search(str(error)):
+        return None
+    chain = list(_chain(error))
+    named = [one.name for one in chain if isinstance(one, ModuleNotFoundError) and one.name]
+    # Some of lm-eval's tasks say it in words alone, and of some packages where else they are.
+    advised = [found for one in chain for found in _ADVICE.findall(str(one))]
+    named += [one for one in advised if "/" not in one]
+    missing = next((name for name in map(_root, named) if importlib.util.find_spec(name) is None), None)
+    if missing is None:
+        return None
+    said = next((found[1] for one in chain if (found := _EXTRA.search(str(one)))), None)
+    extra = said or _extra_with(missing)
+    place = next((one for one in advised if "/" in one), missing)
+    wanted = place if extra is None else f"'lm-eval[{extra}]'"
+    return f"the package '{missing}', which is not installed; run: pip install {wanted}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _root(name: str) -> str:
+    """The module that a package or one of its modules begins with."""
+    return name.partition(".")[0].replace("-", "_")
+
+
+def _extra_with(package: str) -> str | None:
+    """The extra of lm-eval that a package belongs to."""
+    for requirement in importlib.metadata.requires("lm-eval") or ():
+        name, _, condition = requirement.partition(";")
+        found = re.match(r"[\w.-]+", name)
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", condition)
+        if found and extra and _root(found[0]).lower() == package.lower():
+            return extra[1]
+    return None
+
+
+@contextmanager
+def splits_named(task: str, definition: Mapping[str, Any]) -> Iterator[None]:
+    """Turns the error for a split that a task asks for and its data do not have into a UserError that names both."""
+    try:
+        yield
+    except KeyError as error:
+        if error.args[0] not in [definition.get(key) for key in _SPLITS]:
+            raise
+        raise UserError(f"the data of '{task}' have no split '{error.args[0]}', which lm-eval reads for it") from error
+
+
+def check_examples(task: Any, name: str) -> None:
+    """Raises UserError where a task of lm-eval has fewer examples than are to stand before each question, or none but
+    the questions themselves."""
+    wanted = task.get_config("num_fewshot")
+    if not wanted:
+        return
+    own = task.fewshot_cfg
+    if not (own.split or own.samples or task.has_training_docs() or task.has_validation_docs()):
+        raise UserError(f"'{name}' has no examples to show, only its questions: ask it apart, without num_fewshot")
+    # lm-eval draws no example that is the question itself.
+    found = len(task.sampler.fewshot_docs()) - (own.split == task.get_config("test_split"))
+    if wanted > found:
+        raise UserError(f"'{name}' has {found:,} examples to show, and num_fewshot asks for {wanted:,}")
