@@ -1,13 +1,15 @@
 """What is asked of a model outside of a recipe: tasks of lm-eval and Cairn's own, each an artifact of its own."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field
 
+from artifacts.lease import Lease
 from artifacts.record import InputReference, Record
 from artifacts.store import Store
 from common.config import FrozenModel
@@ -16,6 +18,7 @@ from common.files import canonical_json, sha256_bytes
 from flows.inference import model_record
 from models.engine import EngineName, check_engine
 from models.machine import default_engine, engine_for
+from tasks.groups import TaskGroup, groups_in
 from tasks.harness.catalogue import leaves
 from tasks.registry import STAGES
 from tasks.report import REPORT_DATA, read_report
@@ -36,7 +39,9 @@ class Asking(FrozenModel):
     """How a model is evaluated."""
 
     tasks: tuple[str, ...] = Field(default=("seed",), min_length=1)
-    """Tasks, groups and tags of lm-eval, the group `seed`, `perplexity` (of WikiText-2), and `behaviour`."""
+    """Tasks, groups and tags of lm-eval, the group `seed`, `perplexity` (of WikiText-2), and `behaviour`. A group of
+    lm-eval's that defines a figure of its own, such as `mmlu`, is shown with it beside its tasks; tags and `seed` have
+    none, and stand for their tasks alone."""
     limit: int | None = Field(default=None, gt=0)
     """Documents of each task of lm-eval that are asked, the first ones; null for all."""
     num_fewshot: int | None = Field(default=None, ge=0)
@@ -54,49 +59,99 @@ class Evaluated(NamedTuple):
 
     evaluations: list[Record]
     """One for each task, in order."""
+    groups: list[TaskGroup]
+    """The groups among what was asked that have a figure of their own."""
     report: Record
     """The report on them, which has the history."""
     is_news: bool
     """Whether anything is in it that was not known before."""
     falls: list[Difference]
     """Where the model is significantly worse than it was at the time before."""
+    previous: str | None
+    """The key of the report that the history ended with; None where there was none."""
 
 
-def evaluate(store: Store, ref: str, asking: Asking, do: Do, level: float = LEVEL, run: str | None = None) -> Evaluated:
-    """Evaluates a model on all that it is asked, and reports it beside what it was given the time before.
+def evaluate(
+    store: Store,
+    ref: str,
+    asking: Asking,
+    do: Do,
+    level: float = LEVEL,
+    run: str | None = None,
+    keeps: Callable[[Evaluated], bool] = lambda found: True,
+) -> Evaluated:
+    """Evaluates a model on all that it is asked, reports it beside what it was given the time before, and keeps that as
+    the last of its history.
 
     What the store has is not done again, and where it has all, the report is the last one. A name, a folder or a hub id
-    has a history of its own, in the reports that `keep` calls `evaluations/<ref>`: until then, evaluating again finds
-    the same. Compared are tasks that were asked in the same way, of the same data, by the same version of lm-eval.
-    `level`: the p below which a difference counts. `run`: the Prefect run that asks.
+    has a history of its own, in the reports that are called `evaluations/<ref>`. Compared are tasks that were asked in
+    the same way, of the same data, by the same version of lm-eval. `level`: the p below which a difference counts.
+    `run`: the Prefect run that asks. `keeps`: whether what was found is kept; until then, evaluating again finds the
+    same.
 
     Raises what `works` raises, and what doing them raises.
     """
-    model = model_record(store, ref)
-    asked = works(store, model, asking, run)
+    asked = works(store, model_record(store, ref), asking, run)
+    groups = groups_in([name for name in asking.tasks if name not in MEASURES])
     made = [do(work) for work in asked]
-    names = store.names()
-    key = names.get(report_name(ref))
-    previous = None if key is None else store.find(key)
-    last = {_asked_as(one): one for one in _evaluations(store, previous)}
-    if previous is not None and all(_is_of(last.get(_asked_as(one)), one) for one in made):
-        return Evaluated(made, previous, False, [])
-    before = {_asked_as(one): old for one in made if (old := _base(store, names, ref, one)) is not None}
-    others = [old for one in made if (old := before.get(_asked_as(one))) is not None and not _is_of(old, one)]
-    tasks = {_task(one) for one in made}
-    kept = [one for one in _evaluations(store, previous) if _task(one) not in tasks and _is_about(one, model)]
-    report = do(_report(store, ref, model, [*made, *kept], others, previous, level, run))
-    marked: Any = report.metrics["differences"]
-    found = [Difference.model_validate(one) for one in marked]
-    return Evaluated(made, report, True, [one for one in found if one.is_fall(level)])
+    with history(store, ref) as lease:
+        found = _compared(store, ref, made, groups, do, level, run)
+        if keeps(found):
+            keep(store, ref, found, lease)
+    return found
 
 
-def keep(store: Store, ref: str, found: Evaluated) -> None:
-    """Makes what `evaluate` found the last of the model's history, which the next time is compared with."""
+@contextmanager
+def history(store: Store, ref: str) -> Iterator[Lease]:
+    """Within the block, nobody else compares with the model's history or adds to it, on this machine or another; waits
+    for whoever does, which is as long as a report is made or falls are told of."""
+    with store.lease(sha256_bytes(report_name(ref).encode())) as lease:
+        yield lease
+
+
+def renewed(
+    store: Store, ref: str, found: Evaluated, do: Do, level: float = LEVEL, run: str | None = None
+) -> Evaluated:
+    """What was found and not kept, compared with what others have added to the history since. Within `history`."""
+    if store.names().get(report_name(ref)) == found.previous:
+        return found
+    return _compared(store, ref, found.evaluations, found.groups, do, level, run)
+
+
+def keep(store: Store, ref: str, found: Evaluated, lease: Lease) -> None:
+    """Makes what was found the last of the model's history, which the next time is compared with. Within `history`,
+    whose lease it has; raises LeaseLost where somebody else holds it by now."""
     if found.is_news:
+        lease.renew()
         store.set_name(report_name(ref), found.report.key)
         for one in found.evaluations:
             store.set_name(_base_name(ref, one), one.key)
+
+
+def _compared(
+    store: Store, ref: str, made: list[Record], groups: list[TaskGroup], do: Do, level: float, run: str | None
+) -> Evaluated:
+    names = store.names()
+    key = names.get(report_name(ref))
+    previous = None if key is None else store.find(key)
+    earlier = _evaluations(store, previous)
+    last = {_asked_as(one): one for one in earlier}
+    told = _groups(previous)
+    if previous is not None and all(_is_of(last.get(_asked_as(one)), one) for one in made) and {*groups} <= {*told}:
+        return Evaluated(made, groups, previous, False, [], key)
+    before = {_asked_as(one): old for one in made if (old := _base(store, names, ref, one)) is not None}
+    others = [old for one in made if (old := before.get(_asked_as(one))) is not None and not _is_of(old, one)]
+    model = made[0].inputs["model"].digest
+    tasks = {_task(one) for one in made}
+    kept = [one for one in earlier if _task(one) not in tasks and one.inputs["model"].digest == model]
+    same = {_task(one) for one in [*made, *kept] if _is_of(last.get(_asked_as(one)), one)}
+    # A group some of whose tasks are asked otherwise now is none that anybody asked for.
+    known = {one.name for one in groups}
+    groups_kept = [one for one in told if one.name not in known and same.issuperset(one.tasks)]
+    report = do(_report(store, ref, [*made, *kept], [*groups, *groups_kept], others, previous, level, run))
+    marked: Any = report.metrics["differences"]
+    found = [Difference.model_validate(one) for one in marked]
+    return Evaluated(made, groups, report, True, [one for one in found if one.is_fall(level)], key)
 
 
 def report_name(ref: str) -> str:
@@ -111,8 +166,8 @@ def report_name(ref: str) -> str:
 def _report(
     store: Store,
     ref: str,
-    model: Record,
     evaluations: Sequence[Record],
+    groups: Sequence[TaskGroup],
     others: Sequence[Record],
     previous: Record | None,
     level: float,
@@ -126,10 +181,11 @@ def _report(
         "model": report_name(ref).removeprefix(f"{REPORTS}/"),
         "other": "the time before",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "digest": model.output,
+        "digest": evaluations[0].inputs["model"].digest,
         # As data: were the last report an input, every model that was ever evaluated would be kept for good.
         "history": _history(store, previous),
         "level": level,
+        "groups": [one.model_dump(mode="json") for one in groups],
         "names": [one.name for one in evaluations],
         "other_names": [one.name for one in others],
     }
@@ -149,6 +205,12 @@ def _evaluations(store: Store, report: Record | None) -> list[Record]:
         return []
     keys = [reference.key for name, reference in report.inputs.items() if name.partition(".")[0] == "evaluations"]
     return [found for key in keys if (found := store.find(key)) is not None]
+
+
+def _groups(report: Record | None) -> list[TaskGroup]:
+    """The groups whose figures a report shows."""
+    told: Any = [] if report is None else report.config.get("groups", [])
+    return [TaskGroup.model_validate(one) for one in told]
 
 
 def _history(store: Store, report: Record | None) -> list[dict[str, Any]]:
@@ -186,10 +248,6 @@ def _task(evaluation: Record) -> str:
 def _is_of(old: Record | None, new: Record) -> bool:
     """Whether two evaluations are one, or of models with the same output and the same answers."""
     return old is not None and old.output == new.output and old.inputs["model"].digest == new.inputs["model"].digest
-
-
-def _is_about(evaluation: Record, model: Record) -> bool:
-    return evaluation.inputs["model"].digest == model.output
 
 
 class Question(NamedTuple):

@@ -14,7 +14,7 @@ from pydantic import Field
 from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import StageFailed, StageInterrupted, UserError, suggestion
-from flows.evaluating import Asking, Evaluated, evaluate, keep, questions
+from flows.evaluating import Asking, Evaluated, evaluate, history, keep, questions, renewed
 from flows.own_run import OwnRun
 from flows.showing import show_stage
 from flows.stopping import Stopping
@@ -22,9 +22,12 @@ from flows.view import LogView
 from models.engine import EngineName
 from tasks.dispatch import dispatch, stage_task
 from tasks.process import EngineProcess, engine_process
+from tasks.produce import produce
 from tasks.registry import STAGES
 from tasks.remote import REFUSED, refuse_password
 from tasks.reporting.significance import LEVEL, Difference
+from tasks.reporting.wording import p_text
+from tasks.scores import figure
 from tasks.stage import Kind, Worker
 from tasks.work import Outcome, Work
 
@@ -50,7 +53,8 @@ def evaluation(
     Args:
         models: Names of the store, folders of published models, and ids on the hub; * stands for any part of a name.
             Relative folders, such as `published/*`, are looked for where the worker of `pipeline` was started.
-        tasks: Tasks, groups and tags of lm-eval, the group `seed`, `perplexity` and `behaviour`.
+        tasks: Tasks, groups and tags of lm-eval, the group `seed`, `perplexity` and `behaviour`. A group for which
+            lm-eval defines a figure, such as `mmlu`, is reported with it.
         limit: Documents of each task of lm-eval that are asked, 0 for all.
         num_fewshot: Examples before each question of lm-eval, -1 for as many as the task says.
         worker: Where they are asked: on a worker of a pool, or `local` for the machine that this runs on.
@@ -130,8 +134,6 @@ class _Round:
             self._told.append(f"{ref}: {found.report.summary if found.is_news else 'as it was'}")
             if found.falls:
                 self._fallen[ref] = found
-            else:
-                keep(self.store, ref, found)
 
     def ended(self) -> State[Any]:
         """How the run ends. Where that is not well, it is ended here, and falls are told of as its last act: whatever
@@ -173,29 +175,38 @@ class _Round:
             record: Record = state.result().record
             return record
 
-        found = evaluate(self.store, ref, self._asking, do, self._level, str(runtime.flow_run.id))
+        run = str(runtime.flow_run.id)
+        # A fall is kept when it was told of.
+        found = evaluate(self.store, ref, self._asking, do, self._level, run, keeps=lambda found: not found.falls)
         if found.is_news:
             show_stage("evaluation", ref, self.store, found.report)
         return found
 
     def _tell_falls(self) -> None:
+        def do(work: Work) -> Record:
+            return produce(self.store, work, lambda event: None).record
+
+        run = str(runtime.flow_run.id)
         for ref, found in self._fallen.items():
-            for fall in found.falls:
-                _tell_fall(ref, found, fall)
-        sent = EventsWorker.drain_all(timeout=_TELL_SECONDS)
-        assert isinstance(sent, tuple), "there is no loop here"
-        if sent[1]:
-            get_run_logger().warning("the Prefect server did not take the events; the next run tells of it")
-            return
-        for ref, found in self._fallen.items():
-            keep(self.store, ref, found)
+            with history(self.store, ref) as lease:
+                # Another round may have found and told the same meanwhile.
+                latest = renewed(self.store, ref, found, do, self._level, run)
+                for fall in latest.falls:
+                    _tell_fall(ref, latest, fall)
+                sent = EventsWorker.drain_all(timeout=_TELL_SECONDS)
+                assert isinstance(sent, tuple), "there is no loop here"
+                if sent[1]:
+                    get_run_logger().warning("the Prefect server did not take the events; the next run tells of it")
+                    return
+                keep(self.store, ref, latest, lease)
 
 
 def _tell_fall(ref: str, found: Evaluated, fall: Difference) -> None:
     """Emits the event of a fall, with the model, the task and both scores."""
     get_run_logger().warning(
-        "%s is worse in %s %s: %.4g, and %.4g the time before (p %.2g)",
-        *(ref, fall.task, fall.metric, fall.first, fall.second, fall.p),
+        "%s is worse in %s %s: %s, and %s the time before (p %s)",
+        *(ref, fall.task, fall.metric),
+        *(figure(fall.first, fall.is_share), figure(fall.second, fall.is_share), p_text(fall.p)),
     )
     emit_event(
         event=REGRESSED,

@@ -11,7 +11,7 @@ from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import UserError
 from flows.console import ConsoleView
-from flows.evaluating import Asking, evaluate, keep
+from flows.evaluating import Asking, evaluate
 from flows.evaluation_tables import evaluation_tables
 from flows.problems import first_problem
 from flows.score_tables import differences_table, score_table
@@ -45,10 +45,9 @@ def evaluate_on(store: Store, ref: str, keys: Mapping[str, Any], console: Consol
             return outcome.record
 
         found = evaluate(store, ref, asking, do)
-        keep(store, ref, found)
     benchmarks = [one for one in found.evaluations if one.stage == "benchmark"]
     if benchmarks:
-        console.print(score_table(benchmarks))
+        console.print(score_table(benchmarks, found.groups))
     for one in found.evaluations:
         if one.stage != "benchmark":
             console.print(evaluation_tables(one))

@@ -7,12 +7,13 @@ from rich.text import Text
 from tasks.reporting import wording
 from tasks.reporting.report_data import Report
 from tasks.reporting.significance import Difference
+from tasks.scores import NONE
 
 _STYLES = {"better": "green", "worse": "red", "": ""}
 
 
 def report_table(report: Report) -> Table:
-    """The scores of whole tasks, each beside chance and beside the other model where there is one."""
+    """The scores of whole tasks and of groups, each beside chance and beside the other model where there is one."""
     table = Table(
         title=Text(report.title),
         title_justify="left",
@@ -30,11 +31,13 @@ def report_table(report: Report) -> Table:
     table.add_column("", no_wrap=True)
     for heading in (Text(f"against\n{report.other}", overflow="ellipsis"), "p") if compared else ():
         table.add_column(heading, justify="right", no_wrap=True)
-    for _, score in report.wholes:
+    rows = [(score.task, score) for _, score in report.wholes]
+    rows += [(f"{found.score.task}, {len(found.tasks)} tasks", found.score) for _, found in report.grouped]
+    for name, score in rows:
         table.add_row(
-            Text.assemble(score.task, " ", (score.metric, "dim")),
-            wording.score_text(score),
-            wording.figure(score.chance, wording.is_share(score)),
+            Text.assemble(name, " ", (score.metric, "dim")),
+            score.text,
+            score.figure(score.chance),
             Text(wording.mark(score), style="yellow"),
             *(_against(compared.get((score.task, score.metric)), report.level) if compared else ()),
         )
@@ -43,6 +46,6 @@ def report_table(report: Report) -> Table:
 
 def _against(one: Difference | None, level: float) -> tuple[Text, Text]:
     if one is None:
-        return Text(wording.NONE), Text("")
+        return Text(NONE), Text("")
     style = _STYLES[wording.verdict(one, level)]
-    return Text(wording.signed(one.difference, wording.is_share(one)), style=style), Text(wording.p_text(one.p))
+    return Text(wording.signed(one.difference, one.is_share), style=style), Text(wording.p_text(one.p))

@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import UserError, suggestion
+from tasks.groups import TaskGroup, group_scores
 from tasks.registry import STAGES
 from tasks.reporting.significance import Difference
-from tasks.scores import SAMPLES, Score
+from tasks.reporting.wording import p_text
+from tasks.scores import SAMPLES, Score, figure
 from tasks.stage import Kind
 
 MARK = "*"
@@ -26,29 +28,39 @@ _READ_ROWS, _READ_BYTES = 256, 1 << 20
 """Rows, and bytes of a column, that are read of samples at once."""
 
 
-def score_table(records: Sequence[Record]) -> Table:
-    """The scores of evaluations, a row each, beside what guessing gives."""
+def score_table(records: Sequence[Record], groups: Sequence[TaskGroup] = ()) -> Table:
+    """The scores of evaluations, a row each, beside what guessing gives, and below them those of groups of their
+    tasks."""
     table = Table(header_style="dim", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", overflow="fold")
     table.add_column("metric", no_wrap=True)
     for column in ("score", "chance", "majority", "n", "shots"):
         table.add_column(column, justify="right", no_wrap=True)
+    every: list[Score] = []
+    shots: dict[str, str] = {}
     for record in records:
         metrics: dict[str, Any] = record.metrics
-        for number, dumped in enumerate(metrics["scores"]):
-            score = Score.of(dumped)
-            table.add_row(
-                "" if number else Text(score.task),
-                Text(score.metric),
-                Text(f"{score.told(score.value, score.standard_error)}{MARK if score.near_chance else ' '}"),
-                score.told(score.chance),
-                score.told(score.majority),
-                f"{score.n:,}",
-                str(metrics.get("num_fewshot", "")),
-            )
+        scores = [Score.of(dumped) for dumped in metrics["scores"]]
+        for number, score in enumerate(scores):
+            shots[score.task] = str(metrics.get("num_fewshot", ""))
+            table.add_row("" if number else Text(score.task), *_cells(score), shots[score.task])
+        every += scores
+    table.add_section()
+    for group in groups:
+        for number, found in enumerate(group_scores(group, every)):
+            alike = {shots[task] for task in found.tasks}
+            name = f"{group.name}: {len(found.tasks):,} tasks"
+            shown = alike.pop() if len(alike) == 1 else ""
+            table.add_row("" if number else Text(name), *_cells(found.score), shown, style="bold")
     table.caption = f"{MARK} no more than two standard errors better than chance"
     table.caption_justify = "left"
     return table
+
+
+def _cells(score: Score) -> tuple[RenderableType, ...]:
+    shown = Text(f"{score.text}{MARK if score.near_chance else ' '}")
+    levels = (score.figure(score.chance), score.figure(score.majority))
+    return Text(score.metric), shown, *levels, f"{score.n:,}"
 
 
 def show_samples(store: Store, record: Record, task: str, wrong: bool, count: int, console: Console) -> None:
@@ -135,6 +147,7 @@ def differences_table(report: Record) -> Table:
         name = found.metric if found.group is None else f"{found.metric}, {found.group}"
         style = "red" if found.is_fall(1.0) else "green"
         table.add_row(
-            Text(found.task), Text(name), f"{found.second:.4g}", Text(f"{found.first:.4g}", style), f"{found.p:.2g}"
+            *(Text(found.task), Text(name), figure(found.second, found.is_share)),
+            *(Text(figure(found.first, found.is_share), style), p_text(found.p)),
         )
     return table

@@ -106,8 +106,7 @@ def _scores(scores: Iterable[Mapping[str, Any]]) -> str:
     for dumped in scores:
         score = Score.of(dumped)
         name = score.metric if score.group is None else f"{score.metric}, {score.group}"
-        chance = "" if score.chance is None else score.told(score.chance)
-        cells = (_cell(score.task), _cell(name), score.told(score.value, score.standard_error), chance, f"{score.n:,}")
+        cells = (_cell(score.task), _cell(name), score.text, score.figure(score.chance), f"{score.n:,}")
         lines.append(f"| {' | '.join(cells)} |")
     return "## Results\n\n" + "\n".join(lines)
 

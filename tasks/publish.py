@@ -83,7 +83,7 @@ def _write_json(path: Path, value: Any) -> None:
 # The files of `models/published` are part of what comes out: the version is raised when they change.
 STAGE = Stage(
     name="publish",
-    version=4,
+    version=5,
     config=Config,
     inputs={"model": Kind.MODEL},
     optional_inputs={"evaluation": Kind.EVALUATION, "report": Kind.REPORT},

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 from common.config import FrozenModel
 from common.errors import UserError
 from common.files import canonical_json, sha256_file
+from tasks.groups import TaskGroup, group_scores
 from tasks.reporting.markdown import to_markdown
 from tasks.reporting.page import to_html
 from tasks.reporting.reading import read_evaluation, told_apart
@@ -40,6 +41,8 @@ class Config(FrozenModel):
     again and again would have every model of its history among what it was made from, and keep them all."""
     level: float = Field(default=LEVEL, gt=0, lt=1)
     """The p below which a difference is called significant."""
+    groups: tuple[TaskGroup, ...] = ()
+    """Groups of tasks whose figures are shown, of which the evaluations have every task."""
     references: str | None = None
     """The digest of the published values that the model is set beside; set where the recipe is loaded."""
     names: tuple[str, ...] = ()
@@ -54,21 +57,23 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
 
     A task that several of the evaluations have is told apart by the names of their stages; such evaluations are
     compared with the others of the same task in their order. Raises UserError for an evaluation without scores, and for
-    a previous report that is none of this model, where the history is given beside one, and where the published values
-    are not those of the config.
+    a previous report that is none of this model, where the history is given beside one, for a group of which a task was
+    not evaluated or several times, and where the published values are not those of the config.
     """
     if config.references not in (None, sha256_file(REFERENCES)):
         raise UserError("the published values here are other ones than where the recipe was loaded; load it again")
     own = _read(inputs, "evaluations", config.names)
     others = _read(inputs, "others", config.other_names)
     evaluations = told_apart([one for _, one in own])
+    _check_groups(config.groups, evaluations)
     report = Report(
         title=config.title,
         model=config.model,
         other=config.other,
         level=config.level,
         evaluations=evaluations,
-        references=_references(evaluations),
+        groups=config.groups,
+        references=_references(evaluations, config.groups),
         differences=_differences(own, others, evaluations),
     ).with_history(_earlier(config, inputs), config.at, config.digest)
     (context.output / REPORT_DATA).write_bytes(canonical_json(report.model_dump(mode="json")))
@@ -99,11 +104,23 @@ def _read(inputs: Mapping[str, Path], key: str, names: Sequence[str]) -> list[tu
     ]
 
 
-def _references(evaluations: Sequence[Evaluation]) -> tuple[Published, ...]:
-    """What was published of other models in the measures of whole tasks."""
-    measures = dict.fromkeys(
-        (score.task, score.metric) for one in evaluations for score in one.scores if score.group is None
-    )
+def _check_groups(groups: Sequence[TaskGroup], evaluations: Sequence[Evaluation]) -> None:
+    tasks = {score.task for one in evaluations for score in one.scores}
+    for group in groups:
+        missing = [task for task in group.tasks if task not in tasks]
+        if missing:
+            raise UserError(
+                f"the group '{group.name}' has the task '{missing[0]}', which must be in one of the evaluations, and "
+                "in no more than one"
+            )
+
+
+def _references(evaluations: Sequence[Evaluation], groups: Sequence[TaskGroup]) -> tuple[Published, ...]:
+    """What was published of other models in the measures of whole tasks and of groups."""
+    scores = [score for one in evaluations for score in one.scores]
+    wholes = [score for score in scores if score.group is None]
+    wholes += [found.score for group in groups for found in group_scores(group, scores)]
+    measures = dict.fromkeys((score.task, score.metric) for score in wholes)
     return tuple(
         Published(
             model=model,
@@ -161,7 +178,7 @@ def resolved(config: Config) -> Config:
 # How a report is written and drawn is part of what comes out: the version is raised when that changes.
 STAGE = Stage(
     name="report",
-    version=2,
+    version=3,
     config=Config,
     inputs={"evaluations": Kind.EVALUATION},
     optional_inputs={"others": Kind.EVALUATION, "previous": Kind.REPORT},

@@ -20,6 +20,8 @@ from common.config import FrozenModel
 RESULTS, SAMPLES = "results.json", "samples.parquet"
 NEAR = 2.0
 """Standard errors within which a score is no better than chance."""
+NONE = "—"
+"""What stands where nothing is known."""
 _OF_95_PERCENT = NormalDist().inv_cdf(0.975)
 
 
@@ -33,6 +35,21 @@ def wilson(right: int, n: int, deviations: float = _OF_95_PERCENT) -> tuple[floa
     half = deviations / (1 + per) * math.sqrt(found * (1 - found) / n + per / (4 * n))
     # Rounding must not leave the share itself outside.
     return (max(0.0, centre - half) if right else 0.0), (min(1.0, centre + half) if right < n else 1.0)
+
+
+def is_share(value: float | None, higher_is_better: bool) -> bool:
+    """Whether a measure is a share of something, which is written in per cent: more is better, and it lies between 0
+    and 1."""
+    return higher_is_better and value is not None and 0 <= value <= 1
+
+
+def figure(value: float | None, share: bool) -> str:
+    """A number as people read it: per cent with a place behind the point, or four figures."""
+    if value is None:
+        return NONE
+    if share:
+        return f"{100 * value:.1f}%"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 class Score(FrozenModel):
@@ -89,15 +106,23 @@ class Score(FrozenModel):
 
     @property
     def is_share(self) -> bool:
-        """Whether it is read as a percentage."""
-        return self.higher_is_better and self.value is not None and 0 <= self.value <= 1
+        """Whether it is written in per cent."""
+        return is_share(self.value, self.higher_is_better)
 
-    def told(self, value: float | None, error: float | None = None) -> str:
-        """It, its error, or what it is held against, as people read them."""
-        if value is None:
-            return "—"
-        form = ".2%" if self.is_share else ",.4g"
-        return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form}}"
+    @property
+    def text(self) -> str:
+        """It and its standard error, `31.2% ± 1.0`: in points of per cent where it is a share, else with two figures.
+        `∞` where it is too large to be a number."""
+        shown = self.figure(self.value)
+        if self.value is None:
+            return shown if self.higher_is_better else "∞"
+        error = self.standard_error
+        # One of nothing, of answers that are all right or all wrong, says that there are few, and not that it is sure.
+        return f"{shown} ± {f'{100 * error:.1f}' if self.is_share else f'{error:.2g}'}" if error else shown
+
+    def figure(self, value: float | None) -> str:
+        """What it is held against, such as chance, in its own unit."""
+        return figure(value, self.is_share)
 
     @classmethod
     def of(cls, dumped: Mapping[str, Any]) -> Self:

@@ -77,6 +77,12 @@ def task_path(name: str) -> Path:
     return path
 
 
+def group_definition(name: str) -> dict[str, Any] | None:
+    """What lm-eval's file of a group says; None for what is no group of its: tasks, tags, and Cairn's own groups."""
+    path = None if name in GROUPS or _find(name, is_group=False) else _find(name, is_group=True)
+    return None if path is None else definition(path)
+
+
 def definition(path: Path) -> dict[str, Any]:
     """What a YAML file and those that it includes say; functions that they name are left as text, and not imported."""
     return _definition(path.resolve(), ())

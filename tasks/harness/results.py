@@ -237,4 +237,4 @@ def told(made: Sequence[Score]) -> Iterator[str]:
     """Scores in words, each with its error and what guessing gives."""
     for score in made:
         mark = ", no better than chance" if score.near_chance else ""
-        yield f"{score.metric} {score.told(score.value, score.standard_error)}{mark}"
+        yield f"{score.metric} {score.text}{mark}"

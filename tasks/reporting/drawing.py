@@ -49,7 +49,7 @@ def bar(
     largest of them."""
     if score.value is None:
         return ""
-    share = wording.is_share(score)
+    share = score.is_share
     width, height = (NARROW_WIDTH, NARROW_HEIGHT) if narrow else (BAR_WIDTH, BAR_HEIGHT)
     error = NEAR * (score.standard_error or 0.0)
     reached = interval or (score.value - error, score.value + error)
@@ -70,7 +70,7 @@ def bar(
         parts.append(f'<path class="error" d="{ends}M{low:.1f},{middle}H{high:.1f}"/>')
     for kind, value in (("majority", score.majority), ("chance", score.chance)):
         if value is not None:
-            x, told = axis.at(value), f"{kind}: {wording.figure(value, share)}"
+            x, told = axis.at(value), f"{kind}: {score.figure(value)}"
             parts.append(
                 f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 3}" y2="{bottom + 3}">'
                 f"<title>{told}</title></line>"
@@ -80,7 +80,7 @@ def bar(
 
 
 def _said(score: Score) -> str:
-    return escape(f"{score.task if score.group is None else score.group}: {wording.score_text(score)}")
+    return escape(f"{score.task if score.group is None else score.group}: {score.text}")
 
 
 def _largest(score: Score, references: Sequence[Published]) -> float:
@@ -124,7 +124,7 @@ def interval(one: Difference, reach: float, kind: str) -> str:
     axis = Axis(-reach, reach, _SIDE, INTERVAL_WIDTH - _SIDE)
     low, high = (axis.at(end) for end in one.interval)
     middle = NARROW_HEIGHT / 2
-    said = f"{wording.signed(one.difference, wording.is_share(one))}, 95% interval {wording.interval_text(one)}"
+    said = f"{wording.signed(one.difference, one.is_share)}, 95% interval {wording.interval_text(one)}"
     zero = axis.at(0.0)
     parts = [
         f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="0" y2="{NARROW_HEIGHT}"/>',
@@ -145,36 +145,35 @@ def chart(points: Sequence[tuple[Snapshot, Score]]) -> str:
     """Scores over time in the order that they were measured in, within a band of two standard errors, and chance where
     it lies in the picture."""
     values = [(score.value or 0.0, NEAR * (score.standard_error or 0.0)) for _, score in points]
-    share = wording.is_share(points[-1][1])
+    last = points[-1][1]
     low, high = min(value - error for value, error in values), max(value + error for value, error in values)
     margin = max(0.08 * (high - low), 0.01 * abs(high), 1e-3)
     across = Axis(0, len(points) - 1, _CHART_LEFT, CHART_WIDTH - _CHART_RIGHT)
     up = Axis(low - margin, high + margin, CHART_HEIGHT - _CHART_BOTTOM, _CHART_TOP)
-    parts = [_level(up, value, wording.figure(value, share)) for value in round_values(up.low, up.high)]
+    parts = [_level(up, value, last.figure(value)) for value in round_values(up.low, up.high)]
     places = [(across.at(number), value, error) for number, (value, error) in enumerate(values)]
     upper = [f"{x:.1f},{up.at(value + error):.1f}" for x, value, error in places]
     lower = [f"{x:.1f},{up.at(value - error):.1f}" for x, value, error in reversed(places)]
     parts.append(f'<polygon class="band" points="{" ".join([*upper, *lower])}"/>')
-    chance = points[-1][1].chance
+    chance = last.chance
     if chance is not None and up.low < chance < up.high:
         y = up.at(chance)
         parts.append(
             f'<line class="chance" x1="{_CHART_LEFT}" x2="{CHART_WIDTH - _CHART_RIGHT}" y1="{y:.1f}" y2="{y:.1f}">'
-            f"<title>chance: {wording.figure(chance, share)}</title></line>"
+            f"<title>chance: {last.figure(chance)}</title></line>"
         )
     parts.append(
         f'<polyline class="line" points="{" ".join(f"{x:.1f},{up.at(value):.1f}" for x, value, _ in places)}"/>'
     )
     for number, ((x, value, _), (snapshot, score)) in enumerate(zip(places, points, strict=True), 1):
-        told = f"{wording.moment(snapshot, number)}: {wording.score_text(score)}"
+        told = f"{wording.moment(snapshot, number)}: {score.text}"
         parts.append(
             f'<circle class="point" cx="{x:.1f}" cy="{up.at(value):.1f}" r="3.5"><title>{escape(told)}</title></circle>'
         )
     for number, x, anchor in ((1, _CHART_LEFT, "start"), (len(points), CHART_WIDTH - _CHART_RIGHT + 6, "end")):
         day = escape(wording.moment(points[number - 1][0], number))
         parts.append(f'<text x="{x}" y="{CHART_HEIGHT - 6}" text-anchor="{anchor}">{day}</text>')
-    last = points[-1][1]
-    return _svg(CHART_WIDTH, CHART_HEIGHT, escape(f"{last.task} over time, {wording.score_text(last)} at last"), parts)
+    return _svg(CHART_WIDTH, CHART_HEIGHT, escape(f"{last.task} over time, {last.text} at last"), parts)
 
 
 def _level(up: Axis, value: float, text: str) -> str:

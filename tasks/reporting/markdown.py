@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from tasks.reporting import wording
-from tasks.reporting.report_data import Evaluation, Report
+from tasks.reporting.report_data import Provenance, Report
 from tasks.reporting.significance import Difference
 from tasks.reporting.wording import markdown
-from tasks.scores import Score
+from tasks.scores import NONE, Score, figure
 
 SHOWN_REFERENCES = 6
 """Models beside whose published scores there is room in a table."""
@@ -18,6 +18,7 @@ SHOWN_LETTERS = 200
 """Letters of a template, say, for which there is room in a line."""
 
 Row = Sequence[str]
+_HEADS = ("metric", "score", "n", "few-shot", "chance", "majority", "")
 
 
 def to_markdown(report: Report) -> str:
@@ -25,6 +26,7 @@ def to_markdown(report: Report) -> str:
     parts = [
         f"# {markdown(report.title)}",
         f"**{markdown(report.model)}**: {markdown(report.summary)}.",
+        *_task_groups(report),
         *_scores(report),
         *_differences(report),
         *_history(report),
@@ -35,13 +37,27 @@ def to_markdown(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _task_groups(report: Report) -> Iterator[str]:
+    if not report.grouped:
+        return
+    published = {one.model for _, found in report.grouped for one in report.references_of(found.score)}
+    models = [model for model in _shown_models(report) if model in published]
+    rows = []
+    for provenance, found in report.grouped:
+        row = _score_row(report, provenance, found.score, models)
+        rows.append([*row[:3], f"{len(found.tasks):,}", *row[3:]])
+    yield "## Groups of tasks"
+    yield _table(["group", *_HEADS[:2], "tasks", *_HEADS[2:], *map(markdown, models)], rows, left=(0, 1, 8))
+    yield wording.GROUPED
+
+
 def _scores(report: Report) -> Iterator[str]:
     if not report.wholes:
         return
     models = _shown_models(report)
-    heads = ["task", "metric", "score", "n", "few-shot", "chance", "majority", "", *map(markdown, models)]
+    rows = [_score_row(report, one.provenance, score, models) for one, score in report.wholes]
     yield "## Scores"
-    yield _table(heads, [_score_row(report, one, score, models) for one, score in report.wholes], left=(0, 1, 7))
+    yield _table(["task", *_HEADS, *map(markdown, models)], rows, left=(0, 1, 7))
     yield wording.LEGEND
     if not all(one.certain for one in report.references):
         yield wording.UNCERTAIN
@@ -58,8 +74,8 @@ def _shown_models(report: Report) -> list[str]:
     return [model for model in known if model in most]
 
 
-def _score_row(report: Report, evaluation: Evaluation, score: Score, models: Sequence[str]) -> Row:
-    share = wording.is_share(score)
+def _score_row(report: Report, provenance: Provenance, score: Score, models: Sequence[str]) -> Row:
+    share = score.is_share
     published = {
         model: ", ".join(
             wording.published_text(one, share) for one in report.references_of(score) if one.model == model
@@ -69,13 +85,13 @@ def _score_row(report: Report, evaluation: Evaluation, score: Score, models: Seq
     return [
         markdown(score.task),
         _metric(score.metric, score.higher_is_better),
-        f"**{wording.score_text(score)}**",
+        f"**{score.text}**",
         f"{score.n:,}",
-        wording.shots(evaluation.provenance.num_fewshot),
-        wording.figure(score.chance, share),
-        wording.figure(score.majority, share),
+        wording.shots(provenance.num_fewshot),
+        score.figure(score.chance),
+        score.figure(score.majority),
         wording.mark(score),
-        *(published[model] or wording.NONE for model in models),
+        *(published[model] or NONE for model in models),
     ]
 
 
@@ -97,13 +113,13 @@ def _differences(report: Report) -> Iterator[str]:
 
 
 def _difference_row(one: Difference, level: float) -> Row:
-    share = wording.is_share(one)
+    share = one.is_share
     said = wording.verdict(one, level)
     return [
         markdown(one.task if one.group is None else f"{one.task}: {one.group}"),
         _metric(one.metric, one.higher_is_better),
-        wording.figure(one.first, share),
-        wording.figure(one.second, share),
+        figure(one.first, share),
+        figure(one.second, share),
         wording.signed(one.difference, share),
         wording.interval_text(one),
         wording.p_text(one.p),
@@ -124,7 +140,7 @@ def _history(report: Report) -> Iterator[str]:
         cells = [given.get(id(snapshot)) for _, snapshot in shown]
         if any(cells):
             asked = (series.task, series.metric, wording.series_text(series, lines))
-            rows.append([*map(markdown, asked), *(wording.score_text(one) if one else wording.NONE for one in cells)])
+            rows.append([*map(markdown, asked), *(one.text if one else NONE for one in cells)])
     times = (wording.moment(snapshot, number) for number, snapshot in shown)
     yield _table(["task", "metric", "asked", *times], rows, (0, 1, 2))
 

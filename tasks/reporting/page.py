@@ -4,17 +4,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from tasks.reporting import drawing, wording
-from tasks.reporting.report_data import Evaluation, Part, Published, Report
+from tasks.reporting.report_data import Part, Provenance, Published, Report
 from tasks.reporting.significance import INTERVAL, Difference
 from tasks.reporting.style import STYLE
-from tasks.scores import Score
+from tasks.scores import NONE, Score, figure
 
 
 def to_html(report: Report) -> str:
     """The whole page as text. All that comes from names and texts of others is escaped."""
     sections = [
         section
-        for make in (_scores, _differences, _history, _groups, _published, _provenance)
+        for make in (_task_groups, _scores, _differences, _history, _groups, _published, _provenance)
         for section in make(report)
     ]
     body = "\n".join(sections)
@@ -38,20 +38,35 @@ def to_html(report: Report) -> str:
 """
 
 
+def _task_groups(report: Report) -> Iterator[str]:
+    if not report.grouped:
+        return
+    rows = "\n".join(_score_row(report, how, found.score, len(found.tasks)) for how, found in report.grouped)
+    yield "<h2>Groups of tasks</h2>"
+    yield _legend(report)
+    yield _table(_score_heads("group", "tasks"), rows)
+    yield f"<p>{escape(wording.GROUPED)}</p>"
+
+
 def _scores(report: Report) -> Iterator[str]:
     if not report.wholes:
         return
-    rows = "\n".join(_score_row(report, one, score) for one, score in report.wholes)
+    rows = "\n".join(_score_row(report, one.provenance, score) for one, score in report.wholes)
     yield "<h2>Scores</h2>"
-    yield _legend(report)
-    heads = ("score", "n", "few-shot", "chance", "majority")
-    numbers = "".join(f'<th class="number">{head}</th>' for head in heads)
-    yield _table(f'<th>task</th><th class="drawing">{drawing.bar_heading()}</th>{numbers}<th></th>', rows)
+    if not report.grouped:
+        yield _legend(report)
+    yield _table(_score_heads("task"), rows)
     yield f"<p>{wording.LEGEND} Bars of anything but shares have a scale of their own.</p>"
 
 
+def _score_heads(of: str, *further: str) -> str:
+    heads = ("score", *further, "n", "few-shot", "chance", "majority")
+    numbers = "".join(f'<th class="number">{head}</th>' for head in heads)
+    return f'<th>{of}</th><th class="drawing">{drawing.bar_heading()}</th>{numbers}<th></th>'
+
+
 def _legend(report: Report) -> str:
-    scores = report.scores
+    scores = [*report.scores, *(found.score for _, found in report.grouped)]
     marks = [('<rect class="bar" x="1" y="3" width="20" height="10"/>', "score")]
     if any(map(wording.mark, scores)):
         marks.append(
@@ -74,19 +89,19 @@ def _legend(report: Report) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _score_row(report: Report, evaluation: Evaluation, score: Score) -> str:
-    share = wording.is_share(score)
+def _score_row(report: Report, provenance: Provenance, score: Score, tasks: int | None = None) -> str:
     numbers = [
+        *([] if tasks is None else [f"{tasks:,}"]),
         f"{score.n:,}",
-        wording.shots(evaluation.provenance.num_fewshot),
-        wording.figure(score.chance, share),
-        wording.figure(score.majority, share),
+        wording.shots(provenance.num_fewshot),
+        score.figure(score.chance),
+        score.figure(score.majority),
     ]
     cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
     return (
         f"<tr>{_task_cell(score.task, score)}"
         f'<td class="drawing">{drawing.bar(score, report.references_of(score))}</td>'
-        f'<td class="number own">{wording.score_text(score)}</td>{cells}<td>{_tag(wording.mark(score))}</td></tr>'
+        f'<td class="number own">{score.text}</td>{cells}<td>{_tag(wording.mark(score))}</td></tr>'
     )
 
 
@@ -118,7 +133,7 @@ def _differences(report: Report) -> Iterator[str]:
     for title, found in _scales(report.differences):
         reach = drawing.reach(found)
         rows = "\n".join(_difference_row(one, report.level, reach) for one in found)
-        scale = drawing.interval_heading(reach, wording.is_share(found[0]))
+        scale = drawing.interval_heading(reach, found[0].is_share)
         yield _table(f'<th>{escape(title)}</th><th class="drawing">{scale}</th>{numbers}<th></th>', rows)
 
 
@@ -127,17 +142,17 @@ def _scales(differences: Sequence[Difference]) -> Iterator[tuple[str, Sequence[D
     parts of each task."""
     found: dict[str, list[Difference]] = {}
     for one in differences:
-        whole = "task" if wording.is_share(one) else f"task, {one.metric}"
+        whole = "task" if one.is_share else f"task, {one.metric}"
         found.setdefault(whole if one.group is None else f"{one.task}, {one.metric}", []).append(one)
     yield from found.items()
 
 
 def _difference_row(one: Difference, level: float, reach: float) -> str:
-    share = wording.is_share(one)
+    share = one.is_share
     said = wording.verdict(one, level)
     numbers = [
-        wording.figure(one.first, share),
-        wording.figure(one.second, share),
+        figure(one.first, share),
+        figure(one.second, share),
         wording.signed(one.difference, share),
         wording.interval_text(one),
         escape(wording.p_text(one.p)),
@@ -163,7 +178,7 @@ def _history(report: Report) -> Iterator[str]:
     charts = (
         f'<div class="card"><h3><span>{escape(series.task)} <span class="quiet">{escape(series.metric)}, '
         f"{escape(wording.series_text(series, lines))}</span></span>"
-        f"<span>{wording.score_text(points[-1][1])}</span></h3>\n{drawing.chart(points)}</div>"
+        f"<span>{points[-1][1].text}</span></h3>\n{drawing.chart(points)}</div>"
         for series, points in lines.items()
     )
     yield f'<div class="charts">\n{"".join(charts)}\n</div>'
@@ -194,7 +209,8 @@ def _part(part: Part) -> str:
 
 def _published(report: Report) -> Iterator[str]:
     models = report.reference_models()
-    measured = [score for _, score in report.wholes if report.references_of(score)]
+    scores = [*(found.score for _, found in report.grouped), *(score for _, score in report.wholes)]
+    measured = [score for score in scores if report.references_of(score)]
     if not measured:
         return
     yield "<h2>Published values</h2>"
@@ -215,14 +231,14 @@ def _published(report: Report) -> Iterator[str]:
 def _published_row(
     score: Score, references: Sequence[Published], models: Sequence[str], numbers: Mapping[tuple[str, str], int]
 ) -> str:
-    share = wording.is_share(score)
+    share = score.is_share
     found: dict[str, list[str]] = {model: [] for model in models}
     for one in references:
         number = numbers[one.source, one.url]
         source = f'<sup><a href="#source-{number}">{number}</a></sup>'
         found[one.model].append(f"{wording.published_text(one, share)}{source}")
-    cells = "".join(f'<td class="number">{"<br>".join(values) or wording.NONE}</td>' for values in found.values())
-    own = f'<td class="number own">{wording.figure(score.value, share)}</td>'
+    cells = "".join(f'<td class="number">{"<br>".join(values) or NONE}</td>' for values in found.values())
+    own = f'<td class="number own">{score.figure(score.value)}</td>'
     return f"<tr>{_task_cell(score.task, score)}{own}{cells}</tr>"
 
 
@@ -242,7 +258,7 @@ def _provenance(report: Report) -> Iterator[str]:
     names = "".join(f"<th>{head}</th>" for head in ("evaluation", *heads, "scores"))
     rows = "\n".join(
         f'<tr><td class="prose">{escape(one.name)}</td>'
-        + "".join(f'<td class="prose">{escape(rows.get(head, wording.NONE))}</td>' for head in heads)
+        + "".join(f'<td class="prose">{escape(rows.get(head, NONE))}</td>' for head in heads)
         + f"<td>{len(one.scores)}</td></tr>"
         for one, rows in told
     )

@@ -1,12 +1,13 @@
 """What a report over evaluations says, apart from how it looks: the page and the Markdown are two views of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date, datetime
 from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BeforeValidator
 
 from common.config import FrozenModel
+from tasks.groups import GroupScore, TaskGroup, group_scores
 from tasks.reporting.significance import GROUP_COLON, LEVEL, Difference
 from tasks.scores import Score
 
@@ -40,6 +41,17 @@ class Provenance(FrozenModel):
     """The version of lm-eval that defines it."""
     data: dict[str, str] = {}  # noqa: RUF012 - frozen
     """The digest of each data set, by its id."""
+
+    @classmethod
+    def shared(cls, several: Iterable[Self]) -> Self:
+        """What several have in common, with the data of all."""
+        every = list(several)
+        alike = {
+            name: getattr(every[0], name)
+            for name in ("num_fewshot", "task_version", "lm_eval")
+            if len({getattr(one, name) for one in every}) == 1
+        }
+        return cls(**alike, data={name: digest for one in every for name, digest in one.data.items()})
 
 
 class Part(NamedTuple):
@@ -147,6 +159,8 @@ class Report(FrozenModel):
     """The p below which a difference is called significant."""
     evaluations: tuple[Evaluation, ...]
     """What was measured, in the order of its tables."""
+    groups: tuple[TaskGroup, ...] = ()
+    """The groups of tasks whose figures it shows."""
     references: tuple[Published, ...] = ()
     """What was published of other models, in the order of its tables."""
     history: tuple[Snapshot, ...] = ()
@@ -163,6 +177,16 @@ class Report(FrozenModel):
     def wholes(self) -> tuple[tuple[Evaluation, Score], ...]:
         """The scores of whole tasks, each with its evaluation."""
         return tuple((one, score) for one in self.evaluations for score in one.scores if score.group is None)
+
+    @property
+    def grouped(self) -> tuple[tuple[Provenance, GroupScore], ...]:
+        """The figures of the groups, each with what its tasks' provenances have in common."""
+        how = {score.task: one.provenance for one, score in self.wholes}
+        return tuple(
+            (Provenance.shared(how[task] for task in found.tasks), found)
+            for group in self.groups
+            for found in group_scores(group, self.scores)
+        )
 
     def references_of(self, score: Score) -> tuple[Published, ...]:
         """What was published of the same measure of the whole task."""
@@ -195,14 +219,16 @@ class Report(FrozenModel):
         return {series: points for series, points in found.items() if len(points) > 1}
 
     def with_history(self, earlier: Sequence[Snapshot], at: str | None, digest: str | None) -> Self:
-        """The report with what is new in it behind earlier measurements: scores of whole tasks, but for those that the
-        same model was given the time before, as of a task that was not asked again."""
+        """The report with what is new in it behind earlier measurements: scores of whole tasks and of groups, but for
+        those that the same model was given the time before, as of a task that was not asked again."""
         told: dict[Series, tuple[str | None, Score]] = {}
         for snapshot in earlier:
             told |= {snapshot.series(score): (snapshot.digest, score) for score in snapshot.scores}
-        scores = tuple(score for _, score in self.wholes)
+        measured = [(one.provenance, score) for one, score in self.wholes]
+        measured += [(provenance, found.score) for provenance, found in self.grouped]
+        scores = tuple(score for _, score in measured)
         # Templates are long, and no series is told by them.
-        how = {score.task: one.provenance.model_copy(update={"template": None}) for one, score in self.wholes}
+        how = {score.task: provenance.model_copy(update={"template": None}) for provenance, score in measured}
         whole = Snapshot(at=at, digest=digest, scores=scores, provenance=how)
         news = tuple(score for score in scores if told.get(whole.series(score)) != (digest, score))
         known = {score.task: how[score.task] for score in news}
@@ -215,6 +241,7 @@ class Report(FrozenModel):
         tasks = {score.task for score in self.scores}
         wholes = [score for _, score in self.wholes]
         told = [_count(len(tasks), "task") + (f" with {len(wholes)} scores" if len(wholes) > len(tasks) else "")]
+        told += [f"{one.score.task} {one.score.metric} {one.score.text}" for one in self._outermost()]
         if any(score.chance is not None for score in wholes):
             near = [score for score in wholes if score.near_chance]
             below = any(score.below_chance for score in near)
@@ -226,6 +253,11 @@ class Report(FrozenModel):
         if parts:
             told += self._against(parts, "part")
         return ", ".join(told)
+
+    def _outermost(self) -> list[GroupScore]:
+        """The figures of groups that lie in no other one."""
+        inner = {one.name for one in self.groups for other in self.groups if set(one.tasks) < set(other.tasks)}
+        return [found for _, found in self.grouped if found.score.task not in inner]
 
     def _against(self, found: Sequence[Difference], what: str) -> list[str]:
         falls = sum(one.is_fall(self.level) for one in found)

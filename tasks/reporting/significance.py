@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from common.config import FrozenModel
-from tasks.scores import SAMPLES, Score
+from tasks.scores import SAMPLES, Score, is_share
 
 LEVEL = 0.01
 """The p below which a difference is called significant."""
@@ -61,6 +61,11 @@ class Difference(FrozenModel):
     """Documents that both have."""
     higher_is_better: bool = True
     """Whether more is better."""
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is one of shares, which are written in per cent."""
+        return is_share(self.first, self.higher_is_better)
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -6,54 +6,27 @@ from datetime import datetime
 
 from tasks.reporting.report_data import Part, Provenance, Published, Series, Snapshot
 from tasks.reporting.significance import Difference
-from tasks.scores import NEAR, Score
+from tasks.scores import NEAR, NONE, Score, figure
 
-NONE = "—"
-"""What stands where nothing is known."""
 LEGEND = (
     "± is one standard error. Near chance: within two standard errors of what guessing gives; below chance: worse than "
     "that; near majority: within two standard errors of always giving the commonest answer, or worse."
+)
+GROUPED = (
+    "The mean over a group's tasks, which count by their documents or each alike, as lm-eval defines the group; its "
+    "standard error is pooled from theirs."
 )
 UNCERTAIN = "A question mark: the source does not say which of several such metrics it means."
 _DIGEST = 12
 
 
-def is_share(score: Score | Difference) -> bool:
-    """Whether it is a share of something, which is written in per cent: more is better, and it lies between 0 and 1."""
-    value = score.value if isinstance(score, Score) else score.first
-    return score.higher_is_better and value is not None and 0 <= value <= 1
-
-
-def figure(value: float | None, share: bool) -> str:
-    """A number: per cent with a place behind the point, or four figures."""
-    if value is None:
-        return NONE
-    if share:
-        return f"{100 * value:.1f}%"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def error_figure(error: float, share: bool) -> str:
-    """A standard error in the unit of its score, with two figures where that is none of per cent."""
-    return f"{100 * error:.1f}" if share else f"{error:.2g}"
-
-
-def score_text(score: Score) -> str:
-    """`31.2% ± 1.0`, in points of per cent where the score is a share."""
-    if score.value is None:
-        return "∞"
-    shown = figure(score.value, is_share(score))
-    # An error of nothing, of answers that are all right or all wrong, says that there are few, and not that it is sure.
-    return f"{shown} ± {error_figure(score.standard_error, is_share(score))}" if score.standard_error else shown
-
-
 def part_text(part: Part) -> str:
-    """`31.2% (24–39)` where there is an interval, else as `score_text`."""
-    if part.interval is None or part.score.value is None:
-        return score_text(part.score)
-    share = is_share(part.score)
-    low, high = (f"{100 * end:.0f}" if share else figure(end, share) for end in part.interval)
-    return f"{figure(part.score.value, share)} ({low}–{high})"
+    """`31.2% (24–39)` where there is an interval, else as `Score.text`."""
+    score = part.score
+    if part.interval is None or score.value is None:
+        return score.text
+    low, high = (f"{100 * end:.0f}" if score.is_share else score.figure(end) for end in part.interval)
+    return f"{score.figure(score.value)} ({low}–{high})"
 
 
 def parts_legend(parts: Collection[Part]) -> str:
@@ -73,7 +46,7 @@ def signed(value: float, share: bool) -> str:
 def interval_text(one: Difference) -> str:
     """The 95% interval of a difference."""
     low, high = one.interval
-    return f"{signed(low, is_share(one))} to {signed(high, is_share(one))}"
+    return f"{signed(low, one.is_share)} to {signed(high, one.is_share)}"
 
 
 def p_text(p: float) -> str:

@@ -1,21 +1,30 @@
 """What a model is asked, what is asked again, and what becomes of its history."""
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from artifacts.errors import LeaseLost
 from artifacts.record import Record
 from artifacts.store import Store
 from common.errors import UserError
-from flows.evaluating import Asking, Evaluated, evaluate, keep, questions, report_name, works
+from common.files import sha256_bytes
+from flows.evaluating import Asking, Evaluated, _groups, evaluate, history, keep, questions, renewed, report_name, works
 from flows.inference import model_record
+from flows.score_tables import score_table
 from tasks.produce import produce
 from tasks.report import REPORT_DATA, read_report
 from tasks.work import Work
+from tests.flows.test_exact_match import shown
 from tests.tasks.harness.against_hf import random_model
+from tests.tasks.made_group import SIZES, write_group_data
 
 REF = "models/tiny"
 COPA = Asking(tasks=("copa",), limit=4)
@@ -53,10 +62,7 @@ def ask(store: Store, done: list[Work]) -> Ask:
         return outcome.record
 
     def asked(asking: Asking = COPA, level: float = 0.01, kept: bool = True) -> Evaluated:
-        found = evaluate(store, REF, asking, do, level)
-        if kept:
-            keep(store, REF, found)
-        return found
+        return evaluate(store, REF, asking, do, level, keeps=lambda found: kept)
 
     return asked
 
@@ -141,6 +147,65 @@ def test_what_was_not_kept_is_found_again(store: Store, ask: Ask, published: Pat
     assert ask(level=0.9999).falls == []
 
 
+@pytest.mark.parametrize("kind", ["folder", "object store"])
+def test_two_at_once_lose_nothing(
+    store: Store, published: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("artifacts.object_lease.POLL_SECONDS", 0.05)
+    if kind != "folder":
+        store = Store.open(f"memory://{tmp_path.name}")
+        store.set_name(REF, model_record(store, str(published)).key)
+    both = Barrier(2)
+
+    def do(work: Work) -> Record:
+        # Both would have read the same history by now.
+        if work.stage == "report":
+            with suppress(BrokenBarrierError):
+                both.wait(timeout=1.0)
+        return produce(store, work, lambda event: None).record
+
+    askings = [Asking(tasks=(task,), limit=4) for task in ("copa", "wsc273")]
+    for asking in askings:  # what is asked twice at once is done once, as of any stage
+        for work in works(store, model_record(store, REF), asking):
+            produce(store, work, lambda event: None)
+    with ThreadPoolExecutor() as threads:
+        found = list(threads.map(lambda asking: evaluate(store, REF, asking, do), askings))
+    report = read_report(store.fetch(store.resolve(report_name(REF))) / REPORT_DATA)
+    assert {score.task for one in report.evaluations for score in one.scores} == {"copa", "wsc273"}
+    assert sorted(score.task for one in report.history for score in one.scores) == ["copa", "wsc273"]
+    assert store.resolve(report_name(REF)) in [one.report for one in found]
+    assert [evaluate(store, REF, asking, do).is_news for asking in askings] == [False, False]
+
+
+def test_a_fall_that_two_have_found_is_told_once(
+    store: Store, ask: Ask, published: Path, tmp_path: Path, done: list[Work]
+) -> None:
+    def do(work: Work) -> Record:
+        return produce(store, work, lambda event: None).record
+
+    boolq = Asking(tasks=("boolq",), limit=30)
+    ask(boolq)
+    change(store, published, tmp_path / "contrary")
+    first, second = (ask(boolq, level=0.9999, kept=False) for _ in range(2))
+    assert first.falls == second.falls != []
+    # Something else becomes known before the first one tells of it.
+    ask(Asking(tasks=("wsc273",), limit=4))
+    with history(store, REF) as lease:
+        latest = renewed(store, REF, first, do, 0.9999)
+        assert latest.falls == first.falls
+        keep(store, REF, latest, lease)
+    report = read_report(store.fetch(store.resolve(report_name(REF))) / REPORT_DATA)
+    assert [one.scores[0].task for one in report.history] == ["boolq", "wsc273", "boolq"]
+    with history(store, REF) as lease:
+        latest = renewed(store, REF, second, do, 0.9999)
+        assert (latest.is_news, latest.falls) == (False, [])
+        assert renewed(store, REF, latest, do, 0.9999) is latest
+        (Path(store.root) / "leases" / f"{sha256_bytes(report_name(REF).encode())}.lock").unlink()
+        with pytest.raises(LeaseLost, match="was removed by somebody"):
+            keep(store, REF, first, lease)
+    assert store.resolve(report_name(REF)) == latest.report
+
+
 def test_another_limit_is_compared_with_nothing(store: Store, ask: Ask, published: Path, tmp_path: Path) -> None:
     first = ask()
     change(store, published, tmp_path / "contrary")
@@ -175,6 +240,41 @@ def test_scores_of_another_model_are_not_kept_beside_new_ones(
     assert [found.report.inputs[name].key for name in found.report.inputs if name.startswith("evaluations")] == [
         found.evaluations[0].key
     ]
+
+
+def test_a_group_is_told_beside_its_tasks(
+    store: Store, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: list[Work]
+) -> None:
+    hub = write_group_data(tmp_path / "hub")
+    (hub / "aps").symlink_to(Path(os.environ["CAIRN_HUB"]) / "aps")
+    monkeypatch.setenv("CAIRN_HUB", str(hub))
+    tasks = ask(Asking(tasks=(*SIZES,)))
+    assert tasks.groups == []
+    group = Asking(tasks=("wmdp",))
+    found = ask(group)
+    # Its tasks are not asked again, and their scores are no news; its own is.
+    assert [work.stage for work in done] == ["benchmark"] * 3 + ["report"] * 2
+    assert found.is_news
+    assert found.evaluations == tasks.evaluations
+    scores: Any = [one.metrics["scores"] for one in found.evaluations]
+    mean = sum(score["value"] * score["n"] for (score,) in scores) / sum(SIZES.values())
+    report = read_report(store.fetch(found.report) / REPORT_DATA)
+    ((provenance, (told, members)),) = report.grouped
+    assert told.value == pytest.approx(mean)
+    assert (told.task, told.n, members) == ("wmdp", 19, tuple(SIZES))
+    assert (provenance.num_fewshot, provenance.lm_eval, list(provenance.data)) == (0, "0.4.13", ["cais/wmdp"])
+    assert [[score.task for score in one.scores] for one in report.history] == [[*SIZES], ["wmdp"]]
+    assert report.history[1].scores == (told,)
+    lines = shown(score_table(found.evaluations, found.groups), 120)
+    (line,) = (line for line in lines if "tasks" in line)
+    assert line.split()[:5] == ["wmdp:", "3", "tasks", "acc", f"{100 * mean:.1f}%"]
+    assert not ask(group).is_news
+    # The rest of the tasks does not take it away, unless one of them is asked otherwise.
+    kept = ask(COPA)
+    assert [one.name for one in _groups(kept.report)] == ["wmdp"]
+    assert not ask(Asking(tasks=("wmdp_bio",))).is_news
+    assert _groups(ask(Asking(tasks=("wmdp_bio",), limit=2)).report) == []
+    assert [one.name for one in _groups(ask(group).report)] == ["wmdp"]
 
 
 def test_each_task_is_a_work_of_its_own(store: Store, published: Path) -> None:

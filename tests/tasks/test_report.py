@@ -15,7 +15,7 @@ from tasks.reporting.markdown import to_markdown
 from tasks.reporting.page import to_html
 from tasks.reporting.references import REFERENCES, reference_scores
 from tests.tasks.conftest import RunStage
-from tests.tasks.reporting.made import evaluation, score
+from tests.tasks.reporting.made import evaluation, score, task_group
 
 CONFIG = {"title": "Elite-112M", "model": "elite-112m"}
 
@@ -55,6 +55,25 @@ def test_it_writes_the_same_in_three_forms(run_stage: RunStage, tmp_path: Path) 
     assert [(again / name).read_bytes() for name in (REPORT_DATA, REPORT_PAGE, REPORT_MARKDOWN)] == [
         (output / name).read_bytes() for name in (REPORT_DATA, REPORT_PAGE, REPORT_MARKDOWN)
     ]
+
+
+def test_groups_are_shown_of_which_every_task_is_there(run_stage: RunStage, tmp_path: Path) -> None:
+    inputs = {
+        "evaluations.0": evaluation(tmp_path / "a", answers(0.4)),
+        "evaluations.1": evaluation(tmp_path / "b", answers(0.6, n=200), "copa"),
+    }
+
+    def config(*tasks: str) -> dict[str, Any]:
+        group = task_group("sums", *tasks, weight_by_size=False)
+        return {**CONFIG, "groups": [group.model_dump(mode="json")]}
+
+    output, _ = run_stage("report", config("arc_easy", "copa"), **inputs)
+    ((_, found),) = read_report(output / REPORT_DATA).grouped
+    assert found.score.value == pytest.approx((np.mean(answers(0.4)) + np.mean(answers(0.6, n=200))) / 2)
+    assert "| sums | acc | **" in (output / REPORT_MARKDOWN).read_text().partition("## Scores")[0]
+    for tasks, named in ((("copa", "boolq"), "boolq"), (("perplexity",), "perplexity")):
+        with pytest.raises(UserError, match=f"the group 'sums' has the task '{named}', which must be in one"):
+            run_stage("report", config(*tasks), **inputs)
 
 
 def test_history_is_carried_on(run_stage: RunStage, tmp_path: Path) -> None:

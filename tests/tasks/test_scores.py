@@ -87,3 +87,19 @@ def test_what_is_not_known_is_not_near_chance() -> None:
 def test_what_is_no_number_is_no_score(field: str, number: float) -> None:
     with pytest.raises(ValidationError, match=rf"{field}\n"):
         score(**{field: number})
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "chance"),
+    [
+        ({"value": 0.3124, "standard_error": 0.0104, "chance": 0.25}, "31.2% ± 1.0", "25.0%"),
+        ({"value": 1.0, "standard_error": 0.0}, "100.0%", "—"),
+        ({"value": 54.2149, "standard_error": 1.234, "chance": 50257.0}, "54.21 ± 1.2", "50,257"),
+        ({"value": 0.9, "standard_error": None, "higher_is_better": False}, "0.9", "—"),
+        ({"value": None, "higher_is_better": False}, "∞", "—"),
+        ({"value": None, "n": 0}, "—", "—"),
+    ],
+)
+def test_a_score_is_written_with_its_error_in_its_own_unit(fields: dict[str, Any], text: str, chance: str) -> None:
+    one = score(**fields)
+    assert (one.text, one.figure(one.chance)) == (text, chance)

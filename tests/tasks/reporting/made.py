@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.files import canonical_json
+from tasks.groups import Measure, TaskGroup
 from tasks.reporting.report_data import Evaluation, Provenance, Published, Report, Snapshot
 from tasks.reporting.significance import Difference
 from tasks.scores import RESULTS, SAMPLES, Score, share
@@ -59,6 +60,10 @@ def difference(first: float = 0.4, second: float = 0.5, p: float = 0.0004, **fie
 def published(model: str = "GPT-2 124M", value: float = 0.438, **fields: Any) -> Published:
     known = {"model": model, "task": "arc_easy", "metric": "acc", "value": value, "few_shot": 0}
     return Published.model_validate(known | {"source": "A card", "url": "https://example.org/card"} | fields)
+
+
+def task_group(name: str = "sums", *tasks: str, weight_by_size: bool = True) -> TaskGroup:
+    return TaskGroup(name=name, tasks=tasks, measures=(Measure(metric="acc", weight_by_size=weight_by_size),))
 
 
 def report(name: str = "elite-112m", **fields: Any) -> Report:

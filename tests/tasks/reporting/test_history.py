@@ -10,7 +10,7 @@ from tasks.reporting import wording
 from tasks.reporting.markdown import to_markdown
 from tasks.reporting.page import to_html
 from tasks.reporting.report_data import Evaluation, Provenance, Report, Series, Snapshot
-from tests.tasks.reporting.made import BAD, score
+from tests.tasks.reporting.made import BAD, score, task_group
 
 
 def evaluation(task: str, value: float, n: int = 100, **how: Any) -> Evaluation:
@@ -117,3 +117,23 @@ def test_names_of_data_are_text() -> None:
     assert report is not None
     assert "<script" not in to_html(report)
     assert not re.search(r"(?<!\\)<script", to_markdown(report))
+
+
+def test_a_group_has_a_line_of_its_own() -> None:
+    report = None
+    for value, version in ((0.2, "1"), (0.4, "1"), (0.6, "2")):
+        how: dict[str, Any] = {"num_fewshot": 5, "task_version": version, "lm_eval": "0.4.13"}
+        evaluations = (
+            evaluation("arc", value, data={"arc": "ab"}, **how),
+            evaluation("copa", value + 0.2, n=300, data={"copa": "cd"}, **how),
+        )
+        grouped = Report(title="t", model="m", evaluations=evaluations, groups=(task_group("all", "arc", "copa"),))
+        report = grouped.with_history(report.history if report else (), "2026-11-22", f"m{value}")
+    assert report is not None
+    ((series, points),) = ((series, points) for series, points in report.lines().items() if series.task == "all")
+    assert series == Series("all", "acc", None, 400, 5, "1", (("arc", "ab"), ("copa", "cd")))
+    assert [one.value for _, one in points] == pytest.approx([0.35, 0.55])
+    assert report.history[-1].provenance["all"].task_version == "2"
+    # What was said of some of its tasks alone is said of none.
+    mixed = Provenance.shared([Provenance(num_fewshot=5, lm_eval="0.4.13"), Provenance(lm_eval="0.4.13")])
+    assert mixed == Provenance(lm_eval="0.4.13")

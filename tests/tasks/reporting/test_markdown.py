@@ -4,9 +4,11 @@ import re
 
 import pytest
 
+from tasks.reporting import wording
 from tasks.reporting.markdown import SHOWN_REFERENCES, to_markdown
 from tasks.reporting.report_data import Evaluation, Report
-from tests.tasks.reporting.made import BAD, published, report, score
+from tasks.reporting.wording import markdown
+from tests.tasks.reporting.made import BAD, published, report, score, task_group
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -95,3 +97,25 @@ def test_a_report_of_one_score_is_short() -> None:
     assert text.startswith("# t\n\n**m**: 1 task.\n\n## Scores\n\n| task")
     assert len(tables(text)) == 1
     assert text.count("## ") == 1
+
+
+@pytest.mark.parametrize("name", ["sums", BAD])
+def test_groups_come_first_with_the_number_of_their_tasks(name: str) -> None:
+    grouped = report(groups=(task_group(name, "copa", "boolq"),))
+    text = to_markdown(grouped)
+    assert text.index("## Groups of tasks") < text.index("## Scores")
+    head, rule, row = tables(text)[0]
+    assert head[:9] == ["group", "metric", "score", "tasks", "n", "few-shot", "chance", "majority", ""]
+    # Models of which nothing was published for groups have no column.
+    assert {len(head), len(rule), len(row)} == {9}
+    assert row[0] == markdown(name)
+    # Both are of 2,376 documents: 52% ± 5 and 60% ± 1.
+    assert row[1:9] == ["acc", "**56.0% ± 2.5**", "2", "4,752", "5", "50.0%", "58.5%", "near majority"]
+    assert wording.GROUPED in text
+    assert grouped.summary.startswith(f"6 tasks with 7 scores, {name} acc 56.0% ± 2.5, ")
+
+
+def test_the_summary_names_outer_groups_alone() -> None:
+    groups = (task_group("all", "copa", "boolq", "aqua"), task_group("some", "copa", "boolq"))
+    assert "all acc 40.7% ± 1.7, " in report(groups=groups).summary
+    assert "some acc" not in report(groups=groups).summary

@@ -11,7 +11,7 @@ from tasks.reporting import drawing
 from tasks.reporting.page import to_html
 from tasks.reporting.report_data import Evaluation, Report, Snapshot
 from tasks.scores import Score
-from tests.tasks.reporting.made import BAD, difference, published, report, score
+from tests.tasks.reporting.made import BAD, difference, published, report, score, task_group
 
 VOID = ("meta", "br")
 
@@ -130,6 +130,23 @@ def test_what_there_is_none_of_has_no_heading() -> None:
     assert {"chance", "majority", "tick", "doubtful"} & set(page.classes) == set()
 
 
+def test_groups_come_first_beside_what_was_published_of_them() -> None:
+    groups = (task_group("sums", "copa", "boolq"), task_group(BAD, "copa"))
+    grouped = report(groups=groups, references=(published(task="sums"), published(task=BAD, model=BAD)))
+    text = to_html(grouped)
+    page = read(text)
+    assert "<script" not in text
+    assert page.text.index("Groups of tasks") < page.text.index("Scores")
+    assert page.text.count("near or below chance or majority") == 1
+    row = text[text.index("sums <span") :].partition("</tr>")[0]
+    assert "GPT-2 124M: 43.8% (0-shot)" in row
+    assert ">56.0% ± 2.5</td>" in row
+    assert '<td class="number">2</td><td class="number">4,752</td>' in row
+    assert page.classes.count("tick") == 1 + 2
+    values = text.partition("<h2>Published values</h2>")[2]
+    assert values.index("sums <span") < values.index('id="source-1"')
+
+
 def test_only_what_is_of_one_scale_shares_one() -> None:
     both = (difference(), difference(1.1, 1.0, metric="bits_per_byte", higher_is_better=False))
     assert read(to_html(report(differences=both, references=(), history=()))).text.count("95% interval") > 2
@@ -179,4 +196,5 @@ def test_a_scale_has_few_round_numbers(low: float, length: float) -> None:
     found = drawing.round_values(low, low + length)
     assert 1 <= len(found) <= 6
     assert len(set(found)) == len(found)
-    assert all(low - 1e-9 * abs(low) <= value <= low + length + 1e-9 * abs(low + length) for value in found)
+    rounding = 1e-9 * (abs(low) + length)
+    assert all(low - rounding <= value <= low + length + rounding for value in found)
