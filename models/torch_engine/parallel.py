@@ -176,4 +176,3 @@ def _summed(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tens
     assert work is not None
     future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
     return future
-
