@@ -329,6 +329,9 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Tokens that an answer may have: 16, or 256 in a conversation.", show_default=False),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Lets metrics run that are fetched from the hub as programs.")
+    ] = False,
     engine: EngineOption = None,
 ) -> None:
     """Scores a model on benchmarks, or on the documents that it was evaluated on, or else on those that it was made
@@ -337,6 +340,7 @@ def evaluate(
         from flows.evaluation_command import evaluate_on
 
         keys = {"tasks": tasks, "limit": limit, "num_fewshot": num_fewshot, "bos": bos, "engine": engine}
+        keys |= {"trust_remote_code": trust_remote_code}
         evaluate_on(Store.open(store), ref, keys, console)
         return
     from flows.evaluation_tables import evaluation_tables

@@ -48,6 +48,8 @@ class Asking(FrozenModel):
     """Examples before each question of lm-eval; null for as many as the task says."""
     bos: bool | None = None
     """Whether <bos> stands before every text of lm-eval's; null for as the tokenizer does it by itself."""
+    trust_remote_code: bool = False
+    """Whether metrics of lm-eval's tasks may run that are fetched from the hub as programs."""
     engine: EngineName | None = None
     """The engine that answers; null for the one that suits the worker."""
     worker: Worker = "local"
@@ -87,18 +89,21 @@ def evaluate(
     has a history of its own, in the reports that are called `evaluations/<ref>`. Compared are tasks that were asked in
     the same way, of the same data, by the same version of lm-eval. `level`: the p below which a difference counts.
     `run`: the Prefect run that asks. `keeps`: whether what was found is kept; until then, evaluating again finds the
-    same.
+    same. A name that is given to another model meanwhile is evaluated once more.
 
     Raises what `works` raises, and what doing them raises.
     """
-    asked = works(store, model_record(store, ref), asking, run)
-    groups = groups_in([name for name in asking.tasks if name not in MEASURES])
-    made = [do(work) for work in asked]
-    with history(store, ref) as lease:
-        found = _compared(store, ref, made, groups, do, level, run)
-        if keeps(found):
-            keep(store, ref, found, lease)
-    return found
+    while True:
+        asked = works(store, model_record(store, ref), asking, run)
+        groups = groups_in([name for name in asking.tasks if name not in MEASURES])
+        made = [do(work) for work in asked]
+        with history(store, ref) as lease:
+            if not _is_current(store, ref, made):
+                continue
+            found = _compared(store, ref, made, groups, do, level, run)
+            if keeps(found):
+                keep(store, ref, found, lease)
+        return found
 
 
 @contextmanager
@@ -111,8 +116,11 @@ def history(store: Store, ref: str) -> Iterator[Lease]:
 
 def renewed(
     store: Store, ref: str, found: Evaluated, do: Do, level: float = LEVEL, run: str | None = None
-) -> Evaluated:
-    """What was found and not kept, compared with what others have added to the history since. Within `history`."""
+) -> Evaluated | None:
+    """What was found and not kept, compared with what others have added to the history since; None where the name is
+    another model's by now. Within `history`."""
+    if not _is_current(store, ref, found.evaluations):
+        return None
     if store.names().get(report_name(ref)) == found.previous:
         return found
     return _compared(store, ref, found.evaluations, found.groups, do, level, run)
@@ -121,11 +129,19 @@ def renewed(
 def keep(store: Store, ref: str, found: Evaluated, lease: Lease) -> None:
     """Makes what was found the last of the model's history, which the next time is compared with. Within `history`,
     whose lease it has; raises LeaseLost where somebody else holds it by now."""
-    if found.is_news:
+    # What is no news either: one who kept it may have been killed at it.
+    wanted = {report_name(ref): found.report.key} if found.is_news else {}
+    wanted |= {_base_name(ref, one): one.key for one in found.evaluations}
+    names = store.names()
+    if missing := {name: key for name, key in wanted.items() if names.get(name) != key}:
         lease.renew()
-        store.set_name(report_name(ref), found.report.key)
-        for one in found.evaluations:
-            store.set_name(_base_name(ref, one), one.key)
+        for name, key in missing.items():
+            store.set_name(name, key)
+
+
+def _is_current(store: Store, ref: str, evaluations: Sequence[Record]) -> bool:
+    """Whether evaluations are of the model that a reference stands for by now."""
+    return model_record(store, ref).output == evaluations[0].inputs["model"].digest
 
 
 def _compared(
@@ -276,6 +292,7 @@ def questions(asking: Asking) -> list[Question]:
         # As lm-eval has it: who asks has the last word, but where a group says 0.
         few = leaf.num_fewshot if asking.num_fewshot is None or leaf.num_fewshot == 0 else asking.num_fewshot
         keys = {**common, "task": leaf.name, "limit": asking.limit, "num_fewshot": few, "bos": asking.bos}
+        keys |= {"trust_remote_code": asking.trust_remote_code}
         found.append(Question(leaf.name, "benchmark", _config("benchmark", keys)))
     return found + [Question(name, name, _config(name, common)) for name in own]
 

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from artifacts.record import Record
 from artifacts.store import Store
-from common.errors import StageFailed, StageInterrupted, UserError, suggestion
-from flows.evaluating import Asking, Evaluated, evaluate, history, keep, questions, renewed
+from common.errors import StageFailed, StageInterrupted, TransientError, UserError, suggestion
+from flows.evaluating import Asking, Do, Evaluated, evaluate, history, keep, questions, renewed
 from flows.own_run import OwnRun
 from flows.showing import show_stage
 from flows.stopping import Stopping
@@ -186,19 +186,26 @@ class _Round:
         def do(work: Work) -> Record:
             return produce(self.store, work, lambda event: None).record
 
-        run = str(runtime.flow_run.id)
         for ref, found in self._fallen.items():
-            with history(self.store, ref) as lease:
-                # Another round may have found and told the same meanwhile.
-                latest = renewed(self.store, ref, found, do, self._level, run)
-                for fall in latest.falls:
-                    _tell_fall(ref, latest, fall)
-                sent = EventsWorker.drain_all(timeout=_TELL_SECONDS)
-                assert isinstance(sent, tuple), "there is no loop here"
-                if sent[1]:
-                    get_run_logger().warning("the Prefect server did not take the events; the next run tells of it")
-                    return
-                keep(self.store, ref, latest, lease)
+            try:
+                self._tell(ref, found, do)
+            except (UserError, StageFailed, TransientError, OSError) as error:
+                get_run_logger().warning("%s: its fall was not kept, and the next run tells of it: %s", ref, error)
+
+    def _tell(self, ref: str, found: Evaluated, do: Do) -> None:
+        with history(self.store, ref) as lease:
+            # Another round may have found and told the same meanwhile.
+            latest = renewed(self.store, ref, found, do, self._level, str(runtime.flow_run.id))
+            if latest is None:
+                return
+            for fall in latest.falls:
+                _tell_fall(ref, latest, fall)
+            sent = EventsWorker.drain_all(timeout=_TELL_SECONDS)
+            assert isinstance(sent, tuple), "there is no loop here"
+            if sent[1]:
+                get_run_logger().warning("the Prefect server did not take the events; the next run tells of it")
+                return
+            keep(self.store, ref, latest, lease)
 
 
 def _tell_fall(ref: str, found: Evaluated, fall: Difference) -> None:

@@ -26,9 +26,9 @@ from models.training.events import Note
 from models.weights import whole_pieces
 from tasks.checkpoint import read_model, tokenizer_of
 from tasks.events import Counted
-from tasks.harness.catalogue import definition, harness_version, leaves, task_path
+from tasks.harness.catalogue import definition, harness_version, leaves, task_path, tasks_folder
 from tasks.harness.data import check_unchanged, data_sets, identities, offline_first
-from tasks.harness.needs import check_examples, packages_named, splits_named
+from tasks.harness.needs import check_examples, packages_named, scripts_refused, splits_named
 from tasks.scores import RESULTS, SAMPLES
 from tasks.stage import Context, Kind, Metrics, Stage
 
@@ -40,6 +40,9 @@ BOOTSTRAPS = 1000
 the error itself uncertain by 2%, one in the square root of twice as many."""
 _TEMPLATE = ("description", "doc_to_text", "doc_to_target", "doc_to_choice", "target_delimiter", "fewshot_delimiter")
 _UNSAFE = "'{}' runs what a model writes as a program, unfenced, and Cairn does not; `behaviour` asks for programs too"
+_RUN_ANSWERS = ("score/math", "slr_bench")
+"""Folders of lm-eval's tasks that do so and have no flag that says it: what a model writes goes to SymPy's
+`parse_expr`, which evaluates Python, and to a Prolog system."""
 _HIDDEN = (
     "'{}' reads {}, which only lm-eval's code names: it is in no key, and where it changes, what was found is reused"
 )
@@ -65,6 +68,9 @@ class Config(FrozenModel):
     """Whether <bos> stands before every text; null for as the model's tokenizer does it by itself."""
     batch_tokens: int = Field(default=4096, gt=0)
     """Positions that go through the model at once."""
+    trust_remote_code: bool = Field(default=False, exclude_if=lambda trusted: not trusted)
+    """Whether metrics may run that the package `evaluate` fetches from the hub as programs; a task that has such a one
+    is refused otherwise."""
     harness: str | None = None
     """The version of lm-eval; null for the one that is installed, which then stands here."""
     data: dict[str, str] | None = None
@@ -83,8 +89,9 @@ def resolved(config: Config) -> Config:
     if more or leaf.name != config.task:
         members = ", ".join(member.name for member in (leaf, *more)[:6])
         raise UserError(f"'{config.task}' is a group of tasks ({members}, …); a stage asks one of them")
-    described = definition(task_path(config.task))
-    if described.get("unsafe_code"):
+    path = task_path(config.task)
+    described = definition(path)
+    if described.get("unsafe_code") or any(path.is_relative_to(tasks_folder() / one) for one in _RUN_ANSWERS):
         raise UserError(_UNSAFE.format(config.task))
     data = identities(data_sets(described, task_path(config.task).parent))
     if config.data is not None and config.data != data:
@@ -95,8 +102,9 @@ def resolved(config: Config) -> Config:
 def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics:
     """Writes `results.json` and `samples.parquet` with every prompt, target, answer and its log-probabilities.
 
-    Raises UserError for a task whose answers would be run as programs, and for one of pictures; where another version
-    of lm-eval is installed or the data have changed since; and NotFinite where what the model says is not.
+    Raises UserError for a task whose answers would be run as programs, for one that is scored by a program that has to
+    be fetched, and for one of pictures; where another version of lm-eval is installed or the data have changed since;
+    and NotFinite where what the model says is not.
     """
     check_current(config)
     model = read_model(inputs["model"])
@@ -105,7 +113,8 @@ def run(config: Config, inputs: Mapping[str, Path], context: Context) -> Metrics
     engine = inference_engine(
         config.engine, model.config, config.precision, whole_pieces(model.weights), bits=config.bits
     )
-    asked = Asked(engine, tokenizer, bos, config.batch_tokens, _watch(config.task, context))
+    watch = _watch(config.task, context)
+    asked = Asked(engine, tokenizer, bos, config.batch_tokens, watch, config.trust_remote_code)
     context.local_scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=context.local_scratch) as cache:
         task, notes = load_task(config, Path(cache))
@@ -191,7 +200,12 @@ def load_task(config: Config, cache: Path) -> tuple[Any, list[str]]:
     random.seed(RANDOM_SEED)
     np.random.seed(NUMPY_SEED)
     data, name = config.data or {}, config.task
-    with packages_named(name), splits_named(name, _definition(config)), offline_first(data, cache) as read:
+    with (
+        packages_named(name),
+        scripts_refused(name, config.trust_remote_code),
+        splits_named(name, _definition(config)),
+        offline_first(data, cache) as read,
+    ):
         loaded = TaskManager(include_defaults=False).load([str(task_path(name))])
     task = loaded["tasks"][name]
     if getattr(task, "UNSAFE_CODE", False):
@@ -213,12 +227,19 @@ class Asked:
     """lm-eval's side of a model: made here, since a recipe is loaded where lm-eval need not be."""
 
     def __init__(
-        self, engine: Any, tokenizer: Tokenizer, bos: bool, batch_tokens: int, watch: Callable[[int, int], None]
+        self,
+        engine: Any,
+        tokenizer: Tokenizer,
+        bos: bool,
+        batch_tokens: int,
+        watch: Callable[[int, int], None],
+        trust_remote_code: bool = False,
     ) -> None:
         from tasks.harness.adapter import HarnessModel
 
         self._model = HarnessModel(engine, tokenizer, bos, batch_tokens, watch)
         self._vocab_size = engine.config.vocab_size
+        self._trust_remote_code = trust_remote_code
 
     @property
     def truncated(self) -> int:
@@ -234,7 +255,7 @@ class Asked:
         from lm_eval.evaluator import evaluate
 
         name = task.config.task
-        with packages_named(name):
+        with packages_named(name), scripts_refused(name, self._trust_remote_code):
             found = evaluate(
                 self._model, {"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=bootstraps
             )
@@ -264,7 +285,8 @@ def _watch(name: str, context: Context) -> Callable[[int, int], None]:
 
 STAGE = Stage(
     name="benchmark",
-    version=1,
+    # 2: levels and what a sample says of what was chosen, since 1.
+    version=2,
     config=Config,
     inputs={"model": Kind.MODEL},
     output=Kind.EVALUATION,

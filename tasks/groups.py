@@ -154,7 +154,8 @@ def _measures(listed: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> tuple[
             Measure(
                 metric=one["metric"],
                 filters=(filters,) if isinstance(filters, str) else filters,
-                weight_by_size=one.get("weight_by_size", True),
+                # As lm-eval reads it: one of its files says `truez`.
+                weight_by_size=bool(one.get("weight_by_size", True)),
             )
         )
     return tuple(found)

@@ -165,7 +165,8 @@ def _unknown(name: str) -> UserError:
 
 
 @functools.cache
-def _root() -> Path:
+def tasks_folder() -> Path:
+    """The folder of lm-eval's own tasks. Raises UserError where lm-eval is not installed."""
     harness_version()
     found = importlib.util.find_spec("lm_eval")
     assert found is not None
@@ -176,7 +177,7 @@ def _root() -> Path:
 @functools.cache
 def _paths() -> tuple[str, ...]:
     """Every YAML file, from the folder of tasks on, in lm-eval's order."""
-    root = str(_root())
+    root = str(tasks_folder())
     found = []
     for folder, _, files in os.walk(root):
         found += [f"{folder[len(root) :]}/{file}" for file in files if file.endswith(".yaml")]
@@ -194,7 +195,7 @@ def _find(name: str, *, is_group: bool) -> Path | None:
 
 
 def _place(path: str) -> Path:
-    return Path(f"{_root()}{path}")
+    return Path(f"{tasks_folder()}{path}")
 
 
 @functools.cache

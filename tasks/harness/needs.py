@@ -23,6 +23,9 @@ def packages_named(task: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except SystemExit as error:
+        # Some modules end the process where a program of the system's is missing.
+        raise UserError(f"'{task}' cannot be asked here: {error.code}") from error
     except Exception as error:
         advice = _advice(error)
         if advice is None:
@@ -57,6 +60,30 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+@contextmanager
+def scripts_refused(task: str, trusted: bool) -> Iterator[None]:
+    """Within the block, a metric that the package `evaluate` would fetch from the hub and run as a program raises
+    UserError, unless such are trusted."""
+    if trusted or importlib.util.find_spec("evaluate") is None:
+        yield
+        return
+    import evaluate.loading
+
+    def refuse(path: str, *arguments: Any, **options: Any) -> Any:
+        raise UserError(
+            f"'{task}' is scored by '{path}', a program that the package evaluate fetches from the hub; "
+            f"--trust-remote-code, or trust_remote_code in a recipe, lets it run"
+        )
+
+    # What `evaluate.load` asks, whichever module it was imported into.
+    original = evaluate.loading.evaluation_module_factory
+    evaluate.loading.evaluation_module_factory = refuse
+    try:
+        yield
+    finally:
+        evaluate.loading.evaluation_module_factory = original
 
 
 def _root(name: str) -> str:

@@ -147,6 +147,33 @@ def test_what_was_not_kept_is_found_again(store: Store, ask: Ask, published: Pat
     assert ask(level=0.9999).falls == []
 
 
+def test_a_model_that_gave_its_name_away_meanwhile_is_no_news(
+    store: Store, ask: Ask, published: Path, tmp_path: Path
+) -> None:
+    def do(work: Work) -> Record:
+        record = produce(store, work, lambda event: None).record
+        if work.stage == "benchmark" and not (tmp_path / "contrary").exists():
+            change(store, published, tmp_path / "contrary")
+        return record
+
+    found = evaluate(store, REF, COPA, do)
+    assert found.evaluations[0].inputs["model"].digest == model_record(store, REF).output
+    assert found.report.metrics["snapshots"] == 1
+    # The same of what was found and is to be told later.
+    store.set_name(REF, model_record(store, str(published)).key)
+    with history(store, REF):
+        assert renewed(store, REF, found, do) is None
+
+
+def test_who_was_killed_while_keeping_is_made_up_for(store: Store, ask: Ask) -> None:
+    ask()
+    (base,) = (name for name in store.names() if name.startswith(f"{report_name(REF)}@"))
+    key = store.names()[base]
+    store.remove_name(base)
+    assert not ask().is_news
+    assert store.names()[base] == key
+
+
 @pytest.mark.parametrize("kind", ["folder", "object store"])
 def test_two_at_once_lose_nothing(
     store: Store, published: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -192,12 +219,14 @@ def test_a_fall_that_two_have_found_is_told_once(
     ask(Asking(tasks=("wsc273",), limit=4))
     with history(store, REF) as lease:
         latest = renewed(store, REF, first, do, 0.9999)
+        assert latest is not None
         assert latest.falls == first.falls
         keep(store, REF, latest, lease)
     report = read_report(store.fetch(store.resolve(report_name(REF))) / REPORT_DATA)
     assert [one.scores[0].task for one in report.history] == ["boolq", "wsc273", "boolq"]
     with history(store, REF) as lease:
         latest = renewed(store, REF, second, do, 0.9999)
+        assert latest is not None
         assert (latest.is_news, latest.falls) == (False, [])
         assert renewed(store, REF, latest, do, 0.9999) is latest
         (Path(store.root) / "leases" / f"{sha256_bytes(report_name(REF).encode())}.lock").unlink()

@@ -116,3 +116,8 @@ def test_the_figures_are_those_that_lm_eval_gives(
         assert found.score.standard_error == pytest.approx(expected["acc_stderr,none"])
         assert found.score.n == expected["sample_len"]
         assert 0 < float(found.score.value or 0) < 1
+
+
+def test_a_weight_that_is_misspelt_is_read_as_lm_eval_reads_it() -> None:
+    (found,) = (one for one in groups_in(["score_robustness"]) if one.name == "score_option_order_robustness_agieval")
+    assert found.measures[0].weight_by_size

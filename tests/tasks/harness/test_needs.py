@@ -8,7 +8,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from common.errors import UserError
 from tasks.benchmark import Config, load_task, resolved
-from tasks.harness.needs import check_examples, packages_named
+from tasks.harness.needs import check_examples, packages_named, scripts_refused
 
 
 def write_lines(hub: Path, data_set: str, line: str = "{}", name: str = "train.jsonl") -> None:
@@ -117,3 +117,29 @@ def test_texts_that_are_scored_whole_have_no_examples(empty_hub: Path, tmp_path:
     task, _ = load_task(resolved(Config(task="wikitext", num_fewshot=3)), tmp_path / "data")
     assert task.get_config("num_fewshot") == 0
     check_examples(task, "wikitext")
+
+
+@pytest.mark.parametrize("task", ["non_greedy_robustness_math_algebra", "slr_bench_easy"])
+def test_tasks_that_run_answers_without_saying_so(task: str) -> None:
+    with pytest.raises(UserError, match=f"'{task}' runs what a model writes as a program"):
+        resolved(Config(task=task))
+
+
+def test_metrics_that_are_fetched_as_programs_run_where_they_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from evaluate import load
+
+    monkeypatch.setattr("evaluate.loading.evaluation_module_factory", lambda path, **options: 1 / 0)
+    with (
+        scripts_refused("xquad", trusted=False),
+        pytest.raises(UserError, match="'xquad' is scored by 'squad', "),
+    ):
+        load("squad")
+    with scripts_refused("xquad", trusted=True), pytest.raises(ZeroDivisionError):
+        load("squad")
+    with pytest.raises(ZeroDivisionError):
+        load("squad")
+
+
+def test_code_that_would_end_the_process() -> None:
+    with pytest.raises(UserError, match=r"^'own' cannot be asked here: swipl is missing$"), packages_named("own"):
+        sys.exit("swipl is missing")
