@@ -39,9 +39,11 @@ TWO += [
 PAIRS = ["pairs:gpt2:0:data", "pairs:mixtral:0:fsdp2", "pairs:llama:0.3:data", "pairs:gpt2:0.3:fsdp2"]
 PAIRS += ["lora-pairs:gpt2:0:data", "lora-pairs:llama:0.3:fsdp2"]
 TWO += PAIRS
-FOUR = ["train:llama:muon:data", "train:llama:muon:fsdp2", "train:mixtral:muon:fsdp2", "train:mixtral:muon:fsdp4"]
-FOUR += ["train:gpt2:adamw:fsdp4", "train:custom:adamw:data", "train:custom:adamw:fsdp2"]
-FOUR += [
+FOUR = [
+    "train:llama:muon:fsdp2",
+    "train:mixtral:muon:fsdp4",
+    "train:gpt2:adamw:fsdp4",
+    "train:custom:adamw:data",
     "restore:data",
     "restore:fsdp4",
     "restore:fsdp2",
