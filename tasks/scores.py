@@ -118,7 +118,10 @@ class Score(FrozenModel):
             return shown if self.higher_is_better else "∞"
         error = self.standard_error
         # One of nothing, of answers that are all right or all wrong, says that there are few, and not that it is sure.
-        return f"{shown} ± {f'{100 * error:.1f}' if self.is_share else f'{error:.2g}'}" if error else shown
+        if not error:
+            return shown
+        whole = error >= 99.5  # which two figures would be a power of ten
+        return f"{shown} ± " + (f"{100 * error:.1f}" if self.is_share else f"{error:,.0f}" if whole else f"{error:.2g}")
 
     def figure(self, value: float | None) -> str:
         """What it is held against, such as chance, in its own unit."""

@@ -29,11 +29,11 @@ table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-n
 th {{ text-align: left; font-weight: 600; color: var(--quiet); vertical-align: bottom; }}
 th, td {{ padding: .22rem .6rem .22rem 0; border-bottom: 1px solid var(--faint); }}
 tr:last-child > td {{ border-bottom: 0; }}
-td.task {{ overflow-wrap: anywhere; min-width: 8rem; }}
+td.task {{ overflow-wrap: anywhere; min-width: 9.5rem; }}
 th.number, td.number {{ text-align: right; white-space: nowrap; }}
 th.number {{ white-space: normal; overflow-wrap: break-word; max-width: 9rem; }}
 td.drawing, th.drawing {{ padding-left: .4rem; }}
-td.prose {{ overflow-wrap: anywhere; white-space: pre-wrap; vertical-align: top; }}
+td.prose {{ overflow-wrap: anywhere; min-width: 4.5rem; white-space: pre-wrap; vertical-align: top; }}
 .own {{ font-weight: 600; }}
 .tag {{ white-space: nowrap; font-size: .85rem; color: var(--chance); }}
 .better {{ color: var(--mark); font-weight: 600; }}

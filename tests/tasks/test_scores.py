@@ -95,6 +95,7 @@ def test_what_is_no_number_is_no_score(field: str, number: float) -> None:
         ({"value": 0.3124, "standard_error": 0.0104, "chance": 0.25}, "31.2% ± 1.0", "25.0%"),
         ({"value": 1.0, "standard_error": 0.0}, "100.0%", "—"),
         ({"value": 54.2149, "standard_error": 1.234, "chance": 50257.0}, "54.21 ± 1.2", "50,257"),
+        ({"value": 145136.6, "standard_error": 7353.2}, "145,137 ± 7,353", "—"),
         ({"value": 0.9, "standard_error": None, "higher_is_better": False}, "0.9", "—"),
         ({"value": None, "higher_is_better": False}, "∞", "—"),
         ({"value": None, "n": 0}, "—", "—"),
