@@ -270,8 +270,10 @@ def test_the_image_is_small_pinned_and_not_roots(tmp_path: Path) -> None:
 
 
 def test_an_image_holds_the_code_and_no_secret(tmp_path: Path) -> None:
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    modules = [f"{name.replace('.', '/')}/__init__.py" for name in packages]
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    packages = [pattern.removesuffix("*") for pattern in find["include"] if pattern != "deployment"]
+    assert len(packages) == 5
+    modules = [f"{name}/{file}" for name in packages for file in ("__init__.py", "part/__init__.py")]
     needed = [*modules, "pyproject.toml", "constraints.txt", "README.md", "LICENSE", "deployment/prefect.yaml"]
     unwanted = ["deployment/.env", ".git/config", ".env", "store/records/a.json", ".venv/bin/python", "tests/a.py"]
     for name in [*needed, *unwanted, "flows/__pycache__/cli.cpython-311.pyc"]:
