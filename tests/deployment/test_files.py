@@ -256,6 +256,10 @@ def test_the_image_is_small_pinned_and_not_roots(tmp_path: Path) -> None:
     installs = [value for instruction, value in steps if instruction == "RUN" and "pip install" in value]
     assert len(installs) == 5
     assert all("--constraint constraints.txt" in value for value in installs)
+    packages = re.search(r"for package in ([\w ]+); do", " ".join(value for _, value in steps))
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    assert packages
+    assert [f"{name}*" for name in packages[1].split()] == find["include"][:-1]
     # The code comes last, after the layers with packages, and belongs to root.
     last = [(instruction, value) for instruction, value in steps[steps.index(("FROM", stages[-1])) :]]
     order = [instruction for instruction, _ in last if instruction != "COMMENT"]
