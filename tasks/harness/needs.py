@@ -13,6 +13,7 @@ _ADVICE = re.compile(r"pip install [`'\"]?([A-Za-z0-9][\w.+:/-]*)")
 _EXTRA = re.compile(r"lm[-_]eval\[(\w+)\]")
 _NLTK = re.compile(r"nltk\.download\('([\w-]+)'\)")
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+_NO_EXAMPLES = "'{}' has no examples to show, only its questions: ask it apart, without num_fewshot"
 
 
 @contextmanager
@@ -113,6 +114,20 @@ def splits_named(task: str, definition: Mapping[str, Any]) -> Iterator[None]:
         raise UserError(f"the data of '{task}' have no split '{error.args[0]}', which lm-eval reads for it") from error
 
 
+def check_shows(definition: Mapping[str, Any], name: str, num_fewshot: int | None) -> None:
+    """Raises UserError where examples are wanted and a task's definition has no place for any but the questions.
+
+    What a task that is a class of its own has, `check_examples` finds once it is loaded.
+    """
+    shows_none = definition.get("num_fewshot") == 0 or definition.get("output_type") == "loglikelihood_rolling"
+    if not num_fewshot or shows_none or "class" in definition:
+        return
+    own = definition.get("fewshot_config") or {}
+    splits = (definition.get(key) for key in ("training_split", "validation_split", "fewshot_split"))
+    if not any([*splits, own.get("split"), own.get("samples")]):
+        raise UserError(_NO_EXAMPLES.format(name))
+
+
 def check_examples(task: Any, name: str) -> None:
     """Raises UserError where a task of lm-eval has fewer examples than are to stand before each question, or none but
     the questions themselves."""
@@ -121,7 +136,7 @@ def check_examples(task: Any, name: str) -> None:
         return
     own = task.fewshot_cfg
     if not (own.split or own.samples or task.has_training_docs() or task.has_validation_docs()):
-        raise UserError(f"'{name}' has no examples to show, only its questions: ask it apart, without num_fewshot")
+        raise UserError(_NO_EXAMPLES.format(name))
     # lm-eval draws no example that is the question itself.
     found = len(task.sampler.fewshot_docs()) - (own.split == task.get_config("test_split"))
     if wanted > found:

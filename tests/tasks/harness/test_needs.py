@@ -108,7 +108,10 @@ def test_a_task_without_examples(empty_hub: Path, tmp_path: Path) -> None:
         task, _ = load_task(resolved(Config(task="agieval_aqua_rat", num_fewshot=num_fewshot)), tmp_path / "data")
         task.build_all_requests()
     with pytest.raises(UserError, match="'agieval_aqua_rat' has no examples to show, only its questions"):
-        load_task(resolved(Config(task="agieval_aqua_rat", num_fewshot=2)), tmp_path / "data")
+        resolved(Config(task="agieval_aqua_rat", num_fewshot=2))
+    task.set_config(key="num_fewshot", value=2)
+    with pytest.raises(UserError, match="'agieval_aqua_rat' has no examples to show, only its questions"):
+        check_examples(task, "agieval_aqua_rat")
 
 
 def test_texts_that_are_scored_whole_have_no_examples(empty_hub: Path, tmp_path: Path) -> None:
