@@ -319,5 +319,6 @@ def _config(kind: str, keys: dict[str, Any]) -> dict[str, Any]:
     try:
         config = stage.resolved(config) if stage.resolved else config
     except UserError as error:
-        raise UserError(f"{keys.get('task', kind)}: {error}") from error
+        name = keys.get("task", kind)
+        raise UserError(str(error) if f"'{name}'" in str(error) else f"{name}: {error}") from error
     return config.model_dump(mode="json")
