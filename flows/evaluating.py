@@ -319,6 +319,7 @@ def _config(kind: str, keys: dict[str, Any]) -> dict[str, Any]:
     try:
         config = stage.resolved(config) if stage.resolved else config
     except UserError as error:
-        name = keys.get("task", kind)
-        raise UserError(str(error) if f"'{name}'" in str(error) else f"{name}: {error}") from error
+        if kind == "benchmark":  # whose errors name their task
+            raise
+        raise UserError(f"{kind}: {error}") from error
     return config.model_dump(mode="json")

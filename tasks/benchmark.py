@@ -28,7 +28,7 @@ from tasks.checkpoint import read_model, tokenizer_of
 from tasks.events import Counted
 from tasks.harness.catalogue import definition, harness_version, leaves, task_path, tasks_folder
 from tasks.harness.data import check_unchanged, data_sets, identities, offline_first
-from tasks.harness.needs import check_examples, check_shows, packages_named, scripts_refused, splits_named
+from tasks.harness.needs import check_defines_examples, check_examples, packages_named, scripts_refused, splits_named
 from tasks.scores import RESULTS, SAMPLES
 from tasks.stage import Context, Kind, Metrics, Stage
 
@@ -94,8 +94,11 @@ def resolved(config: Config) -> Config:
     described = definition(path)
     if described.get("unsafe_code") or any(path.is_relative_to(tasks_folder() / one) for one in _RUN_ANSWERS):
         raise UserError(_UNSAFE.format(config.task))
-    check_shows(described, config.task, config.num_fewshot)
-    data = identities(data_sets(described, task_path(config.task).parent))
+    check_defines_examples(described, config.task, config.num_fewshot)
+    try:
+        data = identities(data_sets(described, path.parent))
+    except UserError as error:
+        raise UserError(f"{config.task}: {error}") from error
     if config.data is not None and config.data != data:
         raise UserError(f"the data of '{config.task}' are not what they were; take `data` out of the recipe")
     return config.model_copy(update={"harness": version, "data": data})

@@ -60,6 +60,21 @@ def training_data(
         yield TrainingData(batches, validation, measured_on, validated, notes)
 
 
+def check_pairs(training: TrainingConfig, tokens: Sequence[TokensInput], tuning: Tuning) -> None:
+    """Raises UserError where pairs of documents are not for preference tuning, or preference tuning has none."""
+    prefers = tuning.preference is not None
+    for one in tokens:
+        if prefers and not one.pairs:
+            raise UserError(
+                f"the tokens '{one.name}' are no pairs of answers: make them with loss_on: pairs, of documents with "
+                f"conversations: preferences"
+            )
+        if one.pairs and not prefers:
+            raise UserError(f"the tokens '{one.name}' are pairs of answers, of which the stage dpo alone learns")
+    if training.packing == "pairs" and not prefers:
+        raise UserError("training.packing: pairs is for the stage dpo alone; leave it out")
+
+
 def _batches(config: TrainingConfig, model: ModelConfig, sources: Sequence[Source], pad_id: int) -> Batches:
     return Batches(
         sources,
@@ -113,18 +128,3 @@ def _validation_sources(tokens: Sequence[TokensInput]) -> tuple[list[Source], li
         )
     missing = [one.name for one in tokens if "validation" not in one.splits]
     return found, [f"'{name}' has no validation split: validation losses are of the other tokens" for name in missing]
-
-
-def check_pairs(training: TrainingConfig, tokens: Sequence[TokensInput], tuning: Tuning) -> None:
-    """Raises UserError where pairs of documents are not for preference tuning, or preference tuning has none."""
-    prefers = tuning.preference is not None
-    for one in tokens:
-        if prefers and not one.pairs:
-            raise UserError(
-                f"the tokens '{one.name}' are no pairs of answers: make them with loss_on: pairs, of documents with "
-                f"conversations: preferences"
-            )
-        if one.pairs and not prefers:
-            raise UserError(f"the tokens '{one.name}' are pairs of answers, of which the stage dpo alone learns")
-    if training.packing == "pairs" and not prefers:
-        raise UserError("training.packing: pairs is for the stage dpo alone; leave it out")

@@ -114,7 +114,7 @@ def splits_named(task: str, definition: Mapping[str, Any]) -> Iterator[None]:
         raise UserError(f"the data of '{task}' have no split '{error.args[0]}', which lm-eval reads for it") from error
 
 
-def check_shows(definition: Mapping[str, Any], name: str, num_fewshot: int | None) -> None:
+def check_defines_examples(definition: Mapping[str, Any], name: str, num_fewshot: int | None) -> None:
     """Raises UserError where examples are wanted and a task's definition has no place for any but the questions.
 
     What a task that is a class of its own has, `check_examples` finds once it is loaded.

@@ -48,6 +48,12 @@ def compose() -> dict[str, Any]:
     return loaded
 
 
+def code_packages() -> list[str]:
+    """The packages that Cairn's code is in."""
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    return [pattern.removesuffix("*") for pattern in find["include"] if pattern.endswith("*")]
+
+
 def manifests() -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(WORKERS.read_text()))
 
@@ -257,9 +263,8 @@ def test_the_image_is_small_pinned_and_not_roots(tmp_path: Path) -> None:
     assert len(installs) == 5
     assert all("--constraint constraints.txt" in value for value in installs)
     packages = re.search(r"for package in ([\w ]+); do", " ".join(value for _, value in steps))
-    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
     assert packages
-    assert [f"{name}*" for name in packages[1].split()] == find["include"][:-1]
+    assert packages[1].split() == code_packages()
     # The code comes last, after the layers with packages, and belongs to root.
     last = [(instruction, value) for instruction, value in steps[steps.index(("FROM", stages[-1])) :]]
     order = [instruction for instruction, _ in last if instruction != "COMMENT"]
@@ -274,10 +279,7 @@ def test_the_image_is_small_pinned_and_not_roots(tmp_path: Path) -> None:
 
 
 def test_an_image_holds_the_code_and_no_secret(tmp_path: Path) -> None:
-    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
-    packages = [pattern.removesuffix("*") for pattern in find["include"] if pattern != "deployment"]
-    assert len(packages) == 5
-    modules = [f"{name}/{file}" for name in packages for file in ("__init__.py", "part/__init__.py")]
+    modules = [f"{name}/{file}" for name in code_packages() for file in ("__init__.py", "part/__init__.py")]
     needed = [*modules, "pyproject.toml", "constraints.txt", "README.md", "LICENSE", "deployment/prefect.yaml"]
     unwanted = ["deployment/.env", ".git/config", ".env", "store/records/a.json", ".venv/bin/python", "tests/a.py"]
     for name in [*needed, *unwanted, "flows/__pycache__/cli.cpython-311.pyc"]:

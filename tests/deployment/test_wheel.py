@@ -40,8 +40,9 @@ def test_its_command_works(wheel: Path, tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     ZipFile(wheel).extractall(installed)
     environment = {**os.environ, "PYTHONPATH": str(installed), "CAIRN_STORE": str(tmp_path / "store")}
-    where = ["-c", "import models.growing; print(models.growing.__file__)"]
-    for command, told in ((where, str(installed)), (["-m", "flows.cli", "plan", "books-tiny"], "pretrain")):
+    where = ["-c", "import flows.cli, models.growing; print(flows.cli.__file__, models.growing.__file__)"]
+    held = f"{installed / 'flows' / 'cli.py'} {installed / 'models' / 'growing' / '__init__.py'}"
+    for command, told in ((where, held), (["-m", "flows.cli", "plan", "arithmetic-tiny"], "stacked")):
         done = subprocess.run(
             [sys.executable, *command], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
         )
